@@ -1,0 +1,178 @@
+"""SentencePiece tokenizers: loading with a check, encoding, streamed decoding, training our own.
+
+The `tokenizer.model` beside this file, for the demo model, comes from
+
+    python tokenizer.py tinyshakespeare --vocab-size 1024
+
+with ids 0 to 4 as in Grok-1 ([PAD], [BOS], [EOS], [UNK], newline), then the 256 bytes, so that any
+text can be encoded. Encoding and decoding give the text back exactly, but for U+2581, which
+SentencePiece itself writes for a space: it comes back as one.
+"""
+
+import argparse
+import io
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+import data
+
+PAD, BOS, EOS, UNK = range(4)
+FILE = "tokenizer.model"
+DEMO = Path(__file__).with_name(FILE)
+GROK_1_SIZE = 131072  # pieces
+GROK_1_SHA256 = "5c69d7cbad192fa2c9d14e2a77fbfdc11597c68907b043ddb0260e3d28eddd7f"
+
+
+def load(folder: str | os.PathLike | None, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+    """Tokenizer of a checkpoint folder: its `tokenizer.model`, else the one beside this file.
+
+    Raises ValueError when the file is no SentencePiece model or has not `vocab_size` pieces.
+    """
+    own = Path(folder) / FILE if folder is not None else DEMO
+    path = own if own.is_file() else DEMO
+    if vocab_size == GROK_1_SIZE:
+        cure = (
+            f"Grok-1's tokenizer is {FILE} in github.com/xai-org/grok-1"
+            f" (2,229,219 bytes, sha256 {GROK_1_SHA256}): put it at {own}"
+        )
+    else:
+        cure = f"put the {FILE} that the model was trained with at {own}"
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a SentencePiece model ({error}); {cure}") from error
+    if len(tokenizer) != vocab_size:
+        missing = "" if path == own else f" ({own} does not exist)"
+        raise ValueError(
+            f"{path}{missing} has {len(tokenizer)} pieces, the model has {vocab_size}; {cure}"
+        )
+    return tokenizer
+
+
+def encode(
+    tokenizer: sentencepiece.SentencePieceProcessor, text: str, dropout: float = 0.0, seed: int = 0
+) -> np.ndarray:
+    """Tokens of a text, int32 [N], without [BOS].
+
+    With BPE-dropout each merge is skipped with that probability, so that the same text is cut
+    differently for each seed (0 to 2**32 - 2): a regulariser for small texts. SentencePiece seeds
+    its generator once in a thread, hence a thread for each call; calls must not overlap.
+    """
+    if not dropout:
+        return np.array(tokenizer.encode(text), np.int32)
+    tokens = []
+
+    def sample():
+        tokens.extend(tokenizer.encode(text, enable_sampling=True, alpha=dropout, nbest_size=-1))
+
+    sentencepiece.set_random_generator_seed(seed)
+    thread = threading.Thread(target=sample)
+    thread.start()
+    thread.join()
+    return np.array(tokens, np.int32)
+
+
+class StreamDecoder:
+    """Text of tokens that come one by one; never half a character.
+
+    What `push` returned so far and then `flush` make up `tokenizer.decode` of all the tokens.
+    """
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
+        self.tokenizer = tokenizer
+        self.context = []  # the first tokens, up to some text: a space at the start may be dropped
+        self.rest = b""  # bytes of an unfinished character
+
+    def push(self, token: int) -> str:
+        """Text that became certain with this token; often one piece, "" within a character."""
+        token = int(token)
+        before = self.tokenizer.decode(self.context)
+        if self.tokenizer.is_byte(token):
+            self.rest += bytes([int(self.tokenizer.id_to_piece(token)[3:5], 16)])  # "<0x0A>"
+            text = self._take()
+        else:
+            after = self.tokenizer.decode([*self.context, token])
+            text = self.flush() + after[len(before) :]
+        if not before:
+            self.context.append(token)
+        return text
+
+    def flush(self) -> str:
+        """Text for the bytes still held back, one U+FFFD each, as SentencePiece decodes them."""
+        text, self.rest = "\ufffd" * len(self.rest), b""
+        return text
+
+    def _take(self) -> str:
+        text = ""
+        while self.rest:
+            try:
+                text, self.rest = text + self.rest.decode("utf-8"), b""
+            except UnicodeDecodeError as error:
+                if error.reason == "unexpected end of data":
+                    break
+                text, self.rest = text + "\ufffd", self.rest[1:]
+        return text
+
+
+def train(text: str, vocab_size: int) -> bytes:
+    """Contents of a `tokenizer.model` for a text: BPE with byte fallback, normalizing nothing.
+
+    The same text gives the same bytes. No piece crosses a line, for the newline is one itself.
+    Raises ValueError when the text has too few different pieces, or `vocab_size` too little room.
+    """
+    lines = [line for line in text.split("\n") if line]
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            character_coverage=1.0,
+            max_sentence_length=max(map(len, map(str.encode, lines)), default=1),
+            pad_id=PAD,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=UNK,
+            pad_piece="[PAD]",
+            bos_piece="[BOS]",
+            eos_piece="[EOS]",
+            unk_piece="[UNK]",
+            unk_surface="",
+            user_defined_symbols=["\n"],
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"no tokenizer of {vocab_size} pieces from {len(text)} characters: {error}"
+        ) from error
+    return model.getvalue()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train a tokenizer on the training part of a text")
+    parser.add_argument("text", help=f"a text file, or one of {sorted(data.SOURCES)}")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="pieces (%(default)s)")
+    parser.add_argument("--output", type=Path, default=DEMO, help="file to write (%(default)s)")
+    arguments = parser.parse_args()
+    training, validation = data.split(data.load_text(arguments.text))
+    model = train(training, arguments.vocab_size)
+    arguments.output.write_bytes(model)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    print(f"{arguments.output}: {len(tokenizer)} pieces, {len(model):,} bytes")
+    for name, part in [("training", training), ("validation", validation)]:
+        count = len(tokenizer.encode(part))
+        print(f"{name}: {len(part):,} characters, {count:,} tokens, {len(part) / count:.3f} each")
+
+
+if __name__ == "__main__":
+    main()
