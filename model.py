@@ -1,0 +1,572 @@
+"""Grok-1 in Haiku: configuration, presets, modules, key/value cache and forward pass.
+
+Shape letters, here and in the einsums: B batch, T queries, S cache slots, D model, N query heads,
+K key/value heads, G = N / K, H head size, F feed-forward, E experts, A experts per token,
+V vocabulary; I, O for a bare matrix, R rows sorted by expert.
+
+Modules and parameters carry the names of the release, whose files are numbered in the order of
+the sorted parameter tree: renaming one shifts every tensor after it.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import quantize
+import sharding
+
+# --- Configuration --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """Architecture and arithmetic of a model; the defaults are Grok-1's.
+
+    fprop_dtype: dtype of activations and cache; norms, softmax and routing are always float32
+    activations: what the ternary and int8 matrices are multiplied with: "float", or "int8" for
+      BitNet's rounding of each token to 8 bits
+    """
+
+    vocab_size: int = 131072
+    sequence_len: int = 8192
+    emb_size: int = 6144
+    num_layers: int = 64
+    num_q_heads: int = 48
+    num_kv_heads: int = 8
+    key_size: int = 128
+    widening_factor: float = 8
+    num_experts: int = 8
+    num_selected_experts: int = 2
+    pad_token: int = 0
+    eos_token: int = 2
+    embedding_init_scale: float = 1.0
+    embedding_multiplier_scale: float = 78.38367176906169
+    output_multiplier_scale: float = 0.5773502691896257
+    attn_output_multiplier: float = 0.08838834764831845
+    attn_logit_cap: float = 30.0
+    rms_norm_eps: float = 1e-5
+    rope_base: int = 10000
+    fprop_dtype: str = "bfloat16"
+    activations: str = "float"
+
+    def __post_init__(self):
+        def require(condition, text):
+            if not condition:
+                raise ValueError(f"bad configuration: {text}")
+
+        require(
+            self.num_q_heads % self.num_kv_heads == 0,
+            f"num_q_heads {self.num_q_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        require(self.key_size % 2 == 0, f"key_size must be even for RoPE, got {self.key_size}")
+        require(
+            1 <= self.num_selected_experts <= max(self.num_experts, 1),
+            f"num_selected_experts {self.num_selected_experts} is not between 1 and "
+            f"num_experts {self.num_experts}",
+        )
+        require(
+            self.fprop_dtype in ("float32", "bfloat16"),
+            f"fprop_dtype must be 'float32' or 'bfloat16', got {self.fprop_dtype!r}",
+        )
+        require(
+            self.activations in ("float", "int8"),
+            f"activations must be 'float' or 'int8', got {self.activations!r}",
+        )
+
+    @property
+    def ffn_size(self) -> int:
+        """F: two thirds of the widened size, rounded up to a multiple of 8."""
+        size = int(self.widening_factor * self.emb_size) * 2 // 3
+        return size + -size % 8
+
+
+PRESETS = {
+    "grok-1": LanguageModelConfig(),
+    "demo": LanguageModelConfig(
+        vocab_size=1024,
+        sequence_len=512,
+        emb_size=256,
+        num_layers=4,
+        num_q_heads=8,
+        num_kv_heads=4,
+        key_size=32,
+        widening_factor=2.25,
+        embedding_multiplier_scale=math.sqrt(256),
+        attn_output_multiplier=1 / math.sqrt(32),
+        fprop_dtype="float32",
+        activations="int8",
+    ),
+    "tiny": LanguageModelConfig(
+        vocab_size=1024,
+        sequence_len=64,
+        emb_size=48,
+        num_layers=2,
+        num_q_heads=6,
+        num_kv_heads=2,
+        key_size=8,
+        widening_factor=2,
+        embedding_multiplier_scale=math.sqrt(48),
+        attn_output_multiplier=1 / math.sqrt(8),
+        fprop_dtype="float32",
+    ),
+}
+
+# Fields of the reference's configuration files that say nothing about the architecture, or that
+# follow from other fields.
+IGNORED_KEYS = {"case", "checkpoint", "ffn_size", "mesh", "shard_activations"}
+
+_MATRICES = r"/(query|key|value|linear|linear_v|linear_1)/w$"
+
+# For each choice of weights, what a parameter becomes in memory: ordered tables of path patterns,
+# first match wins. "ternary-experts" keeps attention, 1.8 % of the parameters, at the release's
+# precision: absmean there is what changes the routing most.
+PRECISIONS = {
+    "ternary": ((_MATRICES, "ternary"), (r"", "float32")),
+    "ternary-experts": (
+        (r"/multi_head_attention/", "int8"),
+        (_MATRICES, "ternary"),
+        (r"", "float32"),
+    ),
+    "int8": ((_MATRICES, "int8"), (r"", "float32")),
+}
+
+
+def config_from_dict(values: dict) -> LanguageModelConfig:
+    """A configuration from the keys of a checkpoint's `config.json`.
+
+    Raises ValueError for keys that it does not know; missing ones are Grok-1's.
+    """
+    known = {field.name for field in dataclasses.fields(LanguageModelConfig)}
+    unknown = set(values) - known - IGNORED_KEYS
+    if unknown:
+        raise ValueError(f"unknown configuration keys {sorted(unknown)}; known: {sorted(known)}")
+    return LanguageModelConfig(**{key: values[key] for key in known & set(values)})
+
+
+# --- State ----------------------------------------------------------------------------------------
+
+
+class KVMemory(NamedTuple):
+    """One layer's keys and values, [B, K, S, H] each, in the compute dtype."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Memory(NamedTuple):
+    """The key/value cache of all layers.
+
+    step: int32 [B], the tokens of each row so far; its next token takes slot and position `step`
+    """
+
+    layers: tuple[KVMemory, ...]
+    step: jax.Array
+
+
+class LayerOutput(NamedTuple):
+    """What a layer computed: hidden [B, T, D]; with experts, router_probs float32 [B, T, E] and
+    expert_index int32 [B, T, A], largest probability first."""
+
+    hidden: jax.Array
+    router_probs: jax.Array | None
+    expert_index: jax.Array | None
+
+
+class LanguageModelOutput(NamedTuple):
+    """logits float32 [B, T, V], or [B, V] of the last tokens; the cache after them, if any."""
+
+    logits: jax.Array
+    model_state: Memory | None
+    layers: tuple[LayerOutput, ...]
+
+
+def init_memory(
+    config: LanguageModelConfig, batch_size: int, sequence_len: int | None = None
+) -> Memory:
+    """An empty cache of B rows and S slots (by default the model's context)."""
+    slots = sequence_len or config.sequence_len
+    shape = (batch_size, config.num_kv_heads, slots, config.key_size)
+    zeros = functools.partial(jnp.zeros, shape, config.fprop_dtype)
+    layers = tuple(KVMemory(zeros(), zeros()) for _ in range(config.num_layers))
+    return Memory(layers, jnp.zeros(batch_size, jnp.int32))
+
+
+MEMORY_AXES = ("batch", "heads", None, None)  # of KVMemory's arrays
+
+# --- Pure parts -----------------------------------------------------------------------------------
+
+einsum = functools.partial(
+    jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+)
+
+
+def rotary_embedding(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotates x [B, T, heads, H] by its positions [B, T]; half-split pairs (i, i + H/2).
+
+    Angles are float32: bfloat16 turns position 257 into 256. (RoFormer, section 3.2.2)
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None] * frequencies  # [B, T, 1, H/2]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, multiplier: float, cap: float
+) -> jax.Array:
+    """Soft-capped attention of q [B, T, N, H] over k, v [B, K, S, H], as [B, T, N, H].
+
+    A query sees the slots up to its own position, `positions` [B, T]. Query heads g G to g G + G - 1
+    share key/value head g.
+    """
+    batch, queries, heads, size = q.shape
+    kv_heads, slots = k.shape[1:3]
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, size)
+    logits = einsum("BTKGH,BKSH->BKGTS", grouped, k) * multiplier
+    logits = cap * jnp.tanh(logits / cap)
+    visible = jnp.arange(slots) <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
+    weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(v.dtype)
+    y = einsum("BKGTS,BKSH->BKGTH", weights, v).transpose(0, 3, 1, 2, 4)
+    return y.reshape(batch, queries, heads, size).astype(q.dtype)
+
+
+def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVMemory:
+    """Puts k, v [B, T, K, H] at their slots [B, T]; what lies past the last slot is dropped."""
+
+    def write(cache, new, slots):  # [K, S, H], [T, K, H], [T]
+        return cache.at[:, slots].set(new.swapaxes(0, 1), mode="drop")
+
+    return KVMemory(
+        *(jax.vmap(write)(c, n, positions) for c, n in zip(memory, (k, v), strict=True))
+    )
+
+
+class ExpertBlocks(NamedTuple):
+    """(token, expert) pairs laid out expert by expert, in blocks of rows that share one expert.
+
+    row_of_pair: int32 [T, A], where each pair went; R for a pair that is skipped
+    token_of_row: int32 [R], its inverse; T for a row of padding
+    expert_of_block: int32 [blocks], -1 for an empty block
+    """
+
+    row_of_pair: jax.Array
+    token_of_row: jax.Array
+    expert_of_block: jax.Array
+
+
+def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> ExpertBlocks:
+    """Sorts the experts chosen by T tokens, index [T, A], into blocks; tokens not valid [T] go nowhere.
+
+    With two experts, blocks of two rows, and tokens that chose 1, 0, 1 and 1 (A = 1):
+    row_of_pair is [2, 0, 3, 4], token_of_row [1, -, 0, 2, 3, -], expert_of_block [0, 1, 1].
+    """
+    tokens, selected = index.shape
+    pairs = tokens * selected
+    block = expert_block(pairs, num_experts)
+    blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
+    rows = blocks * block
+    flat = jnp.where(valid[:, None], index, num_experts).reshape(pairs)
+
+    counts = jnp.bincount(flat, length=num_experts + 1)
+    last_block = jnp.cumsum(-(-counts[:num_experts] // block))
+    first_row = jnp.concatenate([jnp.zeros(1, jnp.int32), last_block * block])
+    order = jnp.argsort(flat, stable=True)
+    expert = flat[order]
+    rank = jnp.arange(pairs) - (jnp.cumsum(counts) - counts)[expert]
+    row = jnp.where(expert < num_experts, first_row[expert] + rank, rows)
+    row_of_pair = jnp.zeros(pairs, jnp.int32).at[order].set(row)
+    token_of_row = jnp.full(rows, tokens).at[row].set(order // selected, mode="drop")
+    owner = jnp.searchsorted(last_block, jnp.arange(blocks), side="right")
+    expert_of_block = jnp.where(owner < num_experts, owner, -1)
+    return ExpertBlocks(row_of_pair.reshape(tokens, selected), token_of_row, expert_of_block)
+
+
+def expert_block(pairs: int, num_experts: int) -> int:
+    """Rows in a block: four times an expert's fair share, so that few experts need two, up to 128.
+
+    One token, two of eight experts: 1. Eight tokens: 8. From 64 tokens on: 128, as many as
+    are worth unpacking a matrix for.
+    """
+    return min(128, 1 << max(0, math.ceil(math.log2(4 * pairs / num_experts))))
+
+
+def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str) -> jax.Array:
+    """The experts' gated sum, float32 [B, T, D]: each token is computed by its chosen experts only.
+
+    x: [B, T, D]; gates float32, index int32: [B, T, A]; valid: bool [B, T]
+    linear, linear_v: [E, D, F]; linear_1: [E, F, D]
+    """
+    batch, queries, size = x.shape
+    num_experts = linear.shape[0]
+    flat = functools.partial(jnp.reshape, shape=(batch * queries, -1))
+    blocks = group_by_expert(flat(index), valid.reshape(-1), num_experts)
+    dot = functools.partial(
+        quantize.grouped_dot, experts=blocks.expert_of_block, activations=activations
+    )
+    rows = flat(x).at[blocks.token_of_row].get(mode="fill", fill_value=0)  # [R, D]
+    hidden = jax.nn.gelu(dot(rows, linear)) * dot(rows, linear_v)  # [R, F]
+    out = dot(hidden, linear_1, axis_name=sharding.mesh_axis("ffn"))  # [R, D]
+    chosen = out.at[blocks.row_of_pair].get(mode="fill", fill_value=0)  # [B * T, A, D]
+    mixed = einsum("tad,ta->td", chosen.astype(jnp.float32), flat(gates))
+    return mixed.reshape(batch, queries, size)
+
+
+# --- Modules --------------------------------------------------------------------------------------
+
+
+class Linear(hk.Module):
+    """x @ w for a weight in any format of `quantize.py`; no bias, as in Grok-1."""
+
+    def __init__(self, output_size: int, axes: tuple, activations: str, name: str):
+        super().__init__(name)
+        self.output_size = output_size  # O
+        self.axes = axes  # logical axes of [I, O]
+        self.activations = activations
+
+    def weight(self, input_size: int, num_experts: int | None = None):  # [I, O] or [E, I, O]
+        lead = () if num_experts is None else (num_experts,)
+        init = hk.initializers.TruncatedNormal(input_size**-0.5)
+        return hk.get_parameter("w", [*lead, input_size, self.output_size], init=init)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, I] -> [B, T, O]
+        inputs, outputs = self.axes
+
+        def dot(x, w):
+            axis = sharding.mesh_axis(inputs)
+            return quantize.dot(x, w, activations=self.activations, axis_name=axis)
+
+        in_axes = (("batch", None, inputs), self.axes)
+        sharded = sharding.shard_map(dot, in_axes, ("batch", None, outputs))
+        return sharded(x, self.weight(x.shape[-1]))
+
+
+class RMSNorm(hk.Module):
+    """scale * x / rms(x), in float32, back in the dtype of x. (Zhang and Sennrich 2019, eq. 4)"""
+
+    def __init__(self, eps: float, name: str = "rms_norm"):
+        super().__init__(name)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+        scale = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones)
+        wide = x.astype(jnp.float32)
+        rms = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (scale * wide * rms).astype(x.dtype)
+
+
+class MultiHeadAttention(hk.Module):
+    """Grouped-query attention with rotary positions and a soft cap on its logits."""
+
+    def __init__(self, config: LanguageModelConfig, name: str = "multi_head_attention"):
+        super().__init__(name)
+        self.config = config
+
+    def __call__(self, x: jax.Array, positions: jax.Array, memory: KVMemory | None):
+        """x [B, T, D], positions [B, T] -> [B, T, D] and the cache with the new keys and values."""
+        c = self.config
+
+        def project(heads, name):
+            linear = Linear(heads * c.key_size, ("embed", "heads"), c.activations, name)
+            return linear(x).reshape(*x.shape[:2], heads, c.key_size)
+
+        q = rotary_embedding(project(c.num_q_heads, "query"), positions, c.rope_base)
+        k = rotary_embedding(project(c.num_kv_heads, "key"), positions, c.rope_base)
+        v = project(c.num_kv_heads, "value")
+        if memory is None:
+            seen = KVMemory(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        else:
+            seen = memory = write_memory(memory, k, v, positions)
+        y = attend(q, *seen, positions, c.attn_output_multiplier, c.attn_logit_cap)  # [B, T, N, H]
+        linear = Linear(c.emb_size, ("heads", "embed"), c.activations, "linear")
+        return linear(y.reshape(*x.shape[:2], -1)), memory
+
+
+class Router(hk.Module):
+    """Softmax over all experts and the A largest; their probabilities are not renormalised."""
+
+    def __init__(self, config: LanguageModelConfig, name: str = "router"):
+        super().__init__(name)
+        self.config = config
+
+    def __call__(self, x: jax.Array):
+        """[B, T, D] -> float32 [B, T, E], and of the chosen experts [B, T, A] float32 and int32."""
+        size, experts = x.shape[-1], self.config.num_experts
+        init = hk.initializers.TruncatedNormal(size**-0.5)
+        w = hk.get_parameter("w", [size, experts], init=init)
+        probs = jax.nn.softmax(einsum("btd,de->bte", x.astype(jnp.float32), w), axis=-1)
+        return probs, *lax.top_k(probs, self.config.num_selected_experts)
+
+
+class MoELayer(hk.Module):
+    """(gelu(x @ linear) * (x @ linear_v)) @ linear_1 of each token's experts, times their gates."""
+
+    def __init__(self, config: LanguageModelConfig, name: str = "moe"):
+        super().__init__(name)
+        self.config = config
+
+    def __call__(self, x, gates, index, valid):
+        """x [B, T, D], gates and index [B, T, A], valid [B, T] -> [B, T, D]."""
+        c = self.config
+        up, down = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
+
+        def weight(name, inputs, outputs, axes):
+            return Linear(outputs, axes, c.activations, name).weight(inputs, c.num_experts)
+
+        weights = (
+            weight("linear", c.emb_size, c.ffn_size, up),
+            weight("linear_v", c.emb_size, c.ffn_size, up),
+            weight("linear_1", c.ffn_size, c.emb_size, down),
+        )
+        token = ("batch", None, None)
+        sharded = sharding.shard_map(
+            functools.partial(mixture, activations=c.activations),
+            (token, token, token, token[:2], up, up, down),
+            token,
+        )
+        return sharded(x, gates, index, valid, *weights).astype(x.dtype)
+
+
+class DecoderLayer(hk.Module):
+    """Attention, then experts (or one dense block), each between two norms and added to h."""
+
+    def __init__(self, config: LanguageModelConfig, name: str):
+        super().__init__(name)
+        self.config = config
+
+    def __call__(self, h, positions, valid, memory):
+        """h [B, T, D], positions and valid [B, T] -> LayerOutput and the layer's cache."""
+        c = self.config
+        norm = functools.partial(RMSNorm, c.rms_norm_eps)
+        attention, memory = MultiHeadAttention(c)(norm("rms_norm")(h), positions, memory)
+        h = h + norm("rms_norm_1")(attention)
+        x = norm("rms_norm_2")(h)
+        probs = index = None
+        if c.num_experts > 1:
+            probs, gates, index = Router(c)(x)
+            y = MoELayer(c)(x, gates, index, valid)
+        else:
+            linear = Linear(c.ffn_size, ("embed", "ffn"), c.activations, "linear")
+            linear_v = Linear(c.ffn_size, ("embed", "ffn"), c.activations, "linear_v")
+            linear_1 = Linear(c.emb_size, ("ffn", "embed"), c.activations, "linear_1")
+            y = linear_1(jax.nn.gelu(linear(x)) * linear_v(x))
+        h = h + norm("rms_norm_3")(y)
+        return LayerOutput(h, probs, index), memory
+
+
+class Transformer(hk.Module):
+    """All decoder layers."""
+
+    def __init__(self, config: LanguageModelConfig, name: str = "transformer"):
+        super().__init__(name)
+        self.config = config
+
+    def __call__(self, h: jax.Array, lengths: jax.Array, memory: Memory | None):
+        """h [B, T, D], lengths [B] -> a LayerOutput for each layer, and the cache."""
+        queries = jnp.arange(h.shape[1])
+        step = jnp.zeros_like(lengths) if memory is None else memory.step
+        positions = step[:, None] + queries  # [B, T]
+        valid = queries < lengths[:, None]  # [B, T]
+        outputs, caches = [], []
+        for i in range(self.config.num_layers):
+            layer = DecoderLayer(self.config, name=f"decoder_layer_{i}")
+            cache = None if memory is None else memory.layers[i]
+            output, cache = layer(h, positions, valid, cache)
+            h = output.hidden
+            outputs.append(output)
+            caches.append(cache)
+        if memory is not None:
+            memory = Memory(tuple(caches), step + lengths)
+        return tuple(outputs), memory
+
+
+class InOutEmbed(hk.Module):
+    """The table [V, D] that embeds tokens and, transposed, gives the logits."""
+
+    def __init__(self, config: LanguageModelConfig, name: str = "in_out_embed"):
+        super().__init__(name)
+        self.config = config
+
+    @property
+    def embeddings(self) -> jax.Array:  # [V, D]
+        c = self.config
+        init = hk.initializers.TruncatedNormal(c.embedding_init_scale * c.emb_size**-0.5)
+        return hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], init=init)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
+        rows = self.embeddings[tokens].astype(jnp.float32)
+        return (rows * self.config.embedding_multiplier_scale).astype(self.config.fprop_dtype)
+
+    def decode(self, h: jax.Array) -> jax.Array:  # [..., D] -> float32 [..., V]
+        logits = einsum("...d,vd->...v", h, self.embeddings.astype(h.dtype))
+        return logits * self.config.output_multiplier_scale
+
+
+class LanguageModel(hk.Module):
+    """Tokens to logits. The transformer is made outside, as in the release: its parameters are
+    `transformer/...`, not `language_model/transformer/...`."""
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        transformer: Transformer,
+        name: str = "language_model",
+    ):
+        super().__init__(name)
+        self.config = config
+        self.transformer = transformer
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        memory: Memory | None = None,
+        lengths: jax.Array | None = None,
+        last_only: bool = False,
+    ) -> LanguageModelOutput:
+        """The logits after each token, or after the last one of each row.
+
+        tokens: int32 [B, T], padded on the right
+        memory: the cache to continue and to extend; without one the rows stand alone
+        lengths: int32 [B], tokens of each row that are not padding (by default all T); 0 leaves a
+          row's cache as it is
+        """
+        if lengths is None:
+            lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+        embed = InOutEmbed(self.config)
+        layers, memory = self.transformer(embed(tokens), lengths, memory)
+        h = layers[-1].hidden
+        if last_only:
+            h = jnp.take_along_axis(h, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        h = RMSNorm(self.config.rms_norm_eps)(h)
+        return LanguageModelOutput(embed.decode(h), memory, layers)
+
+
+# --- Edges ----------------------------------------------------------------------------------------
+
+
+def make_model(config: LanguageModelConfig) -> hk.Transformed:
+    """The model as pure functions: `init(rng, tokens)` and `apply(params, None, tokens, ...)`.
+
+    `apply` takes the arguments of `LanguageModel.__call__`. Parameters may be in any format of
+    `quantize.py`.
+    """
+    return hk.transform(
+        lambda *args, **kwargs: LanguageModel(config, Transformer(config))(*args, **kwargs)
+    )
+
+
+def abstract_params(config: LanguageModelConfig) -> dict:
+    """The parameter tree `{module: {name: ShapeDtypeStruct}}` in the release's file order.
+
+    All float32 and of logical shape; nothing is allocated.
+    """
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params = jax.eval_shape(make_model(config).init, jax.random.key(0), tokens)
+    return {module: dict(sorted(params[module].items())) for module in sorted(params)}

@@ -1,0 +1,345 @@
+"""Weight formats: Grok-1's int8 and BitNet b1.58's ternary, and the one `dot` that takes them all.
+
+Shapes: I inputs (the contracted axis), O outputs, E experts, G scale groups, R rows; `...` is
+nothing or an expert axis. A weight's logical shape is always `[..., I, O]`, whatever its bytes.
+
+How a ternary matrix is packed: transposed, four trits to a byte, in blocks of `4 * block` weights
+of one output. Byte i of a block holds its weights i, block + i, 2 block + i and 3 block + i at bits
+0, 2, 4 and 6, each as trit + 1. So the weights of one bit position lie side by side, and so do the
+activations that they meet. One output with eight inputs, block = 2:
+
+    trits    1  0 -1  1  0  0  1 -1        codes    2  1  0  2  1  1  2  0
+    byte 0 = 2 | 0 << 2 | 1 << 4 | 2 << 6 = 146      weights 0, 2, 4, 6
+    byte 1 = 1 | 2 << 2 | 1 << 4 | 0 << 6 = 25       weights 1, 3, 5, 7
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+EPSILON = 1e-5  # added to gamma, so that an all-zero matrix divides by something
+MAX_BLOCK = 64  # bytes: 256 weights, one tile of a kernel
+SHARDS = 8  # a block is small enough that this many shards of I each hold whole blocks
+TILE = 1 << 22  # weights unpacked at a time
+
+register = functools.partial(functools.partial, jax.tree_util.register_dataclass)
+
+
+@register(data_fields=["weight", "scales"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight8bit:
+    """The release's form: `weight` times the scale of its group of rows and its column.
+
+    weight: int8 [..., I, O]
+    scales: bfloat16 or float32 [..., G, O]; row i belongs to group i // (I / G)
+    """
+
+    weight: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape [..., I, O]."""
+        return tuple(self.weight.shape)
+
+
+@register(data_fields=["packed", "scales"], meta_fields=["block", "padding"])
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight1_58bit:
+    """{-1, 0, 1} times a scale, four trits to a byte (layout: see the module's docstring).
+
+    packed: uint8 [..., O, B], B bytes for each output
+    scales: float32 [..., 1, 1], one for a matrix, so one for each expert
+    block: bytes in a packing block; divides B
+    padding: zeros appended to I to fill the last byte, 0 to 3
+    """
+
+    packed: Any
+    scales: Any
+    block: int
+    padding: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape [..., I, O]."""
+        *lead, outputs, width = self.packed.shape
+        return (*lead, 4 * width - self.padding, outputs)
+
+
+Weight = jax.Array | QuantizedWeight8bit | QuantizedWeight1_58bit
+
+
+# --- Quantizing -----------------------------------------------------------------------------------
+
+
+def absmean_scale(w):
+    """gamma = mean |W|, float32 [..., 1, 1]. (BitNet b1.58, section 2, equation 3)"""
+    return jnp.mean(jnp.abs(w.astype(jnp.float32)), axis=(-2, -1), keepdims=True)
+
+
+def round_to_trits(w, gamma):
+    """clip(round(W / (gamma + eps)), -1, 1), in the dtype of w; works on NumPy and JAX arrays.
+
+    (BitNet b1.58, section 2, equations 1 and 2.)
+    """
+    return (w / (gamma + EPSILON)).round().clip(-1, 1)
+
+
+def ternarize(w: jax.Array) -> QuantizedWeight1_58bit:
+    """Absmean ternary form of a float matrix `[..., I, O]`."""
+    gamma = absmean_scale(w)
+    return pack(round_to_trits(w.astype(jnp.float32), gamma).astype(jnp.int8), gamma)
+
+
+def fake_ternarize(w: jax.Array) -> jax.Array:
+    """gamma * T as floats, with the gradient of the identity: the forward pass of training."""
+    gamma = absmean_scale(w)
+    rounded = (gamma * round_to_trits(w.astype(jnp.float32), gamma)).astype(w.dtype)
+    return w + lax.stop_gradient(rounded - w)
+
+
+def quantize_int8(w: jax.Array, groups: int = 1) -> QuantizedWeight8bit:
+    """Absolute-maximum int8 form of `[..., I, O]`, a bfloat16 scale for each column and group."""
+    *lead, inputs, outputs = w.shape
+    w = w.astype(jnp.float32).reshape(*lead, groups, inputs // groups, outputs)
+    scales = jnp.max(jnp.abs(w), axis=-2) / 127
+    scales = jnp.where(scales > 0, scales, 1).astype(jnp.bfloat16)
+    weight = jnp.clip(jnp.round(w / scales[..., None, :].astype(jnp.float32)), -127, 127)
+    return QuantizedWeight8bit(
+        weight.astype(jnp.int8).reshape(*lead, inputs, outputs),
+        scales,
+    )
+
+
+def quantize_rows(x: jax.Array, axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """BitNet's activations: x [R, I] to int8 [R, I] and a float32 step [R, 1], x ~ int8 * step.
+
+    `axis_name` is the mesh axis that I is split over, if any: the maximum is that of the whole row.
+    (BitNet b1.58, section 2: per-token absmax to [-127, 127].)
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    if axis_name is not None:
+        largest = lax.pmax(lax.stop_gradient(largest), axis_name)
+    step = jnp.maximum(largest, 1e-30) / 127
+    return jnp.round(x / step).astype(jnp.int8), step
+
+
+def dequantize(w: Weight) -> jax.Array:
+    """The float32 matrix `[..., I, O]` that a weight of any format stands for."""
+    if isinstance(w, QuantizedWeight1_58bit):
+        return unpack(w).astype(jnp.float32) * w.scales
+    if isinstance(w, QuantizedWeight8bit):
+        *lead, inputs, outputs = w.shape
+        groups = w.scales.shape[-2]
+        grouped = w.weight.reshape(*lead, groups, inputs // groups, outputs)
+        scales = w.scales[..., :, None, :].astype(jnp.float32)
+        return (grouped.astype(jnp.float32) * scales).reshape(w.shape)
+    return w.astype(jnp.float32)
+
+
+# --- Packing --------------------------------------------------------------------------------------
+
+
+def packing_block(inputs: int) -> int:
+    """Bytes in a packing block for I inputs: the largest power of two up to 64 that fits.
+
+    Where the size allows, blocks are small enough that each of 2, 4 or 8 shards of I holds whole
+    ones. 6144 inputs: 64; 256: 8; 8: 2.
+    """
+    width = -(-inputs // 4)
+    shards = SHARDS if width % SHARDS == 0 else 1
+    per_shard = width // shards
+    return min(MAX_BLOCK, per_shard & -per_shard)
+
+
+def pack(trits, scales, block: int | None = None) -> QuantizedWeight1_58bit:
+    """int8 trits [..., I, O] and their scales to the packed form; NumPy in, NumPy out."""
+    *lead, inputs, outputs = trits.shape
+    block = block or packing_block(inputs)
+    padding = -inputs % 4
+    xp = np if isinstance(trits, np.ndarray) else jnp
+    codes = (trits + 1).astype(np.uint8).swapaxes(-1, -2)  # [..., O, I]
+    codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)], constant_values=1)
+    codes = codes.reshape(*lead, outputs, -1, 4, block)
+    packed = codes[..., 0, :]
+    for position in range(1, 4):
+        packed = packed | codes[..., position, :] << np.uint8(2 * position)
+    return QuantizedWeight1_58bit(packed.reshape(*lead, outputs, -1), scales, block, padding)
+
+
+def _unpack_rows(packed, block: int):  # [..., B] -> [..., 4 B]
+    *lead, width = packed.shape
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    codes = packed.reshape(*lead, width // block, 1, block) >> shifts & np.uint8(3)
+    return codes.astype(np.int8).reshape(*lead, 4 * width) - np.int8(1)
+
+
+def unpack(w: QuantizedWeight1_58bit):
+    """The int8 trits [..., I, O] of a packed weight."""
+    trits = _unpack_rows(w.packed, w.block)
+    return trits[..., : w.shape[-2]].swapaxes(-1, -2)
+
+
+# --- Products -------------------------------------------------------------------------------------
+
+
+def dot(
+    x: jax.Array, w: Weight, *, activations: str = "float", axis_name: str | None = None
+) -> jax.Array:  # [..., I] -> [..., O]
+    """x @ w for a weight [I, O] of any format, in the dtype of x.
+
+    activations: "float" multiplies x as it is; "int8" rounds each row to BitNet's int8 first, and
+      then ternary products are exact integer sums.
+    axis_name: inside `shard_map`, the mesh axis over which I is split; the result is summed over it.
+    """
+    stack = jax.tree.map(lambda leaf: leaf[None], w)
+    rows = x.reshape(-1, x.shape[-1])
+    only = jnp.zeros(1, jnp.int32)
+    y = grouped_dot(rows, stack, only, activations=activations, axis_name=axis_name)
+    return y.reshape(*x.shape[:-1], w.shape[-1])
+
+
+def grouped_dot(
+    x: jax.Array,
+    w: Weight,
+    experts: jax.Array,
+    *,
+    activations: str = "float",
+    axis_name: str | None = None,
+) -> jax.Array:  # [R, I] -> [R, O]
+    """Rows in equal blocks, each block times one expert's matrix; experts are read where they lie.
+
+    x: [R, I], R a multiple of the number of blocks
+    w: [E, I, O]
+    experts: int32 [blocks]; a block whose expert is -1 is skipped, and its rows are zeros
+    """
+    if activations not in ("float", "int8"):
+        raise ValueError(f"activations must be 'float' or 'int8', got {activations!r}")
+    ternary, int8 = (isinstance(w, t) for t in (QuantizedWeight1_58bit, QuantizedWeight8bit))
+    step = None
+    dtype = x.dtype
+    if activations == "int8":
+        rounded, step = quantize_rows(x, axis_name)
+        if ternary or int8:
+            x = rounded
+        else:  # training: the same rounding, with the gradient of the identity
+            x = x + lax.stop_gradient((rounded * step).astype(dtype) - x)
+            step = None
+    product = _ternary_product if ternary else _int8_product if int8 else _float_product
+
+    def one_block(expert, rows):
+        result = jax.eval_shape(product, rows, w, expert)
+        return lax.cond(
+            expert < 0,
+            lambda: jnp.zeros(result.shape, result.dtype),
+            lambda: product(rows, w, expert),
+        )
+
+    blocks = experts.shape[0]
+    if blocks == 1:
+        y = product(x, w, experts[0])
+    else:
+        grouped = x.reshape(blocks, -1, x.shape[-1])
+        y = lax.map(lambda args: one_block(*args), (experts, grouped))
+        y = y.reshape(x.shape[0], -1)
+    if axis_name is not None:
+        y = lax.psum(y, axis_name)
+    y = y.astype(jnp.float32)
+    if ternary:
+        y = y * jnp.repeat(w.scales[experts, 0], x.shape[0] // blocks, axis=0)
+    if step is not None:
+        y = y * step
+    return y.astype(dtype)
+
+
+def _matmul(x, w, contract):
+    """Float operands sum in float32 and int8 ones in int32; float32 is never rounded to TF32."""
+    wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    return lax.dot_general(
+        x, w, contract, precision=lax.Precision.HIGHEST, preferred_element_type=wide
+    )
+
+
+def _float_product(x, w, expert):
+    chosen = lax.dynamic_index_in_dim(w, expert, keepdims=False).astype(x.dtype)
+    return _matmul(x, chosen, (((1,), (0,)), ((), ())))
+
+
+def _ternary_product(x, w, expert):
+    """x [R, I] times the trits of one expert, unscaled: int32 for int8 x, else float32."""
+    x = jnp.pad(x, [(0, 0), (0, w.padding)])
+    width = w.packed.shape[-1]
+
+    def columns(start, size):
+        tile = lax.dynamic_slice(w.packed, (expert, start, 0), (1, size, width))[0]
+        trits = _unpack_rows(tile, w.block).astype(x.dtype)  # [size, I]
+        return _matmul(x, trits, (((1,), (1,)), ((), ())))
+
+    return _by_column_tiles(columns, x, w.shape)
+
+
+def _int8_product(x, w, expert):
+    """x [R, I] times one expert's int8 matrix and its scales, float32."""
+    groups = w.scales.shape[-2]
+    x = x.reshape(x.shape[0], groups, -1).swapaxes(0, 1)  # [G, R, I/G]
+
+    def columns(start, size):
+        at = (expert, 0, start)
+        weight = lax.dynamic_slice(w.weight, at, (1, w.shape[-2], size))
+        weight = weight.reshape(groups, -1, size).astype(x.dtype)
+        scales = lax.dynamic_slice(w.scales, at, (1, groups, size))[0]
+        sums = _matmul(x, weight, (((2,), (1,)), ((0,), (0,))))  # [G, R, size]
+        return jnp.sum(sums.astype(jnp.float32) * scales[:, None].astype(jnp.float32), axis=0)
+
+    return _by_column_tiles(columns, x[0], w.shape)
+
+
+def _by_column_tiles(columns, x, shape):
+    """Calls `columns(start, size)` over all O columns, so that only one tile is ever unpacked.
+
+    The last tile is moved left to end at O: its first columns are then computed twice, alike.
+    """
+    inputs, outputs = shape[-2:]
+    size = min(outputs, max(1, TILE // inputs))
+    if size == outputs:
+        return columns(0, outputs)
+
+    def body(i, y):
+        start = jnp.minimum(i * size, outputs - size)
+        return lax.dynamic_update_slice(y, columns(start, size), (0, start))
+
+    result = jax.eval_shape(functools.partial(columns, 0, size))
+    y = jnp.zeros((result.shape[0], outputs), result.dtype)
+    return lax.fori_loop(0, -(-outputs // size), body, y)
+
+
+# --- Tables of choices ----------------------------------------------------------------------------
+
+
+def match_rules(rules: Sequence[tuple[str, Any]], paths: Iterable[str]) -> dict[str, Any]:
+    """What an ordered table of (pattern, value) says of each path: the first match wins.
+
+    Raises ValueError for a path that no rule matches, and for a rule that is no path's first match.
+
+    >>> match_rules([("router", "float"), ("w$", "ternary")], ["router/w", "linear/w"])
+    {'router/w': 'float', 'linear/w': 'ternary'}
+    """
+    chosen, used = {}, set()
+    for path in paths:
+        found = next((i for i, (pattern, _) in enumerate(rules) if re.search(pattern, path)), None)
+        if found is None:
+            raise ValueError(f"no rule matches parameter {path!r}; add one to the table {rules}")
+        used.add(found)
+        chosen[path] = rules[found][1]
+    unused = [rules[i][0] for i in range(len(rules)) if i not in used]
+    if unused:
+        raise ValueError(f"these rules match no parameter: {unused}; remove or correct them")
+    return chosen

@@ -1,0 +1,150 @@
+"""The (data, model) mesh and the one table that lays arrays out over it.
+
+Modules and parameters name logical axes; `AXES` says which mesh axis each one is split over.
+"data" carries the batch, "model" the heads, the feed-forward width and the vocabulary, so that
+each decoder layer sums over "model" twice: after the attention's and after the experts' output.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import quantize
+
+AXES = {
+    "batch": "data",
+    "embed": None,
+    "experts": None,
+    "ffn": "model",
+    "heads": "model",
+    "vocab": "model",
+    None: None,
+}
+
+# Ordered, first match wins; a dense feed-forward block has the last two axes of an expert's.
+PARAMETER_RULES = (
+    (r"in_out_embed/embeddings$", ("vocab", "embed")),
+    (r"multi_head_attention/(query|key|value)/w$", ("embed", "heads")),
+    (r"multi_head_attention/linear/w$", ("heads", "embed")),
+    (r"/linear(_v)?/w$", ("experts", "embed", "ffn")),
+    (r"/linear_1/w$", ("experts", "ffn", "embed")),
+    (r"/router/w$|/scale$", ()),
+)
+
+Axes = Sequence[str | None]
+
+
+def make_mesh(data: int = 1, model: int = 1) -> Mesh:
+    """A mesh of `data * model` devices, over all hosts; the first ones where there are more.
+
+    Raises ValueError if there are too few devices.
+    """
+    if data < 1 or model < 1:
+        raise ValueError(f"both mesh axes must be at least 1, got {data},{model}")
+    if data * model > len(jax.devices()):
+        raise ValueError(
+            f"mesh {data},{model} needs {data * model} devices, but only {len(jax.devices())} "
+            f"{jax.default_backend()} device(s) are here; choose a smaller mesh, or on CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={data * model}"
+        )
+    devices = np.array(jax.devices()[: data * model]).reshape(data, model)
+    return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+# --- Arrays that live on a mesh -------------------------------------------------------------------
+
+
+def parameter_shardings(mesh: Mesh, params: dict) -> dict:
+    """A NamedSharding for every array of a parameter tree `{module: {name: weight}}`.
+
+    Leaves may be arrays, `ShapeDtypeStruct`s or quantized weights of these; packed bytes and scales
+    follow the weight that they stand for. Raises ValueError if a parameter matches no rule of
+    `PARAMETER_RULES`, if a rule matches no parameter, or if an axis does not divide.
+    """
+    paths = [f"{module}/{name}" for module in params for name in params[module]]
+    axes = quantize.match_rules(PARAMETER_RULES, paths)
+
+    def one(path, weight):
+        specs = weight_specs(axes[path], weight)
+        jax.tree.map(functools.partial(_check_divides, mesh, path), weight, specs)
+        return jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+
+    return {
+        module: {name: one(f"{module}/{name}", weight) for name, weight in entries.items()}
+        for module, entries in params.items()
+    }
+
+
+def batch_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The sharding of an activation, from its logical axes."""
+    return NamedSharding(mesh, P(*(AXES[axis] for axis in axes)))
+
+
+def weight_specs(axes: Axes, weight):
+    """Partition specs of a weight of any format, from the logical axes of its matrix [..., I, O].
+
+    A weight with fewer axes than the rule has the last ones; `()` means replicated.
+    """
+    rank = len(weight.shape)
+    mesh_axes = [AXES[axis] for axis in axes][-rank:] or [None] * rank
+    if isinstance(weight, quantize.QuantizedWeight1_58bit):
+        *lead, inputs, outputs = mesh_axes
+        return quantize.QuantizedWeight1_58bit(
+            P(*lead, outputs, inputs), P(*lead, None, None), weight.block, weight.padding
+        )
+    if isinstance(weight, quantize.QuantizedWeight8bit):
+        *lead, inputs, outputs = mesh_axes
+        groups = inputs if weight.scales.shape[-2] > 1 else None
+        return quantize.QuantizedWeight8bit(P(*mesh_axes), P(*lead, groups, outputs))
+    return P(*mesh_axes)
+
+
+def _check_divides(mesh, path, array, spec):
+    for size, axis in zip(array.shape, spec, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{path}: an array of shape {tuple(array.shape)} does not split evenly over "
+                f"the {mesh.shape[axis]} devices of mesh axis {axis!r}; choose a mesh whose "
+                f"{axis!r} axis divides {size}"
+            )
+
+
+# --- Inside the model -----------------------------------------------------------------------------
+
+
+def mesh_axis(axis: str | None) -> str | None:
+    """The mesh axis that a logical one is split over; None outside of any mesh."""
+    return None if jax.sharding.get_abstract_mesh().empty else AXES[axis]
+
+
+def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:
+    """f on each device's shards under `jax.set_mesh`, and f itself where there is no mesh.
+
+    Each argument is an array or a weight of any format, its axes are logical ones. A batch that
+    does not split evenly is computed whole on every device.
+    """
+
+    @functools.wraps(f)
+    def sharded(*args):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return f(*args)
+        uneven = any(
+            axis == "batch" and size % mesh.shape[AXES["batch"]]
+            for arg, axes in zip(args, in_axes, strict=True)
+            for size, axis in zip(arg.shape, axes, strict=False)
+        )
+
+        def even(axes):
+            return tuple(None if uneven and axis == "batch" else axis for axis in axes)
+
+        in_specs = tuple(weight_specs(even(axes), x) for x, axes in zip(args, in_axes, strict=True))
+        out_specs = P(*(AXES[axis] for axis in even(out_axes)))
+        # Sums over the mesh are explicit in f, and replication is for AXES to say, not to infer.
+        return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+
+    return sharded
