@@ -12,7 +12,6 @@ SentencePiece itself writes for a space: it comes back as one.
 import argparse
 import io
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -59,20 +58,13 @@ def encode(
     """Tokens of a text, int32 [N], without [BOS].
 
     With BPE-dropout each merge is skipped with that probability, so that the same text is cut
-    differently for each seed (0 to 2**32 - 2): a regulariser for small texts. SentencePiece seeds
-    its generator once in a thread, hence a thread for each call; calls must not overlap.
+    differently for each seed (0 to 2**32 - 2): a regulariser for small texts. SentencePiece has one
+    generator, so calls must not overlap in threads.
     """
     if not dropout:
         return np.array(tokenizer.encode(text), np.int32)
-    tokens = []
-
-    def sample():
-        tokens.extend(tokenizer.encode(text, enable_sampling=True, alpha=dropout, nbest_size=-1))
-
     sentencepiece.set_random_generator_seed(seed)
-    thread = threading.Thread(target=sample)
-    thread.start()
-    thread.join()
+    tokens = tokenizer.encode(text, enable_sampling=True, alpha=dropout, nbest_size=-1)
     return np.array(tokens, np.int32)
 
 
