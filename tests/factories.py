@@ -1,0 +1,110 @@
+"""Makers that the tests share: small configurations, random parameters, the golden cases."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import quantize
+from model import PRECISIONS, LanguageModelConfig, abstract_params, config_from_dict
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ("released_layout", "single_device", "dense")
+
+# Sizes that differ from one another, and odd ones where they may be. F is 48.
+ODD = LanguageModelConfig(
+    vocab_size=61,
+    sequence_len=37,
+    emb_size=35,
+    num_layers=2,
+    num_q_heads=6,
+    num_kv_heads=3,
+    key_size=14,
+    widening_factor=2,
+    num_experts=5,
+    num_selected_experts=2,
+    embedding_multiplier_scale=5.9,
+    attn_output_multiplier=0.31,
+    fprop_dtype="float32",
+)
+
+# As many heads, and so on, as eight devices can share. F is 160.
+EVEN = dataclasses.replace(
+    ODD,
+    vocab_size=104,
+    emb_size=40,
+    num_q_heads=16,
+    num_kv_heads=8,
+    key_size=6,
+    widening_factor=6,
+)
+
+
+def random_params(config: LanguageModelConfig, weights: str = "float", groups: int = 1, seed=0):
+    """Random parameters in the form that `weights` says: a table of PRECISIONS, or "float".
+
+    Every norm, expert and attention head matters, and attention logits reach the cap. `groups` is
+    the number of scale groups of int8 matrices, where it divides their inputs.
+    """
+    random = np.random.default_rng(seed)
+    template = abstract_params(config)
+    paths = [f"{module}/{name}" for module in template for name in template[module]]
+    table = PRECISIONS.get(weights, ((r"", "float32"),))
+    kinds = quantize.match_rules(table, paths)
+
+    def one(path, shape):
+        if path.endswith("/scale"):
+            return jnp.asarray(1 + 0.3 * random.standard_normal(shape), jnp.float32)
+        gain = 3 if path.endswith(("query/w", "key/w", "router/w")) else 1
+        fan = shape[-1] if path.endswith("embeddings") else shape[-2]
+        w = jnp.asarray(gain * fan**-0.5 * random.standard_normal(shape), jnp.float32)
+        if kinds[path] == "ternary":
+            return quantize.ternarize(w)
+        if kinds[path] == "int8":
+            return quantize.quantize_int8(w, groups if shape[-2] % groups == 0 else 1)
+        return w
+
+    return {
+        module: {name: one(f"{module}/{name}", x.shape) for name, x in entries.items()}
+        for module, entries in template.items()
+    }
+
+
+def as_floats(params: dict) -> dict:
+    """The same parameters as float32 arrays."""
+    return {
+        module: {name: quantize.dequantize(w) for name, w in entries.items()}
+        for module, entries in params.items()
+    }
+
+
+def random_tokens(config: LanguageModelConfig, *shape: int, seed: int = 0) -> jax.Array:
+    """int32 tokens of this shape, none of them padding."""
+    tokens = np.random.default_rng(seed).integers(1, config.vocab_size, shape)
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def golden_config(case: str, **changes) -> LanguageModelConfig:
+    """The configuration of a golden case."""
+    values = json.loads((GOLDEN / case / "config.json").read_text())
+    return dataclasses.replace(config_from_dict(values), **changes)
+
+
+@functools.cache
+def golden_arrays(case: str) -> dict[str, np.ndarray]:
+    """What the reference computed; `golden/README.md` describes the arrays."""
+    with np.load(GOLDEN / case / "golden.npz") as arrays:
+        return dict(arrays)
+
+
+@functools.cache
+def golden_params(case: str, weights: str) -> dict:
+    """The weights of a golden case, restored in the form that `weights` names in PRECISIONS."""
+    import checkpoint
+
+    template = abstract_params(golden_config(case))
+    return checkpoint.restore(GOLDEN / case, template, PRECISIONS[weights])
