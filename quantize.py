@@ -15,6 +15,7 @@ activations that they meet. One output with eight inputs, block = 2:
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -165,14 +166,17 @@ def pack(trits, scales, block: int | None = None) -> QuantizedWeight1_58bit:
     *lead, inputs, outputs = trits.shape
     block = block or packing_block(inputs)
     padding = -inputs % 4
-    xp = np if isinstance(trits, np.ndarray) else jnp
-    codes = (trits + 1).astype(np.uint8).swapaxes(-1, -2)  # [..., O, I]
-    codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)], constant_values=1)
-    codes = codes.reshape(*lead, outputs, -1, 4, block)
-    packed = codes[..., 0, :]
+    codes = (trits + np.int8(1)).astype(np.uint8)  # [..., I, O]
+    if padding:
+        xp = np if isinstance(trits, np.ndarray) else jnp
+        rows = [(0, 0)] * len(lead) + [(0, padding), (0, 0)]
+        codes = xp.pad(codes, rows, constant_values=1)
+    codes = codes.reshape(*lead, -1, 4, block, outputs)
+    packed = codes[..., 0, :, :]
     for position in range(1, 4):
-        packed = packed | codes[..., position, :] << np.uint8(2 * position)
-    return QuantizedWeight1_58bit(packed.reshape(*lead, outputs, -1), scales, block, padding)
+        packed = packed | codes[..., position, :, :] << np.uint8(2 * position)
+    packed = packed.reshape(*lead, -1, outputs).swapaxes(-1, -2)  # packed rows, then transposed
+    return QuantizedWeight1_58bit(packed, scales, block, padding)
 
 
 def _unpack_rows(packed, block: int):  # [..., B] -> [..., 4 B]
@@ -188,6 +192,52 @@ def unpack(w: QuantizedWeight1_58bit):
     return trits[..., : w.shape[-2]].swapaxes(-1, -2)
 
 
+# --- int8 to ternary, blockwise -------------------------------------------------------------------
+#
+# NumPy, for weights too large to be float32 all at once. The result is exactly that of
+# `round_to_trits(weight * scales, gamma)`.
+
+
+def absolute_sums(weight: np.ndarray) -> np.ndarray:
+    """Sums of |weight| over the rows of int8 [I, O], exact: int64 [O]."""
+    sums = np.zeros(weight.shape[1], np.int64)
+    for start in range(0, len(weight), 256):  # 256 * 128 fits in 16 bits
+        magnitude = np.abs(weight[start : start + 256]).view(np.uint8)  # |-128| wraps to 128
+        sums += magnitude.sum(axis=0, dtype=np.uint16)
+    return sums
+
+
+def absmean_of_sums(sums: np.ndarray, scales: np.ndarray, inputs: int) -> np.ndarray:
+    """gamma, float32 [E, 1, 1], from sums of |weight| and scales float32, both [E, G, O].
+
+    Rounded once, from the exact sum (`math.fsum`): no order of summation shows in it.
+    """
+    count = inputs * scales.shape[-1]
+    weighted = sums * scales.astype(np.float64)  # exact: 24 bits at most times 24
+    means = [math.fsum(matrix.ravel().tolist()) / count for matrix in weighted]
+    return np.array(means, np.float32).reshape(-1, 1, 1)
+
+
+def zero_limits(scales: np.ndarray, gamma: np.ndarray) -> np.ndarray:
+    """The largest code, 0 to 128, that rounds to 0 under each scale: int16 [E, G, O].
+
+    scales: float32 [E, G, O], none negative; gamma: float32 [E, 1, 1]. A binary search that asks
+    `round_to_trits` itself, which is monotonic in the code and symmetric about 0.
+    """
+    limits = np.zeros(scales.shape, np.int16)
+    for step in (64, 32, 16, 8, 4, 2, 1, 1):
+        w = (limits + np.int16(step)).astype(np.float32) * scales
+        limits += np.int16(step) * (round_to_trits(w, gamma) == 0)
+    return limits
+
+
+def int8_to_trits(weight: np.ndarray, limits: np.ndarray, out: np.ndarray) -> None:
+    """Writes the trits of codes int8 [R, O] to `out`, int8 [R, O]; `limits` int16 [O]."""
+    above = np.greater(weight, np.minimum(limits, 127).astype(np.int8))
+    below = np.less(weight, (-limits).astype(np.int8))
+    np.subtract(above.view(np.int8), below.view(np.int8), out=out)
+
+
 # --- Products -------------------------------------------------------------------------------------
 
 
@@ -198,7 +248,7 @@ def dot(
 
     activations: "float" multiplies x as it is; "int8" rounds each row to BitNet's int8 first, and
       then ternary products are exact integer sums.
-    axis_name: inside `shard_map`, the mesh axis over which I is split; the result is summed over it.
+    axis_name: inside `shard_map`, the mesh axis that I is split over; the result is the whole sum
     """
     stack = jax.tree.map(lambda leaf: leaf[None], w)
     rows = x.reshape(-1, x.shape[-1])
@@ -233,9 +283,9 @@ def grouped_dot(
         else:  # training: the same rounding, with the gradient of the identity
             x = x + lax.stop_gradient((rounded * step).astype(dtype) - x)
             step = None
-    product = _ternary_product if ternary else _int8_product if int8 else _float_product
+    product = _ternary_product if ternary else _int8_product
 
-    def one_block(expert, rows):
+    def block_product(expert, rows):
         result = jax.eval_shape(product, rows, w, expert)
         return lax.cond(
             expert < 0,
@@ -244,12 +294,14 @@ def grouped_dot(
         )
 
     blocks = experts.shape[0]
-    if blocks == 1:
+    grouped = x.reshape(blocks, -1, x.shape[-1])
+    if not (ternary or int8):  # one batched product: gradients through a loop cost twice as much
+        y = jnp.where(experts[:, None, None] < 0, 0, _float_products(grouped, w, experts))
+    elif blocks == 1:
         y = product(x, w, experts[0])
     else:
-        grouped = x.reshape(blocks, -1, x.shape[-1])
-        y = lax.map(lambda args: one_block(*args), (experts, grouped))
-        y = y.reshape(x.shape[0], -1)
+        y = lax.map(lambda args: block_product(*args), (experts, grouped))
+    y = y.reshape(x.shape[0], -1)
     if axis_name is not None:
         y = lax.psum(y, axis_name)
     y = y.astype(jnp.float32)
@@ -268,9 +320,9 @@ def _matmul(x, w, contract):
     )
 
 
-def _float_product(x, w, expert):
-    chosen = lax.dynamic_index_in_dim(w, expert, keepdims=False).astype(x.dtype)
-    return _matmul(x, chosen, (((1,), (0,)), ((), ())))
+def _float_products(x, w, experts):  # [blocks, R, I], [E, I, O] -> [blocks, R, O]
+    chosen = w[experts] if len(w) > 1 else w
+    return _matmul(x, chosen.astype(x.dtype), (((2,), (1,)), ((0,), (0,))))
 
 
 def _ternary_product(x, w, expert):
