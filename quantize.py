@@ -103,7 +103,12 @@ def fake_ternarize(w: jax.Array) -> jax.Array:
     """gamma * T as floats, with the gradient of the identity: the forward pass of training."""
     gamma = absmean_scale(w)
     rounded = (gamma * round_to_trits(w.astype(jnp.float32), gamma)).astype(w.dtype)
-    return w + lax.stop_gradient(rounded - w)
+    return straight_through(w, rounded)
+
+
+def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """The value of `rounded`, to the last bit, with the gradient of x."""
+    return lax.stop_gradient(rounded) + (x - lax.stop_gradient(x))  # x + (rounded - x) rounds again
 
 
 def quantize_int8(w: jax.Array, groups: int = 1) -> QuantizedWeight8bit:
@@ -117,6 +122,24 @@ def quantize_int8(w: jax.Array, groups: int = 1) -> QuantizedWeight8bit:
         weight.astype(jnp.int8).reshape(*lead, inputs, outputs),
         scales,
     )
+
+
+def quantize_int8_keeping_trits(w: jax.Array) -> QuantizedWeight8bit:
+    """int8 form of latent weights whose absmean trits are those of the latent weights.
+
+    Rounding to int8 moves values across the ternary threshold here and there; those go one code
+    back over it. Their gammas agree to about 1e-4.
+    """
+    wanted = round_to_trits(w.astype(jnp.float32), absmean_scale(w))
+    int8 = quantize_int8(w)
+    for _ in range(8):
+        rounded = dequantize(int8)
+        found = round_to_trits(rounded, absmean_scale(rounded))
+        if not jnp.any(found != wanted):
+            return int8
+        weight = jnp.clip(int8.weight + (wanted - found), -127, 127).astype(jnp.int8)
+        int8 = dataclasses.replace(int8, weight=weight)
+    raise ValueError("the weights have no int8 form with the same trits; is a column all alike?")
 
 
 def quantize_rows(x: jax.Array, axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
@@ -153,11 +176,10 @@ def packing_block(inputs: int) -> int:
     """Bytes in a packing block for I inputs: the largest power of two up to 64 that fits.
 
     Where the size allows, blocks are small enough that each of 2, 4 or 8 shards of I holds whole
-    ones. 6144 inputs: 64; 256: 8; 8: 2.
+    ones. 6144 inputs: 64; 256: 8; 48: 1.
     """
     width = -(-inputs // 4)
-    shards = SHARDS if width % SHARDS == 0 else 1
-    per_shard = width // shards
+    per_shard = width // math.gcd(width, SHARDS)
     return min(MAX_BLOCK, per_shard & -per_shard)
 
 
@@ -166,7 +188,7 @@ def pack(trits, scales, block: int | None = None) -> QuantizedWeight1_58bit:
     *lead, inputs, outputs = trits.shape
     block = block or packing_block(inputs)
     padding = -inputs % 4
-    codes = (trits + np.int8(1)).astype(np.uint8)  # [..., I, O]
+    codes = (trits.astype(np.int8, copy=False) + np.int8(1)).view(np.uint8)  # [..., I, O]
     if padding:
         xp = np if isinstance(trits, np.ndarray) else jnp
         rows = [(0, 0)] * len(lead) + [(0, padding), (0, 0)]
@@ -174,7 +196,7 @@ def pack(trits, scales, block: int | None = None) -> QuantizedWeight1_58bit:
     codes = codes.reshape(*lead, -1, 4, block, outputs)
     packed = codes[..., 0, :, :]
     for position in range(1, 4):
-        packed = packed | codes[..., position, :, :] << np.uint8(2 * position)
+        packed = packed | codes[..., position, :, :] * np.uint8(4**position)
     packed = packed.reshape(*lead, -1, outputs).swapaxes(-1, -2)  # packed rows, then transposed
     return QuantizedWeight1_58bit(packed, scales, block, padding)
 
@@ -281,7 +303,7 @@ def grouped_dot(
         if ternary or int8:
             x = rounded
         else:  # training: the same rounding, with the gradient of the identity
-            x = x + lax.stop_gradient((rounded * step).astype(dtype) - x)
+            x = straight_through(x, (rounded * step).astype(dtype))
             step = None
     product = _ternary_product if ternary else _int8_product
 
@@ -298,7 +320,7 @@ def grouped_dot(
     if not (ternary or int8):  # one batched product: gradients through a loop cost twice as much
         y = jnp.where(experts[:, None, None] < 0, 0, _float_products(grouped, w, experts))
     elif blocks == 1:
-        y = product(x, w, experts[0])
+        y = jnp.where(experts < 0, 0, product(x, w, experts[0]))
     else:
         y = lax.map(lambda args: block_product(*args), (experts, grouped))
     y = y.reshape(x.shape[0], -1)
@@ -321,7 +343,7 @@ def _matmul(x, w, contract):
 
 
 def _float_products(x, w, experts):  # [blocks, R, I], [E, I, O] -> [blocks, R, O]
-    chosen = w[experts] if len(w) > 1 else w
+    chosen = w if len(w) == len(experts) == 1 else w[experts]
     return _matmul(x, chosen.astype(x.dtype), (((2,), (1,)), ((0,), (0,))))
 
 

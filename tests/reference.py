@@ -1,7 +1,7 @@
 """Grok-1 in plain NumPy, float64: the model once more, slow and without any trick.
 
 One sequence at a time, all positions at once, every expert computed for every token. Weights are
-float64 matrices [I, O]: weight formats are no business of this file. Shape letters as in `model.py`.
+float64 matrices [I, O]; weight formats are no business of it. Shape letters as in `model.py`.
 """
 
 import numpy as np

@@ -1,0 +1,398 @@
+"""Weight formats: packing, quantizing by hand, and products that never see the whole matrix."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import quantize
+
+# Largest difference from float64, relative to the largest |result|: sums of some 100 float32
+# products lose a few ulps (1.2e-7); a bfloat16 result is rounded to 8 bits at the end.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8}
+
+FORMATS = ("float", "int8", "int8 in 7 groups", "ternary")
+
+
+def random_trits(*shape, seed=0):
+    return np.random.default_rng(seed).integers(-1, 2, shape).astype(np.int8)
+
+
+def random_floats(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def weight_in(form, w):
+    if form == "ternary":
+        return quantize.ternarize(w)
+    if form == "float":
+        return w
+    return quantize.quantize_int8(w, groups=7 if "groups" in form else 1)
+
+
+def exact(x, w):
+    """x @ w in float64, of the matrices that a weight stands for."""
+    return np.asarray(x, np.float64) @ np.asarray(quantize.dequantize(w), np.float64)
+
+
+def assert_near(y, expected, dtype="float32"):
+    error = np.abs(np.asarray(y, np.float64) - expected).max() / np.abs(expected).max()
+    assert error <= TOLERANCE[dtype], f"relative error {error:.2g} > {TOLERANCE[dtype]:.2g}"
+
+
+# --- Packing --------------------------------------------------------------------------------------
+
+
+def test_packing_is_that_of_the_docstring():
+    trits = np.array([[1, 0, -1, 1, 0, 0, 1, -1]], np.int8).T  # [I, O] = [8, 1]
+    packed = quantize.pack(trits, None, block=2)
+    assert packed.packed.tolist() == [[146, 25]]
+    assert packed.shape == (8, 1)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 5),
+    lead=st.sampled_from([(), (1,), (3,), (2, 3)]),
+    seed=st.integers(0, 99),
+)
+def test_packing_round_trip(inputs, outputs, lead, seed):
+    trits = random_trits(*lead, inputs, outputs, seed=seed)
+    scales = np.ones((*lead, 1, 1), np.float32)
+    packed = quantize.pack(trits, scales)
+    assert packed.shape == trits.shape
+    assert packed.packed.shape == (*lead, outputs, -(-inputs // 4))
+    assert packed.packed.dtype == np.uint8
+    assert np.array_equal(quantize.unpack(packed), trits)
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 3, 4, 31, 48, 70])
+def test_numpy_and_jax_pack_the_same_bytes(inputs):
+    trits = random_trits(2, inputs, 3)
+    ours = quantize.pack(trits, np.ones((2, 1, 1), np.float32))
+    assert isinstance(ours.packed, np.ndarray)
+    jaxs = quantize.pack(jnp.asarray(trits), jnp.ones((2, 1, 1)))
+    assert isinstance(jaxs.packed, jax.Array)
+    assert np.array_equal(ours.packed, jaxs.packed)
+    assert (ours.block, ours.padding) == (jaxs.block, jaxs.padding)
+    assert np.array_equal(quantize.unpack(jaxs), trits)
+
+
+@pytest.mark.parametrize("shape", [(31, 7), (3, 64, 5)])
+def test_packing_inside_transformations(shape):
+    trits = random_trits(*shape)
+    scales = np.ones((*shape[:-2], 1, 1), np.float32)
+
+    packed = jax.jit(quantize.pack)(trits, scales)
+    assert packed.shape == shape
+    assert np.array_equal(jax.jit(quantize.unpack)(packed), trits)
+
+    abstract = jax.eval_shape(quantize.pack, trits, scales)
+    assert abstract.shape == shape
+    assert jax.eval_shape(quantize.unpack, abstract).shape == shape
+
+    if len(shape) == 3:
+        mapped = jax.vmap(quantize.pack)(trits, scales)
+        assert np.array_equal(mapped.packed, packed.packed)
+        assert np.array_equal(jax.vmap(quantize.unpack)(mapped), trits)
+
+
+def test_a_packed_weight_keeps_its_layout_through_tree_map():
+    packed = quantize.pack(random_trits(30, 4), np.ones((1, 1), np.float32))
+    copy = jax.tree.map(np.copy, packed)
+    assert (copy.block, copy.padding, copy.shape) == (packed.block, 2, (30, 4))
+
+
+@pytest.mark.parametrize(
+    "inputs, block",
+    [(6144, 64), (32768, 64), (2048, 64), (1024, 32), (384, 4), (256, 8), (48, 1), (3, 1)],
+)
+def test_packing_block(inputs, block):
+    assert quantize.packing_block(inputs) == block
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+@pytest.mark.parametrize("inputs", [48, 96, 128, 160, 256, 6144, 32768])
+def test_shards_of_the_inputs_hold_whole_blocks(inputs, shards):
+    """A slice of the bytes is the packed form of the slice of the matrix, if the size allows it."""
+    if inputs % (4 * shards):
+        pytest.skip("bytes do not split")
+    block = quantize.packing_block(inputs)
+    assert inputs % (4 * shards * block) == 0
+    trits = random_trits(inputs, 2)
+    whole = quantize.pack(trits, None)
+    for i in range(shards):
+        rows = slice(i * inputs // shards, (i + 1) * inputs // shards)
+        part = dataclasses.replace(whole, packed=np.split(whole.packed, shards, axis=1)[i])
+        assert np.array_equal(quantize.unpack(part), trits[rows])
+
+
+# --- Quantizing -----------------------------------------------------------------------------------
+
+
+def test_ternary_by_hand():
+    w = jnp.array([[1.0, -0.3, 0.2], [-2.0, 0.4, 0.9]])
+    ternary = quantize.ternarize(w)
+    assert ternary.scales.dtype == jnp.float32
+    assert ternary.scales.tolist() == [[pytest.approx(0.8)]]  # 4.8 / 6; the threshold is 0.4
+    assert quantize.unpack(ternary).tolist() == [[1, 0, 0], [-1, 0, 1]]
+    expected = [[0.8, 0, 0], [-0.8, 0, 0.8]]
+    np.testing.assert_allclose(quantize.dequantize(ternary), expected, rtol=1e-6)
+
+
+def test_each_expert_has_its_own_gamma():
+    w = random_floats(3, 10, 7) * jnp.array([1.0, 10.0, 0.1])[:, None, None]
+    together = quantize.ternarize(w)
+    assert together.scales.shape == (3, 1, 1)
+    for i in range(3):
+        alone = quantize.ternarize(w[i])
+        np.testing.assert_allclose(alone.scales, together.scales[i], rtol=1e-6)
+        assert np.array_equal(alone.packed, together.packed[i])
+
+
+@pytest.mark.parametrize("form", ["int8", "ternary"])
+def test_a_matrix_of_zeros_stays_zero(form):
+    w = weight_in(form, jnp.zeros((11, 3)))
+    assert np.array_equal(quantize.dequantize(w), np.zeros((11, 3)))
+    assert np.array_equal(quantize.dot(jnp.ones((2, 11)), w), np.zeros((2, 3)))
+
+
+def test_dequantize_groups_by_hand():
+    w = quantize.QuantizedWeight8bit(
+        jnp.array([[1, 2], [3, 4], [5, 6], [-7, 8]], jnp.int8),
+        jnp.array([[1, 10], [0.5, 2]], jnp.bfloat16),
+    )
+    assert w.shape == (4, 2)
+    assert quantize.dequantize(w).tolist() == [[1, 20], [3, 40], [2.5, 12], [-3.5, 16]]
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_int8_is_within_half_a_step(groups):
+    w = random_floats(2, 12, 5)
+    w8 = quantize.quantize_int8(w, groups)
+    assert w8.scales.dtype == jnp.bfloat16
+    assert w8.scales.shape == (2, groups, 5)
+    assert w8.weight.dtype == jnp.int8
+    step = np.repeat(np.asarray(w8.scales, np.float32), 12 // groups, axis=1)
+    # The bfloat16 scale may be 2^-9 short, which clips the largest by 127 / 512 of a step at most.
+    assert np.all(np.abs(quantize.dequantize(w8) - w) <= 0.5001 * step)
+    assert np.abs(np.asarray(w8.weight, np.int32)).max() >= 126
+
+
+def test_rows_by_hand():
+    rounded, step = quantize.quantize_rows(jnp.array([[0.5, -2.0, 1.0], [0.0, 0.0, 0.0]]))
+    assert rounded.dtype == jnp.int8
+    assert rounded.tolist() == [[32, -127, 64], [0, 0, 0]]  # 31.75 and 63.5
+    assert step.shape == (2, 1)
+    assert float(step[0, 0]) == pytest.approx(2 / 127)
+
+
+def test_rows_round_within_half_a_step():
+    x = random_floats(9, 31, dtype=jnp.bfloat16)
+    rounded, step = quantize.quantize_rows(x)
+    assert np.all(np.abs(rounded * step - x.astype(jnp.float32)) <= 0.5001 * step)
+    assert np.all(np.abs(np.asarray(rounded, np.int32)).max(axis=-1) == 127)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_sees_exactly_what_is_saved(dtype):
+    w = random_floats(3, 29, 13, dtype=dtype)
+    saved = quantize.dequantize(quantize.ternarize(w)).astype(dtype)
+    seen = quantize.fake_ternarize(w)
+    assert seen.dtype == w.dtype
+    assert np.array_equal(seen, saved)
+    # Compiled, the mean may be summed in another order; the trits are the same.
+    compiled = jax.jit(quantize.fake_ternarize)(w)
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (compiled, saved)), rtol=1e-6)
+
+
+def test_gradients_go_straight_through():
+    w, x = random_floats(29, 13), random_floats(5, 29, seed=1)
+    weight = random_floats(29, 13, seed=2)
+    gradient = jax.grad(lambda w: jnp.sum(quantize.fake_ternarize(w) * weight))(w)
+    assert np.array_equal(gradient, weight)
+
+    def loss(x, w):
+        return jnp.sum(quantize.dot(x, w, activations="int8") ** 2)
+
+    rounded, step = quantize.quantize_rows(x)
+    y = (rounded * step) @ w
+    dx, dw = jax.grad(loss, argnums=(0, 1))(x, w)
+    np.testing.assert_allclose(dx, 2 * y @ w.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dw, 2 * (rounded * step).T @ y, rtol=1e-4, atol=1e-4)
+
+
+# --- Products -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_dot_is_the_product_with_the_dequantized_matrix(form, dtype):
+    x = random_floats(2, 5, 77, dtype=dtype)
+    w = weight_in(form, random_floats(77, 13, seed=1))
+    if form == "float":
+        w = w.astype(dtype)
+    y = jax.jit(quantize.dot)(x, w)
+    assert y.shape == (2, 5, 13)
+    assert y.dtype == x.dtype
+    assert_near(y, exact(x, w), dtype)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_dot_with_int8_activations_is_that_of_the_rounded_rows(form):
+    x = random_floats(5, 77)
+    w = weight_in(form, random_floats(77, 13, seed=1))
+    rounded, step = quantize.quantize_rows(x)
+    y = jax.jit(functools.partial(quantize.dot, activations="int8"))(x, w)
+    assert_near(y, exact(np.asarray(rounded, np.float64) * np.asarray(step, np.float64), w))
+
+
+def test_ternary_with_int8_activations_sums_exactly():
+    """With steps and scales of one the result is the integer sum itself, here up to 127 * 4099."""
+    x = np.random.default_rng(0).integers(-127, 128, (3, 4099))
+    x[:, 0] = 127
+    trits = random_trits(4099, 7)
+    trits[:, 0] = np.sign(x[1])  # the largest sum there is
+    w = quantize.pack(trits, np.ones((1, 1), np.float32))
+    y = quantize.dot(jnp.asarray(x, jnp.float32), w, activations="int8")
+    assert np.array_equal(np.asarray(y, np.int64), x.astype(np.int64) @ trits.astype(np.int64))
+
+
+@pytest.mark.parametrize("form", ["int8", "ternary"])
+def test_int8_activations_multiply_as_integers(form):
+    w = weight_in(form, random_floats(77, 13))
+    f = functools.partial(quantize.dot, activations="int8")
+    jaxpr = jax.make_jaxpr(f)(jnp.ones((3, 77)), w)
+    products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) == 1
+    assert [v.aval.dtype for v in products[0].invars] == [jnp.int8, jnp.int8]
+    assert products[0].outvars[0].aval.dtype == jnp.int32
+
+
+def test_unknown_activations():
+    with pytest.raises(ValueError, match="'float' or 'int8', got 'int4'"):
+        quantize.dot(jnp.ones((1, 3)), jnp.ones((3, 2)), activations="int4")
+
+
+@pytest.mark.parametrize("columns", [1, 5, 12])
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("form", ["int8", "int8 in 7 groups", "ternary"])
+def test_tiles_of_columns_change_nothing(form, activations, columns, monkeypatch):
+    x = random_floats(3, 77)
+    w = weight_in(form, random_floats(77, 13, seed=1))
+    whole = jax.jit(functools.partial(quantize.dot, activations=activations))(x, w)
+    monkeypatch.setattr(quantize, "TILE", columns * 77)
+    tiled = jax.jit(functools.partial(quantize.dot, activations=activations))(x, w)
+    if activations == "int8" and form == "ternary":
+        assert np.array_equal(tiled, whole)
+    else:  # the compiler may sum in another order
+        assert_near(tiled, np.asarray(whole, np.float64))
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_grouped_dot(form, activations):
+    x = random_floats(5 * 3, 77)
+    w = weight_in(form, random_floats(4, 77, 13, seed=1))
+    experts = [2, -1, 0, 3, 2]
+    f = jax.jit(functools.partial(quantize.grouped_dot, activations=activations))
+    y = np.asarray(f(x, w, jnp.array(experts)))
+    assert y.shape == (15, 13)
+    for i, expert in enumerate(experts):
+        rows = slice(3 * i, 3 * i + 3)
+        if expert < 0:
+            assert not y[rows].any()
+        else:
+            one = jax.tree.map(lambda leaf, e=expert: leaf[e], w)
+            block = np.asarray(x[rows])
+            if activations == "int8":
+                rounded, step = quantize.quantize_rows(x[rows])
+                block = np.asarray(rounded, np.float64) * np.asarray(step, np.float64)
+            assert_near(y[rows], exact(block, one))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_grouped_dot_with_one_block_or_one_expert(form):
+    f = jax.jit(quantize.grouped_dot)
+    x, w = random_floats(6, 77), weight_in(form, random_floats(1, 77, 13, seed=1))
+    assert not np.asarray(f(x, w, jnp.array([-1]))).any()
+    expected = exact(x, jax.tree.map(lambda leaf: leaf[0], w))
+    assert_near(f(x, w, jnp.array([0])), expected)
+    assert_near(f(x, w, jnp.array([0, 0])), expected)
+
+
+# --- What the compiler is given -------------------------------------------------------------------
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those inside it."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from equations(inner)
+
+
+def largest_array(f, *args):
+    """Elements of the largest array that f computes."""
+    sizes = [
+        math.prod(v.aval.shape)
+        for equation in equations(jax.make_jaxpr(f)(*args))
+        for v in equation.outvars
+    ]
+    return max(sizes)
+
+
+def test_largest_array_looks_into_inner_jaxprs():
+    def f(x):
+        return jax.lax.cond(
+            x[0] > 0, lambda: jax.jit(lambda: jnp.sum(jnp.outer(x, x)))(), lambda: x[0]
+        )
+
+    assert largest_array(f, jnp.ones(17)) == 17 * 17
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_no_unpacked_matrix_exists(activations):
+    """One row times a Grok-1 expert unpacks a tile at a time, of 2 % of the matrix."""
+    inputs, outputs, experts = 6144, 32768, 8
+    w = jax.eval_shape(
+        quantize.pack,
+        jax.ShapeDtypeStruct((experts, inputs, outputs), jnp.int8),
+        jax.ShapeDtypeStruct((experts, 1, 1), jnp.float32),
+    )
+    f = functools.partial(quantize.grouped_dot, activations=activations)
+    x = jax.ShapeDtypeStruct((1, inputs), jnp.bfloat16)
+    index = jax.ShapeDtypeStruct((1,), jnp.int32)
+    assert largest_array(f, x, w, index) <= quantize.TILE < inputs * outputs / 40
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def test_first_rule_that_matches_wins():
+    rules = [("router", "float"), ("w$", "ternary")]
+    assert quantize.match_rules(rules, ["router/w", "linear/w"]) == {
+        "router/w": "float",
+        "linear/w": "ternary",
+    }
+
+
+def test_a_parameter_that_no_rule_matches():
+    with pytest.raises(ValueError, match="no rule matches parameter 'norm/scale'; add one"):
+        quantize.match_rules([("w$", 1)], ["linear/w", "norm/scale"])
+
+
+def test_a_rule_that_is_never_used():
+    with pytest.raises(ValueError, match=r"match no parameter: \['router'\]; remove or correct"):
+        quantize.match_rules([("w$", 1), ("router", 2)], ["router/w"])
