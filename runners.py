@@ -1,0 +1,577 @@
+"""Prompts to tokens: a model on its mesh, prefill, a decode step over slots, sampling.
+
+A prompt is prefilled alone, in padded chunks, into a cache of one row. That row then takes a slot
+of the big cache, where all requests decode together, one token each in a step. What a request
+samples depends on its own row and seed only: the same request gives the same tokens alone or
+beside others, in whichever slot.
+
+Shape letters as in `model.py`; B counts slots here.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import checkpoint
+import quantize
+import sharding
+from model import (
+    MEMORY_AXES,
+    PRECISIONS,
+    LanguageModelConfig,
+    Memory,
+    abstract_params,
+    init_memory,
+    make_model,
+)
+
+BOS = 1  # what an empty prompt starts from
+TOP_K = 8  # alternatives that come with each token
+PAD_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # prefill is compiled for each one that is used
+EMBEDDINGS = "language_model/in_out_embed"
+
+# --- A model on its mesh --------------------------------------------------------------------------
+
+
+class ModelRunner:
+    """A configuration, the mesh that it runs on, and its parameters once loaded or initialised."""
+
+    def __init__(self, config: LanguageModelConfig, mesh: jax.sharding.Mesh | None = None):
+        """Allocates nothing. Raises ValueError for a mesh that the heads do not divide over."""
+        self.config = config
+        self.mesh = sharding.make_mesh() if mesh is None else mesh
+        self.model = make_model(config)
+        self.params = None
+        devices = self.mesh.shape["model"]
+        if config.num_kv_heads % devices:
+            raise ValueError(
+                f"{config.num_kv_heads} key/value heads do not divide over the {devices} devices "
+                f"of mesh axis 'model'; choose a 'model' axis that divides {config.num_kv_heads}"
+            )
+        self._logits = jax.jit(lambda params, tokens: self.model.apply(params, None, tokens).logits)
+
+    def init(self, seed: int = 0) -> None:
+        """Random float32 parameters, each made where it belongs."""
+        shardings = sharding.parameter_shardings(self.mesh, abstract_params(self.config))
+        tokens = np.zeros((1, 1), np.int32)
+        with jax.set_mesh(self.mesh):
+            init = jax.jit(self.model.init, out_shardings=shardings)
+            self.params = init(jax.random.key(seed), tokens)
+
+    def load(self, folder, weights: str = "ternary", progress: bool = False) -> None:
+        """The parameters of a checkpoint folder, in the form that `weights` names in PRECISIONS.
+
+        Raises checkpoint.CheckpointError.
+        """
+        params = checkpoint.restore(
+            folder,
+            abstract_params(self.config),
+            PRECISIONS[weights],
+            functools.partial(sharding.parameter_shardings, self.mesh),
+            progress=progress,
+        )
+        self.params = cast_embeddings(params, self.config)
+
+    def logits(self, tokens) -> jax.Array:
+        """One pass without a cache: int32 [B, T] to float32 [B, T, V], on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return self._logits(self.params, tokens)
+
+
+def cast_embeddings(params: dict, config: LanguageModelConfig) -> dict:
+    """The embedding table in the compute dtype: no other float tensor is as large."""
+    table = params[EMBEDDINGS]["embeddings"].astype(config.fprop_dtype)
+    return params | {EMBEDDINGS: {"embeddings": table}}
+
+
+# --- Sampling -------------------------------------------------------------------------------------
+
+
+class SampleSettings(NamedTuple):
+    """How each row samples and when it ends; see Request. float32, float32, uint32, int32 [B]."""
+
+    temperature: jax.Array
+    nucleus_p: jax.Array
+    rng_seed: jax.Array
+    max_len: jax.Array
+
+
+class SampleOutput(NamedTuple):
+    """A token of each row, int32 [B], and the most likely ones [B, TOP_K], with probabilities."""
+
+    token_id: jax.Array
+    prob: jax.Array
+    top_k_token_ids: jax.Array
+    top_k_probs: jax.Array
+
+
+def top_p_filter(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """-inf for all but the smallest set of tokens whose probabilities sum to top_p or more.
+
+    Tokens as likely as the last one of that set are kept too, so that no tie is broken by id.
+    With probabilities 0.5, 0.3, 0.15 and 0.05, top_p 0.6 keeps two tokens and 0.9 three.
+
+    logits: float32 [B, V]; top_p: float32 [B], 1 for all tokens
+    """
+
+    def filtered():
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+        # Rounded sums may never reach a top_p just below 1: then the last token is the last.
+        last = jnp.minimum(jnp.sum(mass < top_p[:, None], axis=-1), logits.shape[-1] - 1)
+        threshold = jnp.take_along_axis(ordered, last[:, None], axis=-1)
+        keep = (logits >= threshold) | (top_p >= 1)[:, None]
+        return jnp.where(keep, logits, -jnp.inf)
+
+    # Sorting 131072 logits costs more than all the rest of sampling: not when nobody asks for it.
+    return lax.cond(jnp.any(top_p < 1), filtered, lambda: logits)
+
+
+def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) -> SampleOutput:
+    """Samples from float32 logits [B, V]; count, int32 [B], numbers the tokens of each row.
+
+    The random key of a token is that of its row's seed and its number. At temperature 0 the most
+    likely token is taken (of equals, the lowest id), and probabilities are those of temperature 1.
+    Token 0, Grok-1's padding, is a token like any other.
+    """
+
+    def draw(seed, number, logits):
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), number), logits)
+
+    random = settings.temperature > 0
+    temperature = jnp.where(random, settings.temperature, 1)[:, None]
+    # The largest becomes 0 first, which no small temperature can make infinite.
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    allowed = top_p_filter(shifted / temperature, settings.nucleus_p)
+    drawn = jax.vmap(draw)(settings.rng_seed, count, allowed)
+    token = jnp.where(random, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    probs = jax.nn.softmax(allowed, axis=-1)
+    top_k_probs, top_k_ids = lax.top_k(probs, min(TOP_K, logits.shape[-1]))
+    prob = jnp.take_along_axis(probs, token[:, None], axis=-1)[:, 0]
+    return SampleOutput(token, prob, top_k_ids, top_k_probs)
+
+
+# --- Slots: all that decoding keeps between two steps ---------------------------------------------
+
+
+class Slots(NamedTuple):
+    """Requests that decode together, a row for each; arrays are [B].
+
+    token: int32, sampled last and not yet in the cache
+    count: int32, how many were sampled
+    active: bool, false for a free slot; its row is not computed, and its cache stays as it is
+    """
+
+    memory: Memory
+    settings: SampleSettings
+    token: jax.Array
+    count: jax.Array
+    active: jax.Array
+
+
+def empty_slots(config: LanguageModelConfig, slots: int, sequence_len: int) -> Slots:
+    """B free slots of `sequence_len` cache slots each."""
+    zeros = functools.partial(jnp.zeros, slots)
+    settings = SampleSettings(
+        zeros(jnp.float32), zeros(jnp.float32), zeros(jnp.uint32), zeros(jnp.int32)
+    )
+    memory = init_memory(config, slots, sequence_len)
+    return Slots(memory, settings, zeros(jnp.int32), zeros(jnp.int32), zeros(bool))
+
+
+def slots_shardings(mesh: jax.sharding.Mesh, slots: Slots) -> Slots:
+    """Rows of the cache over "data", its heads over "model"; the small arrays on every device.
+
+    A single row is on every device of "data".
+    """
+    axes = MEMORY_AXES
+    if slots.token.shape[0] % mesh.shape["data"]:
+        axes = (None, *MEMORY_AXES[1:])
+    cache, everywhere = sharding.batch_sharding(mesh, *axes), sharding.batch_sharding(mesh)
+    shardings = jax.tree.map(lambda _: everywhere, slots)
+    layers = jax.tree.map(lambda _: cache, slots.memory.layers)
+    return shardings._replace(memory=Memory(layers, everywhere))
+
+
+def advance(logits: jax.Array, slots: Slots, eos: int) -> tuple[Slots, SampleOutput]:
+    """The next token of each row from its logits [B, V]; rows that are then complete go idle."""
+    sample = sample_token(logits, slots.settings, slots.count)
+    count = slots.count + slots.active
+    done = (sample.token_id == eos) | (count >= slots.settings.max_len)
+    active = slots.active & ~done
+    return slots._replace(token=sample.token_id, count=count, active=active), sample
+
+
+def prefill_chunk(
+    model: hk.Transformed, params: dict, memory: Memory, tokens: jax.Array, start, length
+) -> tuple[Memory, jax.Array]:
+    """Puts part of a prompt into a cache of one row: its new state, and the logits [1, V] after it.
+
+    tokens: int32 [1, T], padded on the right to one of few sizes
+    start: where they go, the number of tokens before them; whatever lies there is overwritten
+    length: how many are not padding
+    """
+    memory = memory._replace(step=jnp.full(1, start, jnp.int32))
+    lengths = jnp.full(1, length, jnp.int32)
+    output = model.apply(params, None, tokens, memory, lengths, last_only=True)
+    return output.model_state, output.logits
+
+
+def insert_row(
+    slots: Slots, memory: Memory, logits: jax.Array, settings: SampleSettings, slot, eos: int
+) -> tuple[Slots, SampleOutput]:
+    """Gives a slot to a prefilled prompt, with its cache of one row, and samples its first token.
+
+    settings: scalars
+    """
+    settings = jax.tree.map(lambda value: value[None], settings)
+    row = Slots(memory, settings, slots.token[:1], jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
+    row, sample = advance(logits, row, eos)
+    slots = jax.tree.map(
+        lambda all_rows, one: lax.dynamic_update_index_in_dim(all_rows, one[0], slot, axis=0),
+        slots,
+        row,
+    )
+    return slots, sample
+
+
+def decode_step(
+    model: hk.Transformed, params: dict, slots: Slots, eos: int
+) -> tuple[Slots, SampleOutput]:
+    """One more token for every active row."""
+    lengths = slots.active.astype(jnp.int32)
+    tokens = slots.token[:, None]
+    output = model.apply(params, None, tokens, slots.memory, lengths, last_only=True)
+    return advance(output.logits, slots._replace(memory=output.model_state), eos)
+
+
+# --- Serving --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to continue.
+
+    prompt: text, or token ids; an empty one starts from [BOS]
+    temperature: 0 takes the most likely token each time
+    nucleus_p: sample among the most likely tokens that make up this much probability
+    rng_seed: 0 to 2**32 - 1; with the rest of the request it fixes the tokens that come
+    max_len: new tokens, at most; [EOS] ends a request earlier
+    truncate: drop the start of a prompt that does not fit; positions then count from what is left
+    """
+
+    prompt: str | Sequence[int]
+    temperature: float = 1.0
+    nucleus_p: float = 1.0
+    rng_seed: int = 42
+    max_len: int = 100
+    truncate: bool = False
+
+
+class Token(NamedTuple):
+    """A new token of the request in a slot; top_k_* are [TOP_K], likeliest first.
+
+    Probabilities are those it was sampled from, after temperature and top-p. `done` marks the last
+    token of its request, [EOS] or not.
+    """
+
+    slot: int
+    token_id: int
+    prob: float
+    top_k_token_ids: np.ndarray
+    top_k_probs: np.ndarray
+    done: bool
+
+
+@dataclasses.dataclass
+class Timing:
+    """Tokens and seconds spent so far; those of prefill include each request's first new token."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+
+class InferenceRunner:
+    """Serves requests with a loaded ModelRunner.
+
+    `generate` runs any number of them; `insert`, `step` and `remove` are its parts, for callers
+    that come and go; `run` is the reference's interface. One at a time: they share the slots.
+    With several processes each makes the same calls.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: Any = None,
+        slots: int = 1,
+        sequence_len: int | None = None,
+        pad_sizes: Sequence[int] = PAD_SIZES,
+    ):
+        """Allocates the cache: `slots` rows, and one to prefill, of `sequence_len` tokens.
+
+        tokenizer: has `encode` and `decode`; only needed for text
+        sequence_len: longest prompt and continuation, by default the model's context
+        pad_sizes: what the chunks of a prompt are padded to; the largest bounds a chunk
+        """
+        config, mesh = runner.config, runner.mesh
+        check_slots(slots, mesh)
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.sequence_len = sequence_len or config.sequence_len
+        self.pad_sizes = tuple(sorted({min(size, self.sequence_len) for size in pad_sizes}))
+        self.num_slots = slots
+        self.busy: set[int] = set()
+        self.timing = Timing()
+
+        make = functools.partial(empty_slots, config, sequence_len=self.sequence_len)
+        make_slots, make_row = (functools.partial(make, slots=n) for n in (slots, 1))
+        in_slots, in_row = (
+            slots_shardings(mesh, jax.eval_shape(f)) for f in (make_slots, make_row)
+        )
+        everywhere = sharding.batch_sharding(mesh)
+        with jax.set_mesh(mesh):
+            self._slots = jax.jit(make_slots, out_shardings=in_slots)()
+            self._row = jax.jit(make_row, out_shardings=in_row)().memory
+        self._prefill = jax.jit(
+            functools.partial(prefill_chunk, runner.model),
+            donate_argnums=1,
+            out_shardings=(in_row.memory, everywhere),
+        )
+        outputs = (in_slots, everywhere)
+        eos = config.eos_token
+        self._insert = jax.jit(
+            functools.partial(insert_row, eos=eos), donate_argnums=0, out_shardings=outputs
+        )
+        self._decode = jax.jit(
+            functools.partial(decode_step, runner.model, eos=eos),
+            donate_argnums=1,
+            out_shardings=outputs,
+        )
+        self._free = jax.jit(lambda active, slot: active.at[slot].set(False))
+
+    def prompt_tokens(self, request: Request) -> np.ndarray:
+        """The prompt as int32 [T], as it will be fed; ValueError for a request that cannot run."""
+        check_sampling(request)
+        prompt = request.prompt
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = np.asarray(tokens if len(tokens) else [BOS], np.int32)
+        vocab_size = self.runner.config.vocab_size
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
+            raise ValueError(
+                f"token id {bad} is not in the vocabulary, 0 to {vocab_size - 1}; "
+                "encode the prompt with the model's own tokenizer"
+            )
+        room = self.sequence_len - request.max_len
+        if room < 1 or (len(tokens) > room and not request.truncate):
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens and {request.max_len} new ones do not fit into "
+                f"{self.sequence_len} cache slots; ask for fewer new tokens, shorten the prompt or "
+                "have its start dropped (truncate), or choose a longer sequence_len"
+            )
+        return tokens[-room:]
+
+    def insert(self, request: Request) -> Token:
+        """Prefills a request, gives it the lowest free slot, and samples its first token."""
+        tokens = self.prompt_tokens(request)
+        free = set(range(self.num_slots)) - self.busy
+        if not free:
+            raise ValueError(f"all {self.num_slots} slots are busy; step until one is done")
+        slot = min(free)
+        settings = SampleSettings(
+            np.float32(request.temperature),
+            np.float32(request.nucleus_p),
+            np.uint32(request.rng_seed),
+            np.int32(request.max_len),
+        )
+        begin = time.perf_counter()
+        with jax.set_mesh(self.runner.mesh):
+            for start, stop, size in chunks(len(tokens), self.pad_sizes):
+                padded = np.zeros((1, size), np.int32)
+                padded[0, : stop - start] = tokens[start:stop]
+                self._row, logits = self._prefill(
+                    self.runner.params, self._row, padded, start, stop - start
+                )
+            self._slots, sample = self._insert(self._slots, self._row, logits, settings, slot)
+        sample, active = jax.device_get((sample, self._slots.active))
+        self.timing.prefill_seconds += time.perf_counter() - begin
+        self.timing.prefill_tokens += len(tokens)
+        self.busy.add(slot)
+        return self._token(slot, active, *(x[0] for x in sample))
+
+    def step(self) -> list[Token]:
+        """One more token for every request that has a slot."""
+        begin = time.perf_counter()
+        with jax.set_mesh(self.runner.mesh):
+            self._slots, samples = self._decode(self.runner.params, self._slots)
+        samples, active = jax.device_get((samples, self._slots.active))
+        self.timing.decode_seconds += time.perf_counter() - begin
+        self.timing.decode_tokens += len(self.busy)
+        return [
+            self._token(slot, active, *(x[slot] for x in samples)) for slot in sorted(self.busy)
+        ]
+
+    def remove(self, slot: int) -> None:
+        """Ends a request early."""
+        with jax.set_mesh(self.runner.mesh):
+            active = self._free(self._slots.active, slot)
+        self._slots = self._slots._replace(active=active)
+        self.busy.discard(slot)
+
+    def _token(self, slot, active, token_id, prob, top_k_token_ids, top_k_probs) -> Token:
+        done = not active[slot]
+        if done:
+            self.busy.remove(slot)
+        return Token(slot, int(token_id), float(prob), top_k_token_ids, top_k_probs, done)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Token]]:
+        """(number of the request, its next token), as they come.
+
+        A request starts as soon as a slot is free, beside those that run. Closing the iterator
+        ends them.
+        """
+        waiting = enumerate(requests)
+        running: dict[int, int] = {}  # slot: number of its request
+        try:
+            while True:
+                while len(self.busy) < self.num_slots and (item := next(waiting, None)):
+                    number, request = item
+                    token = self.insert(request)
+                    running[token.slot] = number
+                    yield number, token
+                if not self.busy:
+                    return
+                for token in self.step():
+                    yield running[token.slot], token
+        finally:
+            for slot in self.busy & running.keys():
+                self.remove(slot)
+
+    def warm_up(self, lengths: Iterable[int]) -> None:
+        """Compiles what prompts of these lengths need; no request may be running."""
+        sizes = {size for length in lengths for *_, size in chunks(length, self.pad_sizes)}
+        for size in sorted(sizes):
+            prompt = [BOS] * min(size, self.sequence_len - 1)
+            self.insert(Request(prompt, max_len=1))
+        self.step()
+        self.timing = Timing()
+
+    def run(self) -> Generator[str | None, Request | None, None]:
+        """The reference's server: after a first `next`, `send` a Request to get its text."""
+        text = None
+        while True:
+            request = yield text
+            text = None if request is None else self.text(request)
+
+    def text(self, request: Request) -> str:
+        """The continuation of one prompt, without [EOS]."""
+        tokens = [token.token_id for _, token in self.generate([request])]
+        if tokens[-1] == self.runner.config.eos_token:
+            tokens.pop()
+        return self.tokenizer.decode(tokens)
+
+
+def sample_from_model(server: Generator, prompt: str, max_len: int, temperature: float) -> str:
+    """The reference's call: the text that a server of `InferenceRunner.run` adds to a prompt."""
+    next(server)
+    return server.send(Request(prompt, temperature, max_len=max_len))
+
+
+def chunks(length: int, pad_sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """The parts that a prompt is prefilled in: start, stop and padded size of each.
+
+    >>> list(chunks(10, (2, 4)))
+    [(0, 4, 4), (4, 8, 4), (8, 10, 2)]
+    """
+    for start in range(0, length, pad_sizes[-1]):
+        stop = min(start + pad_sizes[-1], length)
+        yield start, stop, next(size for size in pad_sizes if size >= stop - start)
+
+
+def check_slots(slots: int, mesh: jax.sharding.Mesh) -> None:
+    """ValueError for a number of slots that cannot be spread over the mesh."""
+    rows = mesh.shape["data"]
+    if slots < 1 or slots % rows:
+        raise ValueError(
+            f"{slots} slots do not spread over the {rows} rows of the mesh; choose a multiple of "
+            f"its 'data' axis, {rows}"
+        )
+
+
+def check_sampling(request: Request) -> None:
+    """ValueError for settings that mean nothing."""
+    limits = {
+        "temperature": (0 <= request.temperature < math.inf, "0 or more"),
+        "nucleus_p": (0 < request.nucleus_p <= 1, "above 0 and at most 1"),
+        "rng_seed": (0 <= request.rng_seed < 2**32, "from 0 to 2**32 - 1"),
+        "max_len": (request.max_len >= 1, "1 or more"),
+    }
+    for name, (fine, expected) in limits.items():
+        if not fine:
+            raise ValueError(f"{name} must be {expected}, got {getattr(request, name)}")
+
+
+# --- Planning -------------------------------------------------------------------------------------
+
+
+def abstract_weights(config: LanguageModelConfig, weights: str) -> dict:
+    """The shapes and dtypes that `ModelRunner.load` gives the parameters; nothing is allocated.
+
+    Int8 matrices have the one scale for each column that they have at least.
+    """
+    forms = {
+        "ternary": quantize.ternarize,
+        "int8": quantize.quantize_int8,
+        "float32": lambda w: w,
+    }
+    template = abstract_params(config)
+    paths = [f"{module}/{name}" for module in template for name in template[module]]
+    kinds = quantize.match_rules(PRECISIONS[weights], paths)
+    params = {
+        module: {name: jax.eval_shape(forms[kinds[f"{module}/{name}"]], w) for name, w in entries}
+        for module, entries in ((m, template[m].items()) for m in template)
+    }
+    return jax.eval_shape(functools.partial(cast_embeddings, config=config), params)
+
+
+def device_bytes(shapes, shardings) -> int:
+    """Bytes on each device of a tree of arrays or `ShapeDtypeStruct`s that is sharded like this."""
+
+    def one(x, where):
+        return math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(one, shapes, shardings)))
+
+
+def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: int) -> dict:
+    """Bytes that serving takes on each device, by purpose; nothing is allocated.
+
+    "activations" is an estimate: the attention scores of a prefill chunk in float32, three times
+    over, and the logits of all slots, twice.
+    """
+    config, mesh = runner.config, runner.mesh
+    params = abstract_weights(config, weights)
+    shardings = sharding.parameter_shardings(mesh, params)
+    table = device_bytes(params[EMBEDDINGS], shardings[EMBEDDINGS])
+    rows = [
+        jax.eval_shape(functools.partial(empty_slots, config, n, sequence_len)) for n in (slots, 1)
+    ]
+    heads = config.num_q_heads // mesh.shape["model"]
+    scores = heads * min(PAD_SIZES[-1], sequence_len) * sequence_len
+    return {
+        "weights": device_bytes(params, shardings) - table,
+        "embeddings": table,
+        "cache": sum(device_bytes(row, slots_shardings(mesh, row)) for row in rows),
+        "activations": 4 * (3 * scores + 2 * slots * config.vocab_size),
+    }
