@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import checkpoint
 import quantize
 from model import PRECISIONS, LanguageModelConfig, abstract_params, config_from_dict
 
@@ -104,7 +105,5 @@ def golden_arrays(case: str) -> dict[str, np.ndarray]:
 @functools.cache
 def golden_params(case: str, weights: str) -> dict:
     """The weights of a golden case, restored in the form that `weights` names in PRECISIONS."""
-    import checkpoint
-
     template = abstract_params(golden_config(case))
     return checkpoint.restore(GOLDEN / case, template, PRECISIONS[weights])
