@@ -90,15 +90,15 @@ PRESETS = {
     "grok-1": LanguageModelConfig(),
     "demo": LanguageModelConfig(
         vocab_size=1024,
-        sequence_len=512,
+        sequence_len=256,
         emb_size=256,
         num_layers=4,
-        num_q_heads=8,
-        num_kv_heads=4,
-        key_size=32,
-        widening_factor=2.25,
+        num_q_heads=4,
+        num_kv_heads=2,
+        key_size=64,
+        widening_factor=1.5,
         embedding_multiplier_scale=math.sqrt(256),
-        attn_output_multiplier=1 / math.sqrt(32),
+        attn_output_multiplier=1 / math.sqrt(64),
         fprop_dtype="float32",
         activations="int8",
     ),
@@ -170,10 +170,14 @@ class Memory(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """What a layer computed: hidden [B, T, D]; with experts, router_probs float32 [B, T, E] and
-    expert_index int32 [B, T, A], largest probability first."""
+    """What a layer computed: hidden [B, T, D] and, with experts, its routing.
+
+    router_logits, router_probs: float32 [B, T, E]
+    expert_index: int32 [B, T, A], largest probability first
+    """
 
     hidden: jax.Array
+    router_logits: jax.Array | None
     router_probs: jax.Array | None
     expert_index: jax.Array | None
 
@@ -224,8 +228,8 @@ def attend(
 ) -> jax.Array:
     """Soft-capped attention of q [B, T, N, H] over k, v [B, K, S, H], as [B, T, N, H].
 
-    A query sees the slots up to its own position, `positions` [B, T]. Query heads g G to g G + G - 1
-    share key/value head g.
+    A query sees the slots up to its own position, `positions` [B, T]. Query heads g G to
+    g G + G - 1 share key/value head g.
     """
     batch, queries, heads, size = q.shape
     kv_heads, slots = k.shape[1:3]
@@ -263,7 +267,7 @@ class ExpertBlocks(NamedTuple):
 
 
 def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> ExpertBlocks:
-    """Sorts the experts chosen by T tokens, index [T, A], into blocks; tokens not valid [T] go nowhere.
+    """Sorts the experts chosen by T tokens, index [T, A], into blocks, without tokens not valid [T].
 
     With two experts, blocks of two rows, and tokens that chose 1, 0, 1 and 1 (A = 1):
     row_of_pair is [2, 0, 3, 4], token_of_row [1, -, 0, 2, 3, -], expert_of_block [0, 1, 1].
@@ -397,12 +401,14 @@ class Router(hk.Module):
         self.config = config
 
     def __call__(self, x: jax.Array):
-        """[B, T, D] -> float32 [B, T, E], and of the chosen experts [B, T, A] float32 and int32."""
+        """[B, T, D] -> logits and probabilities, float32 [B, T, E], and of the chosen experts
+        [B, T, A] probability and index."""
         size, experts = x.shape[-1], self.config.num_experts
         init = hk.initializers.TruncatedNormal(size**-0.5)
         w = hk.get_parameter("w", [size, experts], init=init)
-        probs = jax.nn.softmax(einsum("btd,de->bte", x.astype(jnp.float32), w), axis=-1)
-        return probs, *lax.top_k(probs, self.config.num_selected_experts)
+        logits = einsum("btd,de->bte", x.astype(jnp.float32), w)
+        probs = jax.nn.softmax(logits, axis=-1)
+        return logits, probs, *lax.top_k(probs, self.config.num_selected_experts)
 
 
 class MoELayer(hk.Module):
@@ -448,9 +454,9 @@ class DecoderLayer(hk.Module):
         attention, memory = MultiHeadAttention(c)(norm("rms_norm")(h), positions, memory)
         h = h + norm("rms_norm_1")(attention)
         x = norm("rms_norm_2")(h)
-        probs = index = None
+        logits = probs = index = None
         if c.num_experts > 1:
-            probs, gates, index = Router(c)(x)
+            logits, probs, gates, index = Router(c)(x)
             y = MoELayer(c)(x, gates, index, valid)
         else:
             linear = Linear(c.ffn_size, ("embed", "ffn"), c.activations, "linear")
@@ -458,7 +464,7 @@ class DecoderLayer(hk.Module):
             linear_1 = Linear(c.emb_size, ("ffn", "embed"), c.activations, "linear_1")
             y = linear_1(jax.nn.gelu(linear(x)) * linear_v(x))
         h = h + norm("rms_norm_3")(y)
-        return LayerOutput(h, probs, index), memory
+        return LayerOutput(h, logits, probs, index), memory
 
 
 class Transformer(hk.Module):

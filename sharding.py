@@ -55,6 +55,15 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
+def parse_mesh(text: str) -> Mesh:
+    """The mesh of a command's "D,M": sizes of the data and model axes."""
+    try:
+        data, model = (int(size) for size in text.split(","))
+    except ValueError:
+        raise ValueError(f"a mesh is two numbers, data,model, as in 1,8; got {text!r}") from None
+    return make_mesh(data, model)
+
+
 # --- Arrays that live on a mesh -------------------------------------------------------------------
 
 

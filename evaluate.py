@@ -1,0 +1,157 @@
+"""How well a model predicts a text, and what its logits are.
+
+    python evaluate.py checkpoints/demo --data tinyshakespeare
+    python evaluate.py checkpoints/demo --tokens tokens.npy --save-logits logits.npy
+
+The first prints the loss of the loaded weights on the last tenth of a text, which training never
+sees; the second reads int32 [B, T] and writes float32 [B, T, V].
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import checkpoint
+import data
+import model
+import runners
+import sharding
+import tokenizer
+
+BATCH = 8  # windows evaluated together
+MAX_LENGTH = 1024  # tokens of a window, where the model's context is longer
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target) in nats: [..., V], int32 [...] -> float32 [...]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+_cross_entropy = jax.jit(cross_entropy)
+
+
+class Loss(NamedTuple):
+    """Summed loss of a text in nats, and what it was summed over."""
+
+    nats: float
+    tokens: int
+    characters: int
+
+    @property
+    def per_token(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def per_character(self) -> float:
+        return self.nats / self.characters
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return float(np.exp(self.per_token))
+
+
+def text_loss(
+    logits: Callable[[np.ndarray], jax.Array],
+    text: str,
+    processor,
+    length: int,
+    progress: bool = False,
+) -> Loss:
+    """Loss over all tokens of a text, in windows of T = `length` tokens that do not overlap.
+
+    logits: int32 [B, T] -> float32 [B, T, V]
+    """
+    windows = data.windows(tokenizer.encode(processor, text), length)
+    nats = 0.0
+    for start in tqdm(range(0, len(windows.inputs), BATCH), disable=not progress, unit="batch"):
+        inputs, targets, mask = (_padded(array[start : start + BATCH]) for array in windows)
+        losses = _cross_entropy(logits(inputs), targets)
+        nats += float(np.sum(np.asarray(losses, np.float64), where=mask))
+    return Loss(nats, int(windows.mask.sum()), len(text))
+
+
+def _padded(array):
+    """Fills the last batch up with rows that the mask leaves out, so that one shape compiles."""
+    return np.pad(array, [(0, BATCH - len(array)), (0, 0)])
+
+
+def evaluate_text(runner: runners.ModelRunner, folder: Path, text: str, length: int) -> None:
+    """Prints the loss of a text, aligned."""
+    processor = tokenizer.load(folder, runner.config.vocab_size)
+    loss = text_loss(runner.logits, text, processor, length, progress=True)
+    print(f"tokens               {loss.tokens:>12,}")
+    print(f"characters           {loss.characters:>12,}")
+    print(f"loss per token       {loss.per_token:>12.4f} nats")
+    print(f"loss per character   {loss.per_character:>12.4f} nats")
+    print(f"perplexity per token {loss.perplexity:>12.2f}")
+
+
+def save_logits(runner: runners.ModelRunner, source: Path, target: Path) -> None:
+    """Writes the float32 logits [B, T, V] of the int32 tokens [B, T] in a file."""
+    tokens = np.load(source, allow_pickle=False)
+    if tokens.ndim != 2 or tokens.dtype != np.int32 or not tokens.size:
+        raise ValueError(f"{source}: expected int32 [B, T], found {tokens.dtype} {tokens.shape}")
+    low, high = tokens.min(), tokens.max()
+    if low < 0 or high >= runner.config.vocab_size:
+        raise ValueError(
+            f"{source}: token ids must be 0 to {runner.config.vocab_size - 1}, found {low} to {high}"
+        )
+    rows = [np.asarray(runner.logits(row[None])) for row in tqdm(tokens, unit="row")]
+    with target.open("wb") as file:  # np.save would add .npy to another name
+        np.save(file, np.concatenate(rows))
+    print(f"{target}: float32 {(*tokens.shape, runner.config.vocab_size)}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="folder with ckpt-0/, and config.json if any")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help=f"text file, or one of {sorted(data.SOURCES)}")
+    what.add_argument("--tokens", type=Path, help="int32 [B, T] as .npy")
+    parser.add_argument("--save-logits", type=Path, help="where to write those of --tokens (.npy)")
+    parser.add_argument(
+        "--split",
+        choices=("validation", "all"),
+        default="validation",
+        help="part of --data: its last tenth (default), or all of it",
+    )
+    parser.add_argument(
+        "--weights", choices=model.PRECISIONS, default="ternary", help="default: ternary"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of activations (default: the model's)"
+    )
+    parser.add_argument(
+        "--activations", choices=("float", "int8"), help="in products (default: the model's)"
+    )
+    parser.add_argument("--mesh", default="1,1", metavar="D,M", help="devices: data,model axes")
+    args = parser.parse_args(argv)
+    if (args.tokens is None) != (args.save_logits is None):
+        parser.error("--tokens and --save-logits go together")
+    try:
+        config = model.config_from_dict(checkpoint.read_config(args.checkpoint) or {})
+        chosen = {"fprop_dtype": args.dtype, "activations": args.activations}
+        config = dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})
+        text = args.data and data.load_text(args.data)
+        runner = runners.ModelRunner(config, sharding.parse_mesh(args.mesh))
+        runner.load(args.checkpoint, args.weights, progress=True)
+        if text is None:
+            save_logits(runner, args.tokens, args.save_logits)
+        else:
+            part = text if args.split == "all" else data.split(text)[1]
+            evaluate_text(runner, args.checkpoint, part, min(config.sequence_len, MAX_LENGTH))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""Quantization-aware training of ternary models, and of their twins in full precision.
+
+    python train.py --data tinyshakespeare --output runs/demo
+
+Latent weights are float32. The forward pass is that of `model.py` with absmean ternary values in
+their place; the backward pass goes straight through the rounding. The run folder gets a log, a plot
+of the loss, a state to resume from, and `checkpoint/` in the released format, whose weights
+turn ternary on load into those that the forward pass saw.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors.numpy
+from tqdm import tqdm
+
+import checkpoint
+import data
+import evaluate
+import model
+import quantize
+import tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What fixes a run, besides the model and the text. Sizes are in sequences and tokens."""
+
+    steps: int = 4000
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    bpe_dropout: float = 0.1
+    balance_weight: float = 0.01
+    router_z_weight: float = 1e-3
+    eval_every: int = 250
+    seed: int = 0
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step."""
+
+    step: jax.Array  # int32
+    params: dict  # latent, float32
+    opt_state: Any
+
+
+# --- Forward and loss -----------------------------------------------------------------------------
+
+
+def training_model(config: model.LanguageModelConfig, weights: str) -> hk.Transformed:
+    """The model on latent float weights; "ternary" ones are seen through `fake_ternarize`."""
+    ternary = set()
+    if weights == "ternary":
+        params = model.abstract_params(config)
+        paths = [f"{module}/{name}" for module in params for name in params[module]]
+        kinds = quantize.match_rules(model.PRECISIONS[weights], paths)
+        ternary = {path for path, kind in kinds.items() if kind == "ternary"}
+
+    def getter(next_getter, value, context):
+        w = next_getter(value)
+        return quantize.fake_ternarize(w) if context.full_name in ternary else w
+
+    def forward(*args, **kwargs):
+        with hk.custom_getter(getter):
+            return model.LanguageModel(config, model.Transformer(config))(*args, **kwargs)
+
+    return hk.transform(forward)
+
+
+def balance_loss(probs: jax.Array, index: jax.Array) -> jax.Array:
+    """E times the sum over experts of (share of tokens) x (mean probability); 1 when even.
+
+    probs: float32 [B, T, E]; index: int32 [B, T, A]. (Switch Transformers, equations 4 to 6)
+    """
+    experts = probs.shape[-1]
+    share = jnp.mean(jax.nn.one_hot(index, experts), axis=(0, 1, 2))
+    return experts * jnp.sum(share * jnp.mean(probs, axis=(0, 1)))
+
+
+def router_z_loss(logits: jax.Array) -> jax.Array:
+    """Mean squared logsumexp of the router's logits [B, T, E]. (ST-MoE, equation 5)"""
+    return jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)))
+
+
+def loss_and_metrics(apply, settings: Settings, params: dict, tokens: jax.Array):
+    """The training loss of tokens [B, T + 1], and what to log: losses and the busiest expert."""
+    output = apply(params, None, tokens[:, :-1])
+    loss = jnp.mean(evaluate.cross_entropy(output.logits, tokens[:, 1:]))
+    metrics = {"loss": loss}
+    routed = [layer for layer in output.layers if layer.expert_index is not None]
+    if routed:
+        metrics["balance"] = sum(balance_loss(r.router_probs, r.expert_index) for r in routed)
+        metrics["router_z"] = sum(router_z_loss(r.router_logits) for r in routed)
+        loss = loss + settings.balance_weight * metrics["balance"]
+        loss = loss + settings.router_z_weight * metrics["router_z"]
+        loads = [
+            jnp.mean(jax.nn.one_hot(r.expert_index, r.router_probs.shape[-1]), axis=(0, 1, 2))
+            for r in routed
+        ]
+        metrics["min_load"] = jnp.min(jnp.stack(loads))  # 1/E when even, 0 for a dead expert
+        metrics["max_load"] = jnp.max(jnp.stack(loads))
+    return loss, metrics
+
+
+# --- Update ---------------------------------------------------------------------------------------
+
+
+def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+    """AdamW on clipped gradients; warm-up, then a cosine down to zero; matrices alone decay."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate, settings.warmup, settings.steps
+    )
+
+    def decayed(params):
+        return jax.tree.map(lambda w: w.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.95, weight_decay=settings.weight_decay, mask=decayed),
+    )
+
+
+def make_step(apply, optimizer, settings: Settings):
+    """`(state, tokens [B, T + 1]) -> (state, metrics)`, compiled; the old state is donated."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, tokens):
+        loss = functools.partial(loss_and_metrics, apply, settings)
+        grads, metrics = jax.grad(loss, has_aux=True)(state.params, tokens)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def save_state(path: Path, state: TrainState) -> None:
+    """Writes a state as safetensors, whole or not at all."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
+    part = path.with_suffix(".part")
+    safetensors.numpy.save_file(arrays, part)
+    os.replace(part, path)
+
+
+def load_state(path: Path, like: TrainState) -> TrainState:
+    """Reads what `save_state` wrote, in the structure of `like`."""
+    arrays = safetensors.numpy.load_file(path)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    expected = {jax.tree_util.keystr(key): leaf.shape for key, leaf in leaves}
+    found = {key: array.shape for key, array in arrays.items()}
+    if found != expected:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))[:4]
+        raise ValueError(
+            f"{path} is the state of another model, it differs in {wrong}; give another --output"
+        )
+    return jax.tree.unflatten(structure, [jnp.asarray(arrays[key]) for key in expected])
+
+
+def export(folder: Path, config, params, processor, about: dict) -> None:
+    """Writes a checkpoint in the released format: latent weights as int8, keeping their trits.
+
+    `about` (the command, the settings, the loss) goes to `training.json` beside it.
+    """
+    params = jax.device_get(params)
+    paths = [f"{module}/{name}" for module in params for name in params[module]]
+    chosen = quantize.match_rules(model.PRECISIONS["int8"], paths)
+    saved = {
+        module: {
+            name: quantize.quantize_int8_keeping_trits(w)
+            if chosen[f"{module}/{name}"] == "int8"
+            else w
+            for name, w in entries.items()
+        }
+        for module, entries in params.items()
+    }
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    checkpoint.save(part, saved)
+    (part / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    (part / tokenizer.FILE).write_bytes(processor.serialized_model_proto())
+    (part / "training.json").write_text(json.dumps(about, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def plot(path: Path, log: list[dict]) -> None:
+    """The training loss, smoothed, and the validation loss, against steps, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
+    for key, label in (("train", "training"), ("validation", "validation, ternary")):
+        points = [(row["step"], row[key]) for row in log if key in row]
+        axes.plot(*zip(*points, strict=True), label=label)
+    axes.set(xlabel="step", ylabel="nats per character")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+
+class Texts:
+    """Token batches of a training text, cut anew in each epoch when BPE-dropout is on."""
+
+    def __init__(self, processor, text: str, settings: Settings, length: int):
+        self.processor, self.text, self.settings, self.length = processor, text, settings, length
+        plain = tokenizer.encode(processor, text)
+        self.characters_per_token = len(text) / len(plain)
+        self.steps_per_epoch = max(1, len(plain) // (settings.batch_size * length))
+        self.epoch, self.tokens = (None, plain) if settings.bpe_dropout else (0, plain)
+
+    def batch(self, step: int) -> np.ndarray:
+        """int32 [B, T + 1], a pure function of the settings and the step."""
+        s = self.settings
+        epoch = step // self.steps_per_epoch
+        if s.bpe_dropout and epoch != self.epoch:
+            seed = s.seed * 100_003 + epoch
+            self.tokens = tokenizer.encode(self.processor, self.text, s.bpe_dropout, seed)
+            self.epoch = epoch
+        return data.batch(self.tokens, s.batch_size, self.length, s.seed, step)
+
+
+def run(config, settings: Settings, weights: str, text: str, output: Path, about: dict) -> dict:
+    """Trains, or goes on where the run folder's state ends; returns the last line of the log."""
+    processor = tokenizer.load(None, config.vocab_size)
+    training, validation = data.split(text)
+    texts = Texts(processor, training, settings, config.sequence_len)
+    init, apply = training_model(config, weights)
+    optimizer = make_optimizer(settings)
+    step = make_step(apply, optimizer, settings)
+    logits = jax.jit(lambda params, tokens: apply(params, None, tokens).logits)
+
+    @jax.jit
+    def start(key):
+        params = init(key, jnp.zeros((1, 1), jnp.int32))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    state = start(jax.random.key(settings.seed))
+    state_file, log_file = output / "state.safetensors", output / "log.jsonl"
+    log = []
+    if state_file.exists():
+        state = load_state(state_file, state)
+        lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+        log = [row for row in lines if row["step"] <= state.step]
+    log_file.write_text("".join(json.dumps(row) + "\n" for row in log))
+    best = min((row["validation"] for row in log), default=float("inf"))
+
+    first = int(state.step)
+    bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, unit="step")
+    since, recent = time.perf_counter(), []
+    for i in bar:
+        state, metrics = step(state, texts.batch(i))
+        recent.append(metrics)
+        if (i + 1) % settings.eval_every and i + 1 != settings.steps:
+            continue
+        rows = jax.device_get(recent)
+        row = {"step": i + 1} | {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
+        if not np.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the loss is {row['loss']} at step {i + 1}: lower --learning-rate; the state of "
+                f"the evaluation before is in {state_file}"
+            )
+        seconds = time.perf_counter() - since
+        row["tokens_per_second"] = len(recent) * settings.batch_size * texts.length / seconds
+        row["train"] = row["loss"] / texts.characters_per_token
+        loss = evaluate.text_loss(
+            functools.partial(logits, state.params), validation, processor, config.sequence_len
+        )
+        row["validation"] = loss.per_character
+        bar.set_postfix(train=f"{row['train']:.3f}", validation=f"{loss.per_character:.3f}")
+        log.append(row)
+        with log_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if loss.per_character < best:
+            best = loss.per_character
+            export(output / "checkpoint", config, state.params, processor, about | row)
+        save_state(state_file, state)
+        plot(output / "loss.png", log)
+        since, recent = time.perf_counter(), []
+    return log[-1]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", required=True, help=f"text file, or one of {list(data.SOURCES)}")
+    parser.add_argument("--output", type=Path, required=True, help="run folder; resumed if begun")
+    parser.add_argument("--preset", default="demo", choices=model.PRESETS, help="default: demo")
+    parser.add_argument(
+        "--weights", default="ternary", choices=("ternary", "float"), help="of the forward pass"
+    )
+    for field in dataclasses.fields(Settings):
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=type(field.default), default=field.default)
+    args = parser.parse_args(argv)
+    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    command = ["--data", args.data, "--preset", args.preset, "--weights", args.weights]
+    for field in dataclasses.fields(Settings):
+        command += ["--" + field.name.replace("_", "-"), str(getattr(settings, field.name))]
+    about = {"command": " ".join(["python train.py", *command])}
+
+    config = model.PRESETS[args.preset]
+    params = model.abstract_params(config)
+    count = sum(w.size for w in jax.tree.leaves(params))
+    print(f"{args.preset}: {count:,} parameters, {dataclasses.asdict(config)}")
+    print(dataclasses.asdict(settings))
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        settings_file = args.output / "settings.json"
+        if settings_file.exists() and json.loads(settings_file.read_text()) != about:
+            raise ValueError(
+                f"{args.output} was begun with other settings, see {settings_file}; give the same "
+                "ones, or another --output"
+            )
+        settings_file.write_text(json.dumps(about) + "\n")
+        last = run(config, settings, args.weights, data.load_text(args.data), args.output, about)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    print(f"validation {last['validation']:.4f} nats per character after {last['step']} steps")
+
+
+if __name__ == "__main__":
+    main()
