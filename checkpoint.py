@@ -33,8 +33,8 @@ from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
 
 FOLDER = "ckpt-0"
 KINDS = ("ternary", "int8", "float32")
-CHUNK = 1 << 23  # bytes of a weight that one thread reads in one go, whole rows
-COLUMNS = 1024  # columns of these converted at a time: 256 rows of them stay in a core's cache
+CHUNK = 1 << 21  # bytes of a weight, whole rows, that a thread takes at a time
+COLUMNS = 1024  # columns of these converted at a time: with 256 rows, they stay in a core's cache
 
 Params = dict[str, dict[str, Any]]
 
@@ -104,7 +104,10 @@ class _Reader:
             raise CheckpointError(f"more than {MAX_OPCODES} opcodes")
         if self.at != len(self.data):
             raise CheckpointError(f"{len(self.data) - self.at} bytes follow the end of the tensor")
-        return self.stack.pop().value
+        tensor = self.stack[-1].value
+        if not isinstance(tensor, np.ndarray | QuantizedWeight8bit):
+            raise CheckpointError("the pickle holds no tensor")
+        return tensor
 
     def step(self, opcode: bytes) -> None:
         if opcode in _CONSTANTS:
@@ -215,11 +218,16 @@ def _fill(made: np.dtype | _StandIn, state: Any) -> None:
                 "byte order is not little-endian; save it again on such a machine"
             )
     elif made.kind == WEIGHT_CLASS:
-        made.value = QuantizedWeight8bit(state["weight"].value, state["scales"].value)
+        weight, scales = state["weight"].value, state["scales"].value
+        if not (isinstance(weight, np.ndarray) and isinstance(scales, np.ndarray)):
+            raise CheckpointError("a weight whose parts are not arrays")
+        made.value = QuantizedWeight8bit(weight, scales)
     else:
         _, shape, dtype, fortran, payload = state
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise CheckpointError("an array whose shape is not one of sizes")
         needed = math.prod(shape) * dtype.itemsize
-        if payload.nbytes != needed or min(shape, default=0) < 0:
+        if payload.nbytes != needed:
             raise CheckpointError(
                 f"{payload.nbytes} bytes of data for {dtype} {list(shape)}, which needs {needed}"
             )
@@ -237,9 +245,7 @@ def read_tensor(path: str | os.PathLike) -> np.ndarray | QuantizedWeight8bit:
             if os.fstat(file.fileno()).st_size == 0:
                 raise CheckpointError("truncated: the file is empty; copy or download it again")
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        tensor = _Reader(data).load()
-        _describe(tensor)
-        return tensor
+        return _Reader(data).load()
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from None
     except OSError as error:
@@ -521,10 +527,8 @@ def restore(
     abstract: Params = {module: {} for module in template}
     for entry in entries:
         abstract[entry.module][entry.name] = entry.restored
-    if shardings is not None:
-        placement = shardings(abstract)
-    else:
-        placement = jax.tree.map(lambda _: jnp.zeros(()).sharding, abstract)
+    default = jnp.zeros(()).sharding
+    placement = shardings(abstract) if shardings else jax.tree.map(lambda _: default, abstract)
     _check_placement(entries, placement)
 
     params: Params = {module: {} for module in template}
@@ -611,32 +615,22 @@ def _raise_any(problems: list[str], shown: int = 5) -> None:
 def _restored_shapes(tensor, shape: tuple[int, ...], kind: str):
     """The ShapeDtypeStructs that a tensor is restored to; CheckpointError if it does not fit."""
     quantized = isinstance(tensor, QuantizedWeight8bit)
-    if quantized != (kind != "float32"):
-        cure = (
-            "choose a precision table that says 'float32' here"
-            if not quantized
-            else ("choose a precision table that says 'int8' or 'ternary' here")
+    if quantized == (kind == "float32"):
+        wanted = "an int8 weight with scales" if kind != "float32" else "a float32 array"
+        use = "'ternary' or 'int8'" if quantized else "'float32'"
+        raise CheckpointError(
+            f"expected {wanted}, to restore it as {kind!r}, found {_describe(tensor)}; choose a "
+            f"precision table that says {use} of this parameter"
         )
-        form = "an int8 QuantizedWeight8bit" if kind != "float32" else "a float32 array"
-        raise CheckpointError(f"expected {form} for {kind!r}, found {_describe(tensor)}; {cure}")
-    if not quantized:
-        if tensor.shape != shape or tensor.dtype != np.float32:
-            raise CheckpointError(_mismatch(f"float32 {list(shape)}", tensor))
+    expected = _expected(tensor, shape)
+    if _describe(tensor) != expected:
+        raise CheckpointError(
+            f"expected {expected}, found {_describe(tensor)}; choose the preset that the "
+            "checkpoint was made for"
+        )
+    if kind == "float32":
         return jax.ShapeDtypeStruct(shape, np.float32)
-    weight, scales = tensor.weight, tensor.scales
     *lead, inputs, outputs = shape
-    fits = (
-        len(shape) in (2, 3)
-        and weight.shape == shape
-        and weight.dtype == np.int8
-        and scales.dtype == ml_dtypes.bfloat16
-        and scales.shape == (*lead, *scales.shape[-2:-1], outputs)
-        and scales.shape[-2] > 0
-        and inputs % scales.shape[-2] == 0
-    )
-    if not fits:
-        expected = f"int8 {list(shape)} with scales bfloat16 {[*lead, 'G', outputs]}"
-        raise CheckpointError(_mismatch(f"{expected}, G a divisor of {inputs}", tensor))
     if kind == "int8":
         return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tensor)
     packed = (*lead, outputs, -(-inputs // 4))
@@ -648,11 +642,21 @@ def _restored_shapes(tensor, shape: tuple[int, ...], kind: str):
     )
 
 
-def _mismatch(expected: str, tensor) -> str:
-    return (
-        f"expected {expected}, found {_describe(tensor)}; choose the preset that the checkpoint "
-        "was made for"
-    )
+def _expected(tensor, shape: tuple[int, ...]) -> str:
+    """What `_describe` says of a sound tensor of this kind and logical shape.
+
+    G belongs to the file: where the one found divides I it is expected, else any is.
+    """
+    if not isinstance(tensor, QuantizedWeight8bit):
+        return f"float32 {list(shape)}"
+    if len(shape) not in (2, 3):
+        return f"no int8 weight, but an array {list(shape)}"
+    *lead, inputs, outputs = shape
+    groups: Any = tensor.scales.shape[-2] if tensor.scales.ndim > 1 else 0
+    if groups == 0 or inputs % groups:
+        groups = f"a divisor of {inputs}"
+    scales = ", ".join(map(str, [*lead, groups, outputs]))
+    return f"int8 {list(shape)} with scales bfloat16 [{scales}]"
 
 
 def _check_placement(entries: list[_Entry], placement: Params) -> None:

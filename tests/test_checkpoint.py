@@ -1,0 +1,645 @@
+import functools
+import hashlib
+import json
+import os
+import pickle
+import pickletools
+import shutil
+import socket
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import checkpoint
+import quantize
+import sharding
+from checkpoint import CheckpointError
+from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ["released_layout", "single_device", "dense"]
+TERNARY = ((r"/(linear|linear_1|linear_v|query|key|value)/w$", "ternary"), (r"", "float32"))
+INT8 = ((TERNARY[0][0], "int8"), (r"", "float32"))
+
+
+def golden_template(case):
+    """The template of a golden case, from its own list of files."""
+    template = {}
+    for entry in json.loads((GOLDEN / case / "config.json").read_text())["checkpoint"]["tensors"]:
+        module, name = entry["path"].split("|")
+        template.setdefault(module, {})[name] = jax.ShapeDtypeStruct(entry["shape"], jnp.float32)
+    return template
+
+
+def golden_ternary(case):
+    for entry in json.loads((GOLDEN / case / "ternary.json").read_text())["tensors"]:
+        yield *entry["path"].split("|"), entry
+
+
+def random_weight(shape, groups, seed=0):
+    """int8 codes over the whole range, also -128, and spread scales."""
+    random = np.random.default_rng(seed)
+    scales = 0.01 * np.exp(random.standard_normal((*shape[:-2], groups, shape[-1])))
+    codes = random.integers(-128, 128, shape, dtype=np.int8)
+    return QuantizedWeight8bit(codes, scales.astype(ml_dtypes.bfloat16))
+
+
+def plain_ternary(weight):
+    """gamma and trits as SPEC has them, of whole float32 matrices; gamma summed in float64."""
+    *lead, inputs, outputs = weight.shape
+    scales = weight.scales.astype(np.float32)
+    scales = np.repeat(scales, inputs // scales.shape[-2], axis=-2)
+    w = weight.weight.astype(np.float32) * scales
+    gamma = np.abs(w.astype(np.float64)).mean(axis=(-2, -1), keepdims=True).astype(np.float32)
+    return gamma, quantize.round_to_trits(w, gamma).astype(np.int8)
+
+
+def trits(weight):
+    return np.ascontiguousarray(quantize.unpack(jax.tree.map(np.asarray, weight)))
+
+
+def mesh_shardings(data, model):
+    return functools.partial(sharding.parameter_shardings, sharding.make_mesh(data, model))
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder with three tensors, its template and rules."""
+    params = {
+        "layer/router": {"w": np.arange(24, dtype=np.float32).reshape(12, 2)},
+        "layer/moe/linear": {"w": random_weight((2, 12, 7), 3)},
+        "layer/query": {"w": random_weight((12, 5), 1)},
+    }
+    checkpoint.save(tmp_path, params)
+    template = {m: {"w": jax.ShapeDtypeStruct(params[m]["w"].shape, np.float32)} for m in params}
+    return tmp_path, template, TERNARY, params
+
+
+# --- Golden cases ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_trits_and_scales(case):
+    params = checkpoint.restore(GOLDEN / case, golden_template(case), TERNARY)
+    arrays = np.load(GOLDEN / case / "golden.npz")
+    for module, name, entry in golden_ternary(case):
+        weight = params[module][name]
+        assert isinstance(weight, QuantizedWeight1_58bit)
+        digest = hashlib.sha256(trits(weight)).hexdigest()
+        assert digest == entry["sha256_int8_c_order"], module
+        gamma = arrays[f"gamma_{entry['index']:05d}"]
+        assert weight.scales.dtype == jnp.float32
+        np.testing.assert_array_equal(np.ravel(weight.scales), np.ravel(gamma))
+    assert jnp.ones(3, jnp.bfloat16).astype(jnp.float32).sum() == 3  # flags 80 and 64 did no harm
+    assert np.dtype(ml_dtypes.bfloat16) in {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_int8_and_floats(case):
+    params = checkpoint.restore(GOLDEN / case, golden_template(case), INT8)
+    ternary = {(module, name) for module, name, _ in golden_ternary(case)}
+    for i, (module, name) in enumerate(checkpoint._sorted_keys(params)):
+        leaf = params[module][name]
+        assert isinstance(leaf, QuantizedWeight8bit) == ((module, name) in ternary)
+        file = GOLDEN / case / "ckpt-0" / checkpoint.file_name(i)
+        assert_same(leaf, checkpoint.read_tensor(file))
+        if isinstance(leaf, QuantizedWeight8bit):
+            assert (leaf.weight.dtype, leaf.scales.dtype) == (jnp.int8, jnp.bfloat16)
+            jax.jit(quantize.dequantize)(leaf)
+    assert len(jax.tree.leaves(golden_template(case))) == i + 1
+
+
+@pytest.mark.parametrize("rules", [TERNARY, INT8])
+@pytest.mark.parametrize("mesh", [(1, 8), (4, 2), (2, 4)])
+def test_every_mesh_restores_the_same_bits(rules, mesh):
+    args = GOLDEN / "released_layout", golden_template("released_layout"), rules
+    sharded = checkpoint.restore(*args, mesh_shardings(*mesh))
+    alone = checkpoint.restore(*args, threads=1)
+    assert_same(alone, sharded)
+    module = "transformer/decoder_layer_0/multi_head_attention/linear"
+    leaf = jax.tree.leaves(sharded[module]["w"])[0]
+    assert isinstance(leaf.sharding, NamedSharding) and not leaf.sharding.is_fully_replicated
+    assert leaf.sharding.mesh.devices.shape == mesh
+
+
+def test_files_are_in_the_order_of_jax_trees():
+    template = {f"layer_{i}/linear": {"w": i, "b": -i} for i in range(12)}
+    keys = checkpoint._sorted_keys(template)
+    assert [template[module][name] for module, name in keys] == jax.tree.leaves(template)
+    assert keys.index(("layer_10/linear", "w")) < keys.index(("layer_2/linear", "w"))
+
+
+# --- int8 to ternary ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, groups",
+    [((12, 7), 1), ((12, 7), 3), ((3, 10, 5), 5), ((2, 9, 4), 1), ((1, 4), 1), ((2, 2048, 9), 8)],
+)
+def test_ternary_is_the_plain_formula(tmp_path, monkeypatch, shape, groups):
+    monkeypatch.setattr(checkpoint, "CHUNK", 64)  # several chunks and tiles even here
+    monkeypatch.setattr(checkpoint, "COLUMNS", 3)
+    weight = random_weight(shape, groups)
+    checkpoint.save(tmp_path, {"linear": {"w": weight}})
+    template = {"linear": {"w": jax.ShapeDtypeStruct(shape, np.float32)}}
+    found = checkpoint.restore(tmp_path, template, [("w", "ternary")])["linear"]["w"]
+    gamma, expected = plain_ternary(weight)
+    assert found.shape == shape
+    np.testing.assert_array_equal(trits(found), expected)
+    np.testing.assert_allclose(found.scales, gamma, rtol=1e-6)  # order of a float64 sum
+    packed = quantize.pack(expected, gamma)
+    assert (found.block, found.padding) == (packed.block, packed.padding)
+    np.testing.assert_array_equal(found.packed, packed.packed)
+
+
+@hypothesis.given(
+    st.floats(0, 4, width=32),
+    st.lists(st.floats(0, 2, width=16), min_size=1, max_size=5),
+)
+@hypothesis.example(1.0 - quantize.EPSILON, [0.25, 0.5, 1.0, 0.0078125, 0.00390625])
+@hypothesis.example(0.0, [1.0, 0.0])
+def test_limits_are_where_the_formula_turns(gamma, scales):
+    """Also on the edge: code 2 times 0.25 over a gamma of 1 is exactly half, and rounds to 0."""
+    gamma = np.full((1, 1, 1), gamma, np.float32)
+    scales = np.array(scales, ml_dtypes.bfloat16).astype(np.float32)
+    codes = np.arange(-128, 128).astype(np.int8)[:, None].repeat(len(scales), 1)
+    expected = quantize.round_to_trits(codes.astype(np.float32) * scales, gamma[0])
+    found = np.empty_like(codes)
+    limits = quantize.zero_limits(scales[None, None], gamma)
+    quantize.int8_to_trits(codes, limits[0, 0], out=found)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_sums_of_all_codes_are_exact():
+    weight = np.full((1000, 3), -128, np.int8)
+    weight[:, 1] = np.arange(1000) % 256 - 128
+    np.testing.assert_array_equal(
+        quantize.absolute_sums(weight), np.abs(weight.astype(np.int64)).sum(0)
+    )
+
+
+def test_gamma_does_not_depend_on_the_order_of_columns():
+    random = np.random.default_rng(0)
+    sums = random.integers(0, 1 << 19, (1, 4, 999))
+    scales = np.exp(5 * random.standard_normal(sums.shape)).astype(np.float32)
+    order = random.permutation(999)
+    a = quantize.absmean_of_sums(sums, scales, 512)
+    b = quantize.absmean_of_sums(sums[..., order], scales[..., order], 512)
+    assert a.shape == (1, 1, 1) and a.dtype == np.float32
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [-1.0, np.nan, np.inf])
+def test_scales_without_a_meaning(tmp_path, scale):
+    weight = random_weight((8, 4), 1)
+    weight.scales[0, 2] = scale
+    checkpoint.save(tmp_path, {"linear": {"w": weight}})
+    template = {"linear": {"w": jax.ShapeDtypeStruct((8, 4), np.float32)}}
+    with pytest.raises(CheckpointError, match="linear/w: negative or non-finite scales"):
+        checkpoint.restore(tmp_path, template, [("w", "ternary")])
+
+
+def test_memory_is_that_of_the_result(tmp_path):
+    shape = (8, 1024, 4096)
+    weight = random_weight((1, *shape[1:]), 4)
+    weight = jax.tree.map(lambda array: np.repeat(array, 8, axis=0), weight)
+    checkpoint.save(tmp_path, {"linear": {"w": weight}})
+    template = {"linear": {"w": jax.ShapeDtypeStruct(shape, np.float32)}}
+    size = weight.weight.nbytes
+    del weight
+    tracemalloc.start()
+    try:
+        checkpoint.restore(tmp_path, template, [("w", "ternary")], threads=2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size / 4 <= peak < size / 1.5, f"{peak / size:.2f} of the int8 bytes"  # 1/4 is packed
+
+
+WORKER = """
+import sys, hashlib, functools
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+import numpy as np
+sys.path[:0] = sys.argv[3:5]
+import checkpoint, sharding, test_checkpoint as t
+mesh = sharding.make_mesh(1, 8)
+assert len(mesh.local_devices) == 4
+params = checkpoint.restore(
+    t.GOLDEN / "released_layout", t.golden_template("released_layout"), t.TERNARY,
+    functools.partial(sharding.parameter_shardings, mesh), progress=True)
+print(t.local_digests(params, mesh.local_devices))
+"""
+
+
+def local_digests(params, devices):
+    """A digest of what each of the devices holds."""
+    found = {device.id % 1000: hashlib.sha256() for device in devices}
+    for leaf in jax.tree.leaves(params):
+        for shard in leaf.addressable_shards:
+            if shard.device in devices:
+                found[shard.device.id % 1000].update(np.ascontiguousarray(shard.data))
+    return [digest.hexdigest() for digest in found.values()]
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_bits_as_one():
+    root = Path(checkpoint.__file__).parent
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(i), str(port), str(root), str(root / "tests")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for i in range(2)
+    ]
+    outputs = [worker.communicate(timeout=100) for worker in workers]
+    shardings = mesh_shardings(1, 8)
+    args = GOLDEN / "released_layout", golden_template("released_layout"), TERNARY
+    expected = local_digests(checkpoint.restore(*args, shardings), jax.devices()[:8])
+    for i, (out, err) in enumerate(outputs):
+        assert out.strip().endswith(str(expected[4 * i : 4 * i + 4])), err
+        assert ("tensor" in err) == (i == 0)  # the bar is process 0's
+
+
+# --- Reading one file -----------------------------------------------------------------------------
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("protocol", range(1, 6))
+def test_a_malicious_pickle_is_refused_by_name(tmp_path, protocol):
+    marker, path = tmp_path / "ran", tmp_path / "tensor"
+    path.write_bytes(pickle.dumps({"weight": Evil(marker)}, protocol))
+    with pytest.raises(CheckpointError, match=r"asks for (posix|nt)\.mkdir.*nothing was run"):
+        checkpoint.read_tensor(path)
+    assert not marker.exists()
+    pickle.loads(path.read_bytes())
+    assert marker.exists()  # it would have run
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"cos\nsystem\n(S'ls'\ntR.", r"asks for os\.system, which no Grok-1 tensor needs"),
+        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x02ls\x85R.", r"asks for posix\.system"),
+        (b"(S'ls'\nios\nsystem\n.", "pickle opcode 'STRING' is refused"),
+        (b"(ios\nsystem\n.", r"asks for os\.system"),
+        (b"\x80\x04\x8c\x05numpy\x8c\x05fromf\x93.", r"asks for numpy\.fromf"),
+        (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.", r"asks for builtins\.eval"),
+        (b"\x80\x02Pid\n.", "pickle opcode 'PERSID' is refused"),
+        (b"\x80\x04N.", "not a pickle of an array"),
+        (b"\x80\x04" + b"N" * 2000 + b".", "more than 1000 opcodes"),
+        (b"\x80\x04X\xff\xff\xff\x7f.", "a text of 2147483647 bytes"),
+        (b"\xff", "refused"),
+        (b"\x80\x04", "truncated"),
+        (b"", "truncated: the file is empty"),
+    ],
+)
+def test_other_pickles_are_refused(tmp_path, data, message):
+    (tmp_path / "tensor").write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as error:
+        checkpoint.read_tensor(tmp_path / "tensor")
+    assert str(tmp_path / "tensor") in str(error.value)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(st.integers(0, 1862), st.binary(min_size=0, max_size=3), st.booleans())
+def test_damage_is_one_clear_error(tmp_path_factory, at, patch, cut):
+    """A damaged file raises CheckpointError, or is another array: never anything else."""
+    data = (GOLDEN / "released_layout/ckpt-0/tensor00005_000").read_bytes()
+    data = data[:at] + patch + (b"" if cut else data[at + len(patch) :])
+    path = tmp_path_factory.mktemp("damage", numbered=True) / "tensor"
+    path.write_bytes(data)
+    try:
+        found = checkpoint.read_tensor(path)
+        assert found.shape and checkpoint._describe(found)
+        checkpoint._restored_shapes(found, (96, 16), "ternary")
+    except CheckpointError:
+        pass
+
+
+@pytest.mark.parametrize("array", [np.ones((3, 2), np.float32), np.zeros((0, 4), np.float32)])
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_what_this_numpy_pickles_can_be_read(tmp_path, array, protocol):
+    for order in (
+        np.ascontiguousarray,
+        np.asfortranarray,
+    ):  # numpy._core.multiarray or the old name
+        (tmp_path / "tensor").write_bytes(pickle.dumps(order(array), protocol))
+        assert_same(checkpoint.read_tensor(tmp_path / "tensor"), array)
+
+
+def test_fortran_order(tmp_path):
+    """The pickle says so, and the bytes are read in that order."""
+    array = np.asfortranarray(np.arange(15, dtype=np.float32).reshape(5, 3))
+    (tmp_path / "tensor").write_bytes(pickle.dumps(array, 4))
+    found = checkpoint.read_tensor(tmp_path / "tensor")
+    assert found.flags.f_contiguous
+    np.testing.assert_array_equal(found, array)
+
+
+def test_big_endian_and_objects_are_refused(tmp_path):
+    for array, message in (
+        (np.ones(3, ">f4"), "byte order is not little-endian"),
+        (np.array([None]), "Python objects"),
+    ):
+        (tmp_path / "tensor").write_bytes(pickle.dumps(array, 4))
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.read_tensor(tmp_path / "tensor")
+
+
+def test_payloads_are_mapped(tmp_path):
+    checkpoint.write_tensor(tmp_path / "tensor", np.zeros((1 << 22,), np.float32))
+    tracemalloc.start()
+    found = checkpoint.read_tensor(tmp_path / "tensor")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert not found.flags.writeable and not found.flags.owndata
+
+
+def test_a_parameter_outlives_its_file(small):
+    folder, template, _, params = small
+    restored = checkpoint.restore(folder, template, INT8)
+    for path in (folder / "ckpt-0").iterdir():
+        size = path.stat().st_size
+        path.write_bytes(b"\0" * size)
+    assert_same(restored, params)
+
+
+# --- Errors of a folder ---------------------------------------------------------------------------
+
+
+def refused(small, message, **changes):
+    folder, template, rules, _ = small
+    args = {"folder": folder, "template": template, "rules": rules} | changes
+    with pytest.raises(CheckpointError, match=message) as error:
+        checkpoint.restore(**args)
+    return str(error.value)
+
+
+@pytest.fixture
+def no_conversion(monkeypatch):
+    """Fails the test if anything is converted: all is to be checked before."""
+    monkeypatch.setattr(checkpoint, "_restore_one", lambda *_: pytest.fail("converted"))
+
+
+def tensor_file(small, index):
+    return small[0] / "ckpt-0" / checkpoint.file_name(index)
+
+
+def test_folder_not_found(small, no_conversion):
+    refused(small, "nowhere: no checkpoint here, expected a folder ckpt-0", folder="nowhere")
+    inner = small[0] / "ckpt-0"
+    assert f"give its parent, {small[0]}" in refused(small, "no checkpoint", folder=inner)
+
+
+def test_missing_file(small, no_conversion):
+    tensor_file(small, 1).unlink()
+    text = refused(small, "has 2 tensor files, this model needs 3; choose the preset")
+    assert "tensor00001_000: missing, should hold layer/query/w" in text
+
+
+def test_extra_file(small, no_conversion):
+    shutil.copy(tensor_file(small, 0), tensor_file(small, 3))
+    assert "tensor00003_000: belongs to no parameter" in refused(small, "has 4 tensor files")
+
+
+def test_other_files_do_not_matter(small):
+    (small[0] / "ckpt-0" / "README.md").write_text("tensors")
+    checkpoint.restore(*small[:3])
+
+
+def test_truncated_file(small, no_conversion):
+    path = tensor_file(small, 2)
+    path.write_bytes(path.read_bytes()[:-40])
+    text = refused(small, "tensor00002_000: layer/router/w: truncated: 96 bytes should follow")
+    assert text.count(str(path)) == 1 and "download it again" in text
+
+
+def test_bytes_after_the_end(small, no_conversion):
+    path = tensor_file(small, 2)
+    path.write_bytes(path.read_bytes() + b"abc")
+    refused(small, "layer/router/w: 3 bytes follow the end")
+
+
+def test_wrong_shape_is_a_wrong_preset(small, no_conversion):
+    template = small[1] | {"layer/query": {"w": jax.ShapeDtypeStruct((12, 6), np.float32)}}
+    refused(
+        small,
+        r"tensor00001_000: layer/query/w: expected int8 \[12, 6\] with scales bfloat16 \[1, 6\], "
+        r"found int8 \[12, 5\] with scales bfloat16 \[1, 5\]; choose the preset",
+        template=template,
+    )
+
+
+def test_wrong_dtype(small, no_conversion):
+    tensor_file(small, 2).write_bytes(pickle.dumps(np.ones((12, 2)), 4))
+    refused(small, r"router/w: expected float32 \[12, 2\], found float64 \[12, 2\]")
+
+
+def test_groups_that_do_not_divide(small, no_conversion):
+    checkpoint.write_tensor(tensor_file(small, 1), random_weight((12, 5), 7))
+    refused(small, r"bfloat16 \[a divisor of 12, 5\], found .* scales bfloat16 \[7, 5\]")
+
+
+def test_rules_and_files_disagree(small, no_conversion):
+    refused(
+        small,
+        "linear/w: expected a float32 array.*says 'ternary' or 'int8'",
+        rules=[("", "float32")],
+    )
+    refused(small, "router/w: expected an int8 weight.*says 'float32'", rules=[("", "ternary")])
+    refused(small, "unknown precision 'int4' in the rules", rules=[("", "int4")])
+
+
+def test_many_problems_are_cut_short(tmp_path, no_conversion):
+    checkpoint.save(tmp_path, {f"m{i}": {"w": np.ones(2, np.float32)} for i in range(9)})
+    template = {f"m{i}": {"w": jax.ShapeDtypeStruct((3,), np.float32)} for i in range(9)}
+    with pytest.raises(CheckpointError, match="m4/w.*\n... and 4 more$"):
+        checkpoint.restore(tmp_path, template, [("", "float32")])
+
+
+def test_meshes_that_do_not_divide(small, no_conversion):
+    mesh = sharding.make_mesh(1, 8)
+
+    def rows(tree):
+        return jax.tree.map(lambda x: NamedSharding(mesh, P(*[None] * (x.ndim - 1), "model")), tree)
+
+    refused(small, r"tensor00000_000: layer/moe/linear/w: .*choose a mesh", shardings=rows)
+
+
+def test_meshes_that_cut_a_packing_block(tmp_path, no_conversion, monkeypatch):
+    monkeypatch.setattr(quantize, "SHARDS", 1)  # an output is one block of 16 bytes
+    checkpoint.save(tmp_path, {"linear": {"w": random_weight((64, 4), 1)}})
+    template = {"linear": {"w": jax.ShapeDtypeStruct((64, 4), np.float32)}}
+    mesh = sharding.make_mesh(1, 8)
+
+    def rows(tree):
+        specs = QuantizedWeight1_58bit(P(None, "model"), P(), 16, 0)
+        return {"linear": {"w": jax.tree.map(functools.partial(NamedSharding, mesh), specs)}}
+
+    with pytest.raises(
+        CheckpointError, match="linear/w: a shard of 2 packed bytes cuts a block of 16"
+    ):
+        checkpoint.restore(tmp_path, template, [("w", "ternary")], rows)
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_files_are_written_alike(tmp_path, monkeypatch, case):
+    """Byte for byte; the two cases not of the release's era have another flags byte."""
+    flags = 80 if case == "released_layout" else 64
+    monkeypatch.setattr(checkpoint, "BFLOAT16_FLAGS", flags)
+    params = checkpoint.restore(GOLDEN / case, golden_template(case), INT8)
+    checkpoint.save(tmp_path, params)
+    originals = sorted((GOLDEN / case / "ckpt-0").iterdir())
+    written = sorted((tmp_path / "ckpt-0").iterdir())
+    assert [path.name for path in written] == [path.name for path in originals]
+    for ours, theirs in zip(written, originals, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes(), ours.name
+
+
+# Sizes of the released files, from its index: (shape, scales' shape, bytes)
+RELEASED = [
+    ((131072, 6144), None, 3221225637),
+    ((6144,), None, 24727),
+    ((6144, 8), None, 196770),
+    ((8, 6144, 32768), (8, 1, 32768), 1611137347),
+    ((8, 32768, 6144), (8, 8, 6144), 1611399491),
+    ((6144, 1024), (1, 1024), 6293814),
+    ((6144, 6144), (1, 6144), 37761334),
+    ((6144, 6144), (8, 6144), 37847359),
+]
+
+
+@pytest.mark.parametrize("shape, scales, size", RELEASED)
+def test_sizes_are_those_of_the_release(tmp_path, shape, scales, size):
+    value = jax.ShapeDtypeStruct(shape, np.float32)
+    if scales:
+        value = QuantizedWeight8bit(
+            jax.ShapeDtypeStruct(shape, np.int8),
+            jax.ShapeDtypeStruct(scales, ml_dtypes.bfloat16),
+        )
+    assert checkpoint.file_size(value) == size
+    if size < 1e7:
+        real = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), value)
+        checkpoint.write_tensor(tmp_path / "tensor", real)
+        assert (tmp_path / "tensor").stat().st_size == size
+        assert_same(checkpoint.read_tensor(tmp_path / "tensor"), real)
+
+
+def opcodes(data):
+    """Opcodes, arguments and frames, as far as they do not differ between versions of numpy."""
+    found = []
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "FRAME":
+            argument = None  # a name that is one letter longer
+        if isinstance(argument, str):
+            argument = argument.replace("numpy._core", "numpy.core")
+        found.append((opcode.name, argument))
+    return found
+
+
+@pytest.mark.parametrize(
+    "count", [0, 1, 63, 64, 255, 256, 16000, 16383, 16384, 16385, 65535, 70000]
+)
+@pytest.mark.parametrize("rank", [0, 1, 2, 3, 4])
+def test_framing_is_that_of_python(tmp_path, count, rank):
+    """At every edge: short and long payloads, frames and sizes, against the pickle module."""
+    shape = (count, 1, 1, 1)[:rank]
+    array = np.ones(shape, np.float32)
+    checkpoint.write_tensor(tmp_path / "tensor", array)
+    data = (tmp_path / "tensor").read_bytes()
+    assert opcodes(data) == opcodes(pickle.dumps(array, protocol=4))
+    assert_same(checkpoint.read_tensor(tmp_path / "tensor"), array)
+
+
+def test_jax_arrays_on_a_mesh_are_written(tmp_path):
+    args = golden_template("released_layout"), INT8, mesh_shardings(1, 8)
+    params = checkpoint.restore(GOLDEN / "released_layout", *args)
+    checkpoint.save(tmp_path, params)
+    assert_same(checkpoint.restore(tmp_path, *args), params)
+
+
+@pytest.mark.parametrize(
+    "leaf, message",
+    [
+        (quantize.ternarize(jnp.ones((8, 4))), "linear/w: the release's format has no ternary"),
+        (jnp.ones(3, jnp.bfloat16), r"holds float32 here, got bfloat16 \[3\]"),
+        (quantize.quantize_int8(jnp.ones((8, 4))), None),
+        (QuantizedWeight8bit(np.ones((8, 4), np.int8), np.ones((1, 4))), "bfloat16 scales here"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_first(tmp_path, leaf, message):
+    params = {"a": {"w": np.ones(3, np.float32)}, "linear": {"w": leaf}}
+    if message is None:
+        checkpoint.save(tmp_path, params)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.save(tmp_path, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_previous_one(small, monkeypatch):
+    folder, template, _, params = small
+    write, written = checkpoint.write_tensor, []
+
+    def full_disk(path, value):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError("no space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(checkpoint, "write_tensor", full_disk)
+    changed = jax.tree.map(np.zeros_like, params)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(folder, changed)
+    assert_same(checkpoint.restore(folder, template, INT8), params)
+    assert {path.parent.name for path in written} == {"ckpt-0.partial"}
+    monkeypatch.undo()
+    checkpoint.save(folder, changed)
+    assert_same(checkpoint.restore(folder, template, INT8), changed)
+    assert [path.name for path in folder.iterdir()] == ["ckpt-0"]
+
+
+def test_read_config(tmp_path):
+    assert checkpoint.read_config(tmp_path) is None
+    assert checkpoint.read_config(GOLDEN / "dense")["num_layers"] == 3
+    for text, message in (("{", "not JSON"), ("[1]", r"expected a JSON object, found \[1\]")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.read_config(tmp_path)
