@@ -202,9 +202,16 @@ def slots_shardings(mesh: jax.sharding.Mesh, slots: Slots) -> Slots:
     return shardings._replace(memory=Memory(layers, everywhere))
 
 
+def replicated(x: jax.Array) -> jax.Array:
+    """x on every device of the mesh, if there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else lax.with_sharding_constraint(x, sharding.batch_sharding(mesh))
+
+
 def advance(logits: jax.Array, slots: Slots, eos: int) -> tuple[Slots, SampleOutput]:
     """The next token of each row from its logits [B, V]; rows that are then complete go idle."""
-    sample = sample_token(logits, slots.settings, slots.count)
+    # One gather here, or each sum and sort of sampling would be one over the vocabulary's shards.
+    sample = sample_token(replicated(logits), slots.settings, slots.count)
     count = slots.count + slots.active
     done = (sample.token_id == eos) | (count >= slots.settings.max_len)
     active = slots.active & ~done
