@@ -266,8 +266,15 @@ def _describe(tensor) -> str:
 # --- Writing one tensor ---------------------------------------------------------------------------
 
 FRAME_SIZE = 1 << 16  # a frame ends at the first object after this; larger payloads stand outside
-FRAME_MINIMUM = 4
+FRAME_MINIMUM = 4  # fewer bytes go without a frame
 BFLOAT16_FLAGS = 80  # as in the release; newer ml_dtypes write 64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Payload:
+    """The bytes of an array."""
+
+    array: Any
 
 
 class _Writer:
@@ -328,6 +335,8 @@ class _Writer:
             self.save_dtype(value)
         elif isinstance(value, QuantizedWeight8bit):
             self.save_weight(value)
+        elif isinstance(value, _Payload):
+            self.save_payload(value.array)
         else:
             self.save_array(value)
 
@@ -341,7 +350,7 @@ class _Writer:
         if len(value) > 3:
             self.put(pickle.MARK)
         for item in value:
-            self.save(item) if not isinstance(item, _Payload) else self.save_payload(item.array)
+            self.save(item)
         self.put({n: opcode for opcode, n in _TUPLES.items()}.get(len(value), pickle.TUPLE))
         if value:
             self.memoize()
@@ -388,11 +397,6 @@ class _Writer:
             self.save(name)
             self.save(getattr(value, name))
         self.put(pickle.SETITEMS, pickle.BUILD)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Payload:
-    array: Any
 
 
 def _part_size(part) -> int:
@@ -680,14 +684,13 @@ def _restore_one(entry: _Entry, where, pool):
     if entry.kind == "ternary":
         return _restore_ternary(entry, tensor, where, pool)
     return jax.tree.map(
-        # A copy: a parameter must not change, or end, with its file.
-        lambda array, sharding: _place(array.shape, sharding, array.__getitem__, may_alias=False),
+        lambda array, sharding: _place(array.shape, sharding, lambda i: _aligned_copy(array[i])),
         tensor,
         where,
     )
 
 
-def _place(shape, sharding, make: Callable, may_alias: bool | None = None) -> jax.Array:
+def _place(shape, sharding, make: Callable) -> jax.Array:
     """The array whose slice at each index is make(index), called once for every index that the
     devices of this process hold."""
     devices: dict[tuple, list] = {}
@@ -697,8 +700,23 @@ def _place(shape, sharding, make: Callable, may_alias: bool | None = None) -> ja
     shards = []
     for bounds, holders in devices.items():
         data = make(tuple(slice(*pair) for pair in bounds))
-        shards += [jax.device_put(data, device, may_alias=may_alias) for device in holders]
+        shards += [jax.device_put(data, device) for device in holders]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _aligned_empty(shape, dtype) -> np.ndarray:
+    """An array at a multiple of 64 bytes: JAX on CPU takes it over instead of copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    """A copy out of the mapped file, for a parameter must not change, or end, with its file."""
+    copy = _aligned_empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 def _restore_ternary(entry: _Entry, tensor, where, pool) -> QuantizedWeight1_58bit:
@@ -751,7 +769,7 @@ def _absolute_sums(stack: QuantizedWeight8bit, pool) -> np.ndarray:
 def _pack_slice(weight, limits, index, block: int, pool) -> np.ndarray:
     """Packed trits [E, O, B] of one slice of the packed array; `limits` is int16 [E, G, O]."""
     experts, outputs, width = index
-    out = np.empty([s.stop - s.start for s in index], np.uint8)
+    out = _aligned_empty([s.stop - s.start for s in index], np.uint8)
     per_row = weight.shape[1] // limits.shape[1]  # rows of a scale group
 
     def convert(at):
