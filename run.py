@@ -1,0 +1,292 @@
+"""Continue prompts with a checkpoint: the text goes to stdout, everything else to stderr.
+
+    python run.py --prompt "First Citizen:" --max-len 100
+    python run.py --checkpoint checkpoints/grok-1 --mesh 1,8 --prompts-file prompts.txt
+
+Without a prompt, on a terminal, it asks for one after the other.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+import checkpoint
+import model
+import runners
+import sharding
+import tokenizer
+
+MAX_SLOTS = 8  # unless --slots asks for more
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        default=Path("checkpoints/demo"),
+        metavar="FOLDER",
+        help="folder with ckpt-0/, and config.json and tokenizer.model if any (%(default)s)",
+    )
+    add("--preset", choices=model.PRESETS, help="configuration (config.json, else grok-1)")
+    add("--weights", choices=model.PRECISIONS, default="ternary", help="in memory (%(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of activations and cache (the model's)")
+    add("--activations", choices=("float", "int8"), help="in products (the model's)")
+
+    add = parser.add_argument_group("devices").add_argument
+    add("--mesh", metavar="D,M", help="data,model axes (1, as many devices as divide the heads)")
+    add("--slots", type=int, help=f"requests that decode together (the prompts, up to {MAX_SLOTS})")
+    add("--sequence-len", type=int, help="longest prompt and continuation (the model's context)")
+    add(
+        "--distributed",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT,N,I",
+        help="run on several hosts, each with the same other flags: coordinator, number of "
+        "processes, index of this one; without a value, as the cluster says",
+    )
+
+    add = parser.add_argument_group("text").add_argument
+    add("--prompt", action="append", help="text to continue, - for stdin; may be repeated")
+    add("--prompts-file", type=Path, metavar="FILE", help="one prompt on each line")
+    add("--max-len", type=int, default=100, help="new tokens for each prompt (%(default)s)")
+    add("--temperature", type=float, default=0.7, help="0: the likeliest token (%(default)s)")
+    add("--top-p", type=float, default=1.0, help="sample from this much probability (%(default)s)")
+    add("--seed", type=int, default=42, help="same seed, same text (%(default)s)")
+    add("--truncate", action="store_true", help="drop the start of prompts that do not fit")
+    args = parser.parse_args(argv)
+    if args.sequence_len is not None and args.sequence_len < 2:
+        parser.error(f"--sequence-len must be 2 or more, got {args.sequence_len}")
+    return args
+
+
+def join_hosts(where: str) -> None:
+    """Starts the distributed runtime from the value of --distributed."""
+    if not where:
+        jax.distributed.initialize()
+        return
+    try:
+        address, processes, index = where.split(",")
+        processes, index = int(processes), int(index)
+    except ValueError:
+        raise ValueError(
+            f"--distributed is HOST:PORT,N,I as in a:1234,2,0; got {where!r}"
+        ) from None
+    jax.distributed.initialize(address, processes, index)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the flags; none for a conversation on a terminal."""
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or []]
+    if args.prompts_file is not None:
+        prompts += [line for line in args.prompts_file.read_text("utf-8").splitlines() if line]
+    if not prompts and (
+        args.prompts_file or args.distributed is not None or not sys.stdin.isatty()
+    ):
+        raise ValueError("no prompt; give --prompt TEXT, --prompt - or --prompts-file FILE")
+    return prompts
+
+
+def resolve_config(args: argparse.Namespace) -> model.LanguageModelConfig:
+    """The preset, or the checkpoint's own configuration, with what the flags change."""
+    if args.preset:
+        config = model.PRESETS[args.preset]
+    else:
+        config = model.config_from_dict(checkpoint.read_config(args.checkpoint) or {})
+    chosen = {"fprop_dtype": args.dtype, "activations": args.activations}
+    chosen["sequence_len"] = args.sequence_len
+    return dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})
+
+
+def resolve_mesh(text: str | None, kv_heads: int) -> jax.sharding.Mesh:
+    """The mesh asked for; by default heads over the devices, and "data" over the other hosts."""
+    if text is not None:
+        mesh = sharding.parse_mesh(text)
+    else:
+        devices = jax.device_count()
+        by_model = math.gcd(devices, kv_heads)
+        by_data = devices // by_model if jax.process_count() > 1 else 1
+        mesh = sharding.make_mesh(by_data, by_model)
+    if not mesh.local_devices:
+        raise ValueError(
+            f"process {jax.process_index()} has no device in mesh {text}; choose a mesh of all "
+            f"{jax.device_count()} devices, or start fewer processes"
+        )
+    return mesh
+
+
+# --- What it takes --------------------------------------------------------------------------------
+
+
+def memory_limit(mesh: jax.sharding.Mesh) -> int:
+    """Bytes that one device of the mesh has; on CPU its share of the host's memory."""
+    devices = mesh.local_devices
+    stats = devices[0].memory_stats() or {}
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+    return stats.get("bytes_limit", host)
+
+
+def size(count: float) -> str:
+    """Bytes for reading, such as 78.7 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def report(**lines: str) -> None:
+    """Aligned lines on stderr, from one process only."""
+    if jax.process_index() == 0:
+        for name, value in lines.items():
+            print(f"{name:<12}{value}", file=sys.stderr)
+
+
+def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
+    """Reports the resolved configuration; ValueError if a device has too little memory for it."""
+    c, mesh = runner.config, runner.mesh
+    needed = runners.device_memory(runner, weights, slots, c.sequence_len)
+    total, limit = sum(needed.values()), memory_limit(mesh)
+    parameters = sum(w.size for w in jax.tree.leaves(model.abstract_params(c)))
+    experts = (
+        f"{c.num_selected_experts} of {c.num_experts} experts" if c.num_experts > 1 else "dense"
+    )
+    data, heads = mesh.shape["data"], mesh.shape["model"]
+    report(
+        model=f"{c.num_layers} layers of {c.emb_size}, {c.num_q_heads} query and {c.num_kv_heads} "
+        f"key/value heads of {c.key_size}, {experts} of {c.ffn_size}",
+        parameters=f"{parameters:,}",
+        weights=f"{weights}, {c.activations} activations in {c.fprop_dtype}",
+        mesh=f"{data} data x {heads} model, {mesh.devices.flat[0].device_kind}",
+        slots=f"{slots} of {c.sequence_len} tokens, vocabulary {c.vocab_size}",
+        memory=" + ".join(f"{name} {size(count)}" for name, count in needed.items()),
+        total=f"{size(total)} of {size(limit)} on each device",
+    )
+    if total > limit:
+        cures = ["a larger model axis in --mesh"] if heads < c.num_kv_heads else []
+        cures += ["--weights ternary"] if weights != "ternary" else []
+        cures += ["fewer --slots"] if slots > data else []
+        raise ValueError(
+            f"this needs {size(total)} on each device, which has {size(limit)}; "
+            f"try {', '.join([*cures, 'a shorter --sequence-len'])}"
+        )
+
+
+# --- Text -----------------------------------------------------------------------------------------
+
+
+def write(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, end="", flush=True)
+
+
+def answer(inference: runners.InferenceRunner, requests: list[runners.Request]) -> None:
+    """Writes prompts and continuations: one as it comes, several each when it is complete."""
+    decoders = [tokenizer.StreamDecoder(inference.tokenizer) for _ in requests]
+    # Through the decoder too: it is then the prompt as the model sees it, spaces included.
+    texts = [
+        "".join(map(decoder.push, request.prompt))
+        for decoder, request in zip(decoders, requests, strict=True)
+    ]
+    alone = len(requests) == 1
+    if alone:
+        write(texts[0])
+    for number, token in inference.generate(requests):
+        decoder = decoders[number]
+        ended = token.token_id == inference.runner.config.eos_token
+        piece = "" if ended else decoder.push(token.token_id)
+        if token.done:
+            piece += decoder.flush() + "\n"
+        texts[number] += piece
+        if alone:
+            write(piece)
+        elif token.done:
+            write(f"[{number + 1}] {texts[number]}\n")
+
+
+def converse(inference: runners.InferenceRunner, request: runners.Request) -> None:
+    """Asks for prompts until the end of the input; each stands alone."""
+    while True:
+        try:
+            prompt = input("\n> ")
+        except EOFError:
+            print()
+            return
+        try:
+            tokens = inference.prompt_tokens(dataclasses.replace(request, prompt=prompt))
+        except ValueError as error:
+            report(error=str(error))
+            continue
+        answer(inference, [dataclasses.replace(request, prompt=tokens)])
+
+
+def report_speed(timing: runners.Timing) -> None:
+    def speed(tokens, seconds):
+        return f"{tokens} tokens, {tokens / seconds:.1f} tokens/s" if tokens else "none"
+
+    report(
+        prefill=speed(timing.prefill_tokens, timing.prefill_seconds),
+        decode=speed(timing.decode_tokens, timing.decode_seconds),
+    )
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.distributed is not None:
+        join_hosts(args.distributed)
+    if not args.checkpoint.is_dir():
+        raise ValueError(f"no checkpoint folder {args.checkpoint}; give one with --checkpoint")
+    prompts = read_prompts(args)
+    config = resolve_config(args)
+    runner = runners.ModelRunner(config, resolve_mesh(args.mesh, config.num_kv_heads))
+    data = runner.mesh.shape["data"]
+    slots = args.slots
+    if slots is None:
+        slots = -(-min(max(len(prompts), 1), MAX_SLOTS) // data) * data
+    runners.check_slots(slots, runner.mesh)
+    processor = tokenizer.load(args.checkpoint, config.vocab_size)
+    plan(runner, args.weights, slots)
+
+    inference = runners.InferenceRunner(runner, processor, slots)
+    request = runners.Request(
+        "", args.temperature, args.top_p, args.seed, args.max_len, args.truncate
+    )
+    requests = [dataclasses.replace(request, prompt=prompt) for prompt in prompts]
+    requests = [dataclasses.replace(r, prompt=inference.prompt_tokens(r)) for r in requests]
+
+    begin = time.perf_counter()
+    runner.load(args.checkpoint, args.weights, progress=sys.stderr.isatty())
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
+    report(load=f"{size(weights)} in {time.perf_counter() - begin:.1f} s")
+
+    if not requests:
+        converse(inference, request)
+        return
+    begin = time.perf_counter()
+    inference.warm_up(len(request.prompt) for request in requests)
+    report(compile=f"{time.perf_counter() - begin:.1f} s")
+    answer(inference, requests)
+    report_speed(inference.timing)
+
+
+def main(argv=None) -> None:
+    args = parse_arguments(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
+
+
+if __name__ == "__main__":
+    main()
