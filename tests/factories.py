@@ -1,8 +1,10 @@
-"""Makers that the tests share: small configurations, random parameters, the golden cases."""
+"""What the tests share: small configurations, random parameters, the golden cases, and a look into
+jaxprs."""
 
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -45,6 +47,10 @@ EVEN = dataclasses.replace(
 )
 
 
+ternarize = jax.jit(quantize.ternarize)
+quantize_int8 = jax.jit(quantize.quantize_int8, static_argnums=1)
+
+
 def random_params(config: LanguageModelConfig, weights: str = "float", groups: int = 1, seed=0):
     """Random parameters in the form that `weights` says: a table of PRECISIONS, or "float".
 
@@ -64,9 +70,9 @@ def random_params(config: LanguageModelConfig, weights: str = "float", groups: i
         fan = shape[-1] if path.endswith("embeddings") else shape[-2]
         w = jnp.asarray(gain * fan**-0.5 * random.standard_normal(shape), jnp.float32)
         if kinds[path] == "ternary":
-            return quantize.ternarize(w)
+            return ternarize(w)
         if kinds[path] == "int8":
-            return quantize.quantize_int8(w, groups if shape[-2] % groups == 0 else 1)
+            return quantize_int8(w, groups if shape[-2] % groups == 0 else 1)
         return w
 
     return {
@@ -76,7 +82,8 @@ def random_params(config: LanguageModelConfig, weights: str = "float", groups: i
 
 
 def as_floats(params: dict) -> dict:
-    """The same parameters as float32 arrays."""
+    """The same parameters as float32 NumPy arrays."""
+    params = jax.tree.map(np.asarray, params)
     return {
         module: {name: quantize.dequantize(w) for name, w in entries.items()}
         for module, entries in params.items()
@@ -107,3 +114,28 @@ def golden_params(case: str, weights: str) -> dict:
     """The weights of a golden case, restored in the form that `weights` names in PRECISIONS."""
     template = abstract_params(golden_config(case))
     return checkpoint.restore(GOLDEN / case, template, PRECISIONS[weights])
+
+
+# --- What the compiler is given -------------------------------------------------------------------
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those inside it."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from equations(inner)
+
+
+def largest_array(f, *args):
+    """Elements of the largest array that f computes."""
+    sizes = [
+        math.prod(v.aval.shape)
+        for equation in equations(jax.make_jaxpr(f)(*args))
+        for v in equation.outvars
+    ]
+    return max(sizes)

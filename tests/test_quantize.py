@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import math
 
+import factories
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -270,7 +270,7 @@ def test_int8_activations_multiply_as_integers(form):
     w = weight_in(form, random_floats(77, 13))
     f = functools.partial(quantize.dot, activations="int8")
     jaxpr = jax.make_jaxpr(f)(jnp.ones((3, 77)), w)
-    products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    products = [e for e in factories.equations(jaxpr) if e.primitive.name == "dot_general"]
     assert len(products) == 1
     assert [v.aval.dtype for v in products[0].invars] == [jnp.int8, jnp.int8]
     assert products[0].outvars[0].aval.dtype == jnp.int32
@@ -331,35 +331,13 @@ def test_grouped_dot_with_one_block_or_one_expert(form):
 # --- What the compiler is given -------------------------------------------------------------------
 
 
-def equations(jaxpr):
-    """All equations of a jaxpr and of those inside it."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                yield from equations(inner)
-
-
-def largest_array(f, *args):
-    """Elements of the largest array that f computes."""
-    sizes = [
-        math.prod(v.aval.shape)
-        for equation in equations(jax.make_jaxpr(f)(*args))
-        for v in equation.outvars
-    ]
-    return max(sizes)
-
-
 def test_largest_array_looks_into_inner_jaxprs():
     def f(x):
         return jax.lax.cond(
             x[0] > 0, lambda: jax.jit(lambda: jnp.sum(jnp.outer(x, x)))(), lambda: x[0]
         )
 
-    assert largest_array(f, jnp.ones(17)) == 17 * 17
+    assert factories.largest_array(f, jnp.ones(17)) == 17 * 17
 
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
@@ -374,7 +352,7 @@ def test_no_unpacked_matrix_exists(activations):
     f = functools.partial(quantize.grouped_dot, activations=activations)
     x = jax.ShapeDtypeStruct((1, inputs), jnp.bfloat16)
     index = jax.ShapeDtypeStruct((1,), jnp.int32)
-    assert largest_array(f, x, w, index) <= quantize.TILE < inputs * outputs / 40
+    assert factories.largest_array(f, x, w, index) <= quantize.TILE < inputs * outputs / 40
 
 
 # --- Tables ---------------------------------------------------------------------------------------
