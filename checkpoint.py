@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
 import quantize
 from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
@@ -722,9 +723,7 @@ def _aligned_copy(array: np.ndarray) -> np.ndarray:
 def _restore_ternary(entry: _Entry, tensor, where, pool) -> QuantizedWeight1_58bit:
     """Two passes over the file: sums of |code| for the scale, then trits of the slices held here.
 
-    gamma must not depend on the mesh. So every process sums all the rows, in pages that the system
-    may drop again, rather than exchange sums of its slices: no process waits for another, and only
-    slices held here are converted and kept.
+    gamma must not depend on the mesh or on the number of processes: the sums are exact integers.
     """
     restored = entry.restored
     stack = jax.tree.map(lambda array: array[None] if array.ndim == 2 else array, tensor)
@@ -749,7 +748,10 @@ def _restore_ternary(entry: _Entry, tensor, where, pool) -> QuantizedWeight1_58b
 
 
 def _absolute_sums(stack: QuantizedWeight8bit, pool) -> np.ndarray:
-    """Sums of |code| over the rows of each expert and scale group: int64 [E, G, O], exact."""
+    """Sums of |code| over the rows of each expert and scale group: int64 [E, G, O], exact.
+
+    Each process reads its part of the rows, and they exchange their sums.
+    """
     experts, inputs, outputs = stack.shape
     sums = np.zeros(stack.scales.shape, np.int64)
     groups = sums.shape[1]
@@ -760,9 +762,12 @@ def _absolute_sums(stack: QuantizedWeight8bit, pool) -> np.ndarray:
         for g in range(groups)
         for rows in _chunks(g * size, (g + 1) * size, max(1, CHUNK // outputs))
     ]
+    chunks = chunks[jax.process_index() :: jax.process_count()]
     partial = pool.map(lambda at: quantize.absolute_sums(stack.weight[at[0], at[2]]), chunks)
     for (e, g, _), part in zip(chunks, partial, strict=True):
         sums[e, g] += part
+    if jax.process_count() > 1:  # as int32, which JAX keeps: 128 times the rows
+        sums = multihost_utils.process_allgather(sums.astype(np.int32)).sum(0, dtype=np.int64)
     return sums
 
 

@@ -100,11 +100,9 @@ def save_logits(runner: runners.ModelRunner, source: Path, target: Path) -> None
     tokens = np.load(source, allow_pickle=False)
     if tokens.ndim != 2 or tokens.dtype != np.int32 or not tokens.size:
         raise ValueError(f"{source}: expected int32 [B, T], found {tokens.dtype} {tokens.shape}")
-    low, high = tokens.min(), tokens.max()
-    if low < 0 or high >= runner.config.vocab_size:
-        raise ValueError(
-            f"{source}: token ids must be 0 to {runner.config.vocab_size - 1}, found {low} to {high}"
-        )
+    low, high, last = tokens.min(), tokens.max(), runner.config.vocab_size - 1
+    if low < 0 or high > last:
+        raise ValueError(f"{source}: token ids must be 0 to {last}, found {low} to {high}")
     rows = [np.asarray(runner.logits(row[None])) for row in tqdm(tokens, unit="row")]
     with target.open("wb") as file:  # np.save would add .npy to another name
         np.save(file, np.concatenate(rows))

@@ -267,7 +267,7 @@ class ExpertBlocks(NamedTuple):
 
 
 def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> ExpertBlocks:
-    """Sorts the experts chosen by T tokens, index [T, A], into blocks, without tokens not valid [T].
+    """Sorts the experts that T tokens chose, index [T, A], into blocks; skips tokens not valid [T].
 
     With two experts, blocks of two rows, and tokens that chose 1, 0, 1 and 1 (A = 1):
     row_of_pair is [2, 0, 3, 4], token_of_row [1, -, 0, 2, 3, -], expert_of_block [0, 1, 1].

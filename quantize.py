@@ -28,7 +28,8 @@ from jax import lax
 EPSILON = 1e-5  # added to gamma, so that an all-zero matrix divides by something
 MAX_BLOCK = 64  # bytes: 256 weights, one tile of a kernel
 SHARDS = 8  # a block is small enough that this many shards of I each hold whole blocks
-TILE = 1 << 22  # weights unpacked at a time
+TILE = 1 << 18  # weights unpacked at a time on a CPU: 1 MB as float32 stays in a core's cache
+DEVICE_TILE = 1 << 24  # and elsewhere, where each tile is some launches
 
 register = functools.partial(functools.partial, jax.tree_util.register_dataclass)
 
@@ -382,7 +383,8 @@ def _by_column_tiles(columns, x, shape):
     The last tile is moved left to end at O: its first columns are then computed twice, alike.
     """
     inputs, outputs = shape[-2:]
-    size = min(outputs, max(1, TILE // inputs))
+    tile = TILE if jax.default_backend() == "cpu" else DEVICE_TILE
+    size = min(outputs, max(1, tile // inputs))
     if size == outputs:
         return columns(0, outputs)
 

@@ -231,9 +231,12 @@ class Texts:
     def __init__(self, processor, text: str, settings: Settings, length: int):
         self.processor, self.text, self.settings, self.length = processor, text, settings, length
         plain = tokenizer.encode(processor, text)
-        self.characters_per_token = len(text) / len(plain)
         self.steps_per_epoch = max(1, len(plain) // (settings.batch_size * length))
         self.epoch, self.tokens = (None, plain) if settings.bpe_dropout else (0, plain)
+
+    @property
+    def characters_per_token(self) -> float:
+        return len(self.text) / len(self.tokens)
 
     def batch(self, step: int) -> np.ndarray:
         """int32 [B, T + 1], a pure function of the settings and the step."""
