@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 import checkpoint
 import quantize
 import sharding
+import tensor_file
 from checkpoint import CheckpointError
 from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
 
@@ -118,7 +119,7 @@ def test_golden_int8_and_floats(case):
         leaf = params[module][name]
         assert isinstance(leaf, QuantizedWeight8bit) == ((module, name) in ternary)
         file = GOLDEN / case / "ckpt-0" / checkpoint.file_name(i)
-        assert_same(leaf, checkpoint.read_tensor(file))
+        assert_same(leaf, tensor_file.read_tensor(file))
         if isinstance(leaf, QuantizedWeight8bit):
             assert (leaf.weight.dtype, leaf.scales.dtype) == (jnp.int8, jnp.bfloat16)
             jax.jit(quantize.dequantize)(leaf)
@@ -302,7 +303,7 @@ def test_a_malicious_pickle_is_refused_by_name(tmp_path, protocol):
     marker, path = tmp_path / "ran", tmp_path / "tensor"
     path.write_bytes(pickle.dumps({"weight": Evil(marker)}, protocol))
     with pytest.raises(CheckpointError, match=r"asks for (posix|nt)\.mkdir.*nothing was run"):
-        checkpoint.read_tensor(path)
+        tensor_file.read_tensor(path)
     assert not marker.exists()
     pickle.loads(path.read_bytes())
     assert marker.exists()  # it would have run
@@ -329,7 +330,7 @@ def test_a_malicious_pickle_is_refused_by_name(tmp_path, protocol):
 def test_other_pickles_are_refused(tmp_path, data, message):
     (tmp_path / "tensor").write_bytes(data)
     with pytest.raises(CheckpointError, match=message) as error:
-        checkpoint.read_tensor(tmp_path / "tensor")
+        tensor_file.read_tensor(tmp_path / "tensor")
     assert str(tmp_path / "tensor") in str(error.value)
 
 
@@ -342,8 +343,8 @@ def test_damage_is_one_clear_error(tmp_path_factory, at, patch, cut):
     path = tmp_path_factory.mktemp("damage", numbered=True) / "tensor"
     path.write_bytes(data)
     try:
-        found = checkpoint.read_tensor(path)
-        assert found.shape and checkpoint._describe(found)
+        found = tensor_file.read_tensor(path)
+        assert found.shape and tensor_file.describe(found)
         checkpoint._restored_shapes(found, (96, 16), "ternary")
     except CheckpointError:
         pass
@@ -357,14 +358,14 @@ def test_what_this_numpy_pickles_can_be_read(tmp_path, array, protocol):
         np.asfortranarray,
     ):  # numpy._core.multiarray or the old name
         (tmp_path / "tensor").write_bytes(pickle.dumps(order(array), protocol))
-        assert_same(checkpoint.read_tensor(tmp_path / "tensor"), array)
+        assert_same(tensor_file.read_tensor(tmp_path / "tensor"), array)
 
 
 def test_fortran_order(tmp_path):
     """The pickle says so, and the bytes are read in that order."""
     array = np.asfortranarray(np.arange(15, dtype=np.float32).reshape(5, 3))
     (tmp_path / "tensor").write_bytes(pickle.dumps(array, 4))
-    found = checkpoint.read_tensor(tmp_path / "tensor")
+    found = tensor_file.read_tensor(tmp_path / "tensor")
     assert found.flags.f_contiguous
     np.testing.assert_array_equal(found, array)
 
@@ -382,7 +383,7 @@ def test_shapes_that_are_not_the_payloads(tmp_path, shape, message):
     data = pickle.dumps(np.ones((3, 2), np.float32), 4)
     (tmp_path / "tensor").write_bytes(data.replace(b"K\x03K\x02", shape))
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.read_tensor(tmp_path / "tensor")
+        tensor_file.read_tensor(tmp_path / "tensor")
 
 
 def test_big_endian_and_objects_are_refused(tmp_path):
@@ -392,13 +393,13 @@ def test_big_endian_and_objects_are_refused(tmp_path):
     ):
         (tmp_path / "tensor").write_bytes(pickle.dumps(array, 4))
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.read_tensor(tmp_path / "tensor")
+            tensor_file.read_tensor(tmp_path / "tensor")
 
 
 def test_payloads_are_mapped(tmp_path):
-    checkpoint.write_tensor(tmp_path / "tensor", np.zeros((1 << 22,), np.float32))
+    tensor_file.write_tensor(tmp_path / "tensor", np.zeros((1 << 22,), np.float32))
     tracemalloc.start()
-    found = checkpoint.read_tensor(tmp_path / "tensor")
+    found = tensor_file.read_tensor(tmp_path / "tensor")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
     assert not found.flags.writeable and not found.flags.owndata
@@ -437,7 +438,7 @@ def no_conversion(monkeypatch):
     monkeypatch.setattr(checkpoint, "_restore_one", lambda *_: pytest.fail("converted"))
 
 
-def tensor_file(small, index):
+def file_of(small, index):
     return small[0] / "ckpt-0" / checkpoint.file_name(index)
 
 
@@ -448,13 +449,13 @@ def test_folder_not_found(small, no_conversion):
 
 
 def test_missing_file(small, no_conversion):
-    tensor_file(small, 1).unlink()
+    file_of(small, 1).unlink()
     text = refused(small, "has 2 tensor files, this model needs 3; choose the preset")
     assert "tensor00001_000: missing, should hold layer/query/w" in text
 
 
 def test_extra_file(small, no_conversion):
-    shutil.copy(tensor_file(small, 0), tensor_file(small, 3))
+    shutil.copy(file_of(small, 0), file_of(small, 3))
     assert "tensor00003_000: belongs to no parameter" in refused(small, "has 4 tensor files")
 
 
@@ -464,14 +465,14 @@ def test_other_files_do_not_matter(small):
 
 
 def test_truncated_file(small, no_conversion):
-    path = tensor_file(small, 2)
+    path = file_of(small, 2)
     path.write_bytes(path.read_bytes()[:-40])
     text = refused(small, "tensor00002_000: layer/router/w: truncated: 96 bytes should follow")
     assert text.count(str(path)) == 1 and "download it again" in text
 
 
 def test_bytes_after_the_end(small, no_conversion):
-    path = tensor_file(small, 2)
+    path = file_of(small, 2)
     path.write_bytes(path.read_bytes() + b"abc")
     refused(small, "layer/router/w: 3 bytes follow the end")
 
@@ -487,12 +488,12 @@ def test_wrong_shape_is_a_wrong_preset(small, no_conversion):
 
 
 def test_wrong_dtype(small, no_conversion):
-    tensor_file(small, 2).write_bytes(pickle.dumps(np.ones((12, 2)), 4))
+    file_of(small, 2).write_bytes(pickle.dumps(np.ones((12, 2)), 4))
     refused(small, r"router/w: expected float32 \[12, 2\], found float64 \[12, 2\]")
 
 
 def test_groups_that_do_not_divide(small, no_conversion):
-    checkpoint.write_tensor(tensor_file(small, 1), random_weight((12, 5), 7))
+    tensor_file.write_tensor(file_of(small, 1), random_weight((12, 5), 7))
     refused(small, r"bfloat16 \[a divisor of 12, 5\], found .* scales bfloat16 \[7, 5\]")
 
 
@@ -545,7 +546,7 @@ def test_meshes_that_cut_a_packing_block(tmp_path, no_conversion, monkeypatch):
 def test_golden_files_are_written_alike(tmp_path, monkeypatch, case):
     """Byte for byte; the two cases not of the release's era have another flags byte."""
     flags = 80 if case == "released_layout" else 64
-    monkeypatch.setattr(checkpoint, "BFLOAT16_FLAGS", flags)
+    monkeypatch.setattr(tensor_file, "BFLOAT16_FLAGS", flags)
     params = checkpoint.restore(GOLDEN / case, golden_template(case), INT8)
     checkpoint.save(tmp_path, params)
     originals = sorted((GOLDEN / case / "ckpt-0").iterdir())
@@ -576,25 +577,25 @@ def test_sizes_are_those_of_the_release(tmp_path, shape, scales, size):
             jax.ShapeDtypeStruct(shape, np.int8),
             jax.ShapeDtypeStruct(scales, ml_dtypes.bfloat16),
         )
-    assert checkpoint.file_size(value) == size
+    assert tensor_file.file_size(value) == size
     if size < 1e7:
         real = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), value)
-        checkpoint.write_tensor(tmp_path / "tensor", real)
+        tensor_file.write_tensor(tmp_path / "tensor", real)
         assert (tmp_path / "tensor").stat().st_size == size
-        assert_same(checkpoint.read_tensor(tmp_path / "tensor"), real)
+        assert_same(tensor_file.read_tensor(tmp_path / "tensor"), real)
 
 
 @pytest.fixture
 def installed_names(monkeypatch):
     """Lets the writer use the names and flags of the installed numpy and ml_dtypes."""
     function, _, state = np.ones(1).__reduce__()
-    monkeypatch.setattr(checkpoint, "RECONSTRUCT", (function.__module__, function.__name__))
+    monkeypatch.setattr(tensor_file, "RECONSTRUCT", (function.__module__, function.__name__))
     flags = np.dtype(ml_dtypes.bfloat16).__reduce__()[2][-1]
-    monkeypatch.setattr(checkpoint, "BFLOAT16_FLAGS", flags)
+    monkeypatch.setattr(tensor_file, "BFLOAT16_FLAGS", flags)
 
 
 def pickled(value):
-    parts = checkpoint._Writer(value).parts
+    parts = tensor_file._Writer(value).parts
     return b"".join(part if isinstance(part, bytes) else part.tobytes() for part in parts)
 
 
@@ -612,7 +613,7 @@ def test_weights_are_pickled_as_python_does(installed_names, monkeypatch):
     class Weight:
         pass
 
-    Weight.__module__, Weight.__qualname__ = checkpoint.WEIGHT_CLASS
+    Weight.__module__, Weight.__qualname__ = tensor_file.WEIGHT_CLASS
     monkeypatch.setattr(sys.modules["__main__"], Weight.__qualname__, Weight, raising=False)
     for size in (9, *range((1 << 16) - 450, (1 << 16) + 3)):
         theirs = Weight()
@@ -620,7 +621,7 @@ def test_weights_are_pickled_as_python_does(installed_names, monkeypatch):
         theirs.scales = np.ones((1, size if size % 2 else 3), ml_dtypes.bfloat16)
         ours = QuantizedWeight8bit(theirs.weight, theirs.scales)
         assert pickled(ours) == pickle.dumps(theirs, protocol=4), size
-        assert checkpoint.file_size(ours) == len(pickled(ours))
+        assert tensor_file.file_size(ours) == len(pickled(ours))
 
 
 def test_jax_arrays_on_a_mesh_are_written(tmp_path):
@@ -651,7 +652,7 @@ def test_what_the_format_cannot_hold_is_refused_first(tmp_path, leaf, message):
 
 def test_a_failed_save_leaves_the_previous_one(small, monkeypatch):
     folder, template, _, params = small
-    write, written = checkpoint.write_tensor, []
+    write, written = tensor_file.write_tensor, []
 
     def full_disk(path, value):
         written.append(path)
