@@ -72,13 +72,16 @@ def parameter_shardings(mesh: Mesh, params: dict) -> dict:
 
     Leaves may be arrays, `ShapeDtypeStruct`s or quantized weights of these; packed bytes and scales
     follow the weight that they stand for. Raises ValueError if a parameter matches no rule of
-    `PARAMETER_RULES`, if a rule matches no parameter, or if an axis does not divide.
+    `PARAMETER_RULES`, if a rule matches no parameter, or if an axis does not divide, into whole
+    packing blocks where it is packed.
     """
     paths = [f"{module}/{name}" for module in params for name in params[module]]
     axes = quantize.match_rules(PARAMETER_RULES, paths)
 
     def one(path, weight):
         specs = weight_specs(axes[path], weight)
+        if isinstance(weight, quantize.QuantizedWeight1_58bit):
+            _check_whole_blocks(mesh, path, weight, specs.packed[-1])
         jax.tree.map(functools.partial(_check_divides, mesh, path), weight, specs)
         return jax.tree.map(functools.partial(NamedSharding, mesh), specs)
 
@@ -120,6 +123,15 @@ def _check_divides(mesh, path, array, spec):
                 f"the {mesh.shape[axis]} devices of mesh axis {axis!r}; choose a mesh whose "
                 f"{axis!r} axis divides {size}"
             )
+
+
+def _check_whole_blocks(mesh, path, weight, axis):
+    inputs, devices = weight.shape[-2], 1 if axis is None else mesh.shape[axis]
+    if devices > 1 and inputs % (4 * weight.block * devices):
+        raise ValueError(
+            f"{path}: {inputs} packed inputs do not split into blocks of {4 * weight.block} over "
+            f"the {devices} devices of mesh axis {axis!r}; choose a mesh with a smaller {axis!r} axis"
+        )
 
 
 # --- Inside the model -----------------------------------------------------------------------------

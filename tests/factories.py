@@ -47,8 +47,14 @@ EVEN = dataclasses.replace(
 )
 
 
-ternarize = jax.jit(quantize.ternarize)
 quantize_int8 = jax.jit(quantize.quantize_int8, static_argnums=1)
+
+
+def ternarize(w: np.ndarray) -> quantize.QuantizedWeight1_58bit:
+    """`quantize.ternarize` in NumPy, which has nothing to compile."""
+    gamma = np.abs(w).mean(axis=(-2, -1), keepdims=True)
+    trits = quantize.round_to_trits(w, gamma).astype(np.int8)
+    return jax.tree.map(jnp.asarray, quantize.pack(trits, gamma))
 
 
 def random_params(config: LanguageModelConfig, weights: str = "float", groups: int = 1, seed=0):
@@ -68,12 +74,12 @@ def random_params(config: LanguageModelConfig, weights: str = "float", groups: i
             return jnp.asarray(1 + 0.3 * random.standard_normal(shape), jnp.float32)
         gain = 3 if path.endswith(("query/w", "key/w", "router/w")) else 1
         fan = shape[-1] if path.endswith("embeddings") else shape[-2]
-        w = jnp.asarray(gain * fan**-0.5 * random.standard_normal(shape), jnp.float32)
+        w = (gain * fan**-0.5 * random.standard_normal(shape)).astype(np.float32)
         if kinds[path] == "ternary":
             return ternarize(w)
         if kinds[path] == "int8":
             return quantize_int8(w, groups if shape[-2] % groups == 0 else 1)
-        return w
+        return jnp.asarray(w)
 
     return {
         module: {name: one(f"{module}/{name}", x.shape) for name, x in entries.items()}

@@ -37,9 +37,13 @@ def params_of(config, weights="ternary"):
     return factories.random_params(config, weights, groups=7)
 
 
-def run(tokens, *args, config=CONFIG, weights="ternary", **kwargs):
+def run(tokens, memory=None, lengths=None, config=CONFIG, weights="ternary", last_only=False):
+    tokens = jnp.asarray(tokens)
+    if lengths is None:
+        lengths = [tokens.shape[1]] * len(tokens)
+    lengths = jnp.asarray(lengths, jnp.int32)
     params = params_of(config, weights)
-    return apply_of(config)(params, None, jnp.asarray(tokens), *args, **kwargs)
+    return apply_of(config)(params, None, tokens, memory, lengths, last_only=last_only)
 
 
 def assert_near(found, expected, what="logits"):
@@ -49,9 +53,14 @@ def assert_near(found, expected, what="logits"):
 # --- Configuration and tree -----------------------------------------------------------------------
 
 
+@functools.cache
+def grok_1():
+    return model.abstract_params(PRESETS["grok-1"])
+
+
 def test_parameters_are_those_of_the_release_in_its_order():
     released = json.loads((factories.GOLDEN / "ckpt0_index.json").read_text())
-    leaves, _ = jax.tree.flatten_with_path(model.abstract_params(PRESETS["grok-1"]))
+    leaves, _ = jax.tree.flatten_with_path(grok_1())
     ours = [("|".join(key.key for key in path), list(leaf.shape)) for path, leaf in leaves]
     assert ours == [(tensor["path"], tensor["shape"]) for tensor in released]
     assert {leaf.dtype for _, leaf in leaves} == {jnp.dtype("float32")}
@@ -69,7 +78,7 @@ def test_grok_1_has_314_billion_parameters():
     attention = 2 * 6144 * 48 * 128 + 2 * 6144 * 8 * 128
     norms_and_router = 4 * 6144 + 6144 * 8
     total = 64 * (experts + attention + norms_and_router) + 131072 * 6144 + 6144
-    leaves = jax.tree.leaves(model.abstract_params(PRESETS["grok-1"]))
+    leaves = jax.tree.leaves(grok_1())
     assert sum(leaf.size for leaf in leaves) == total == 315_684_820_992
 
 
@@ -147,17 +156,15 @@ def test_reference_on_long_sequences(config, weights):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_experts": 2, "num_selected_experts": 1},
-        {"num_experts": 3, "num_selected_experts": 3},
+        {"num_experts": 2, "num_selected_experts": 1, "num_kv_heads": 6},
+        {"num_experts": 3, "num_selected_experts": 3, "num_kv_heads": 1},
         {"num_experts": 11, "num_selected_experts": 4},
-        {"num_kv_heads": 6},
-        {"num_kv_heads": 1},
-        {"num_layers": 1, "rope_base": 100, "rms_norm_eps": 0.1, "attn_logit_cap": 3.0},
+        {"rope_base": 100, "rms_norm_eps": 0.1, "attn_logit_cap": 3.0},
     ],
     ids=str,
 )
 def test_reference_with_other_sizes(changes):
-    config = dataclasses.replace(CONFIG, **changes)
+    config = dataclasses.replace(CONFIG, num_layers=1, **changes)
     assert_like_reference(config, "ternary", factories.random_tokens(config, 2, 31))
 
 
@@ -196,10 +203,10 @@ def test_rotary_embedding_far_out():
 def test_prefill_and_decode_are_one_pass():
     tokens = factories.random_tokens(CONFIG, 3, 29)
     whole = run(tokens)
-    prefill = run(tokens[:, :17], init_memory(CONFIG, 3))
-    assert_near(prefill.logits, whole.logits[:, :17])
+    prefill = run(tokens[:, :11], init_memory(CONFIG, 3))
+    assert_near(prefill.logits, whole.logits[:, :11])
     memory = prefill.model_state
-    for t in range(17, 29):
+    for t in range(11, 29):
         output = run(tokens[:, t : t + 1], memory)
         memory = output.model_state
         assert_near(output.logits[:, 0], whole.logits[:, t])
@@ -217,7 +224,7 @@ def test_prefill_in_chunks_of_different_lengths():
         chunk = np.zeros((3, 11), np.int32)
         for row, (start, length) in enumerate(zip(done, lengths, strict=True)):
             chunk[row, :length] = tokens[row, start : start + length]
-        output = run(chunk, memory, jnp.asarray(lengths, jnp.int32))
+        output = run(chunk, memory, lengths)
         memory = output.model_state
         for row, (start, length) in enumerate(zip(done, lengths, strict=True)):
             expected = whole.logits[row, start : start + length]
@@ -228,7 +235,7 @@ def test_prefill_in_chunks_of_different_lengths():
 
 def test_last_only_is_the_last_real_token():
     tokens = factories.random_tokens(CONFIG, 3, 29)
-    lengths = jnp.array([29, 1, 8])
+    lengths = [29, 1, 8]
     every = run(tokens, None, lengths).logits
     last = run(tokens, None, lengths, last_only=True).logits
     assert last.shape == (3, CONFIG.vocab_size)
@@ -247,7 +254,7 @@ def test_a_row_does_not_see_its_batch():
 
 def test_padding_changes_nothing():
     tokens = factories.random_tokens(CONFIG, 3, 29)
-    lengths = jnp.array([29, 12, 20])
+    lengths = [29, 12, 20]
     padded = run(tokens.at[1, 12:].set(0), None, lengths)
     other = run(tokens.at[1, 12:].set(7), None, lengths)
     assert np.array_equal(padded.logits[1, :12], other.logits[1, :12])
@@ -262,10 +269,10 @@ def test_zero_is_a_token_like_any_other():
 
 
 def test_an_idle_row_keeps_its_cache():
-    tokens = factories.random_tokens(CONFIG, 2, 12)
-    before = run(tokens[:, :11], init_memory(CONFIG, 2), jnp.array([11, 5])).model_state
-    idle = run(tokens[:, 11:], before, jnp.array([1, 0])).model_state
-    assert idle.step.tolist() == [12, 5]
+    tokens = factories.random_tokens(CONFIG, 3, 12)
+    before = run(tokens[:, :11], init_memory(CONFIG, 3), [11, 5, 3]).model_state
+    idle = run(tokens[:, 11:], before, [1, 0, 1]).model_state
+    assert idle.step.tolist() == [12, 5, 4]
     for layer, old in zip(idle.layers, before.layers, strict=True):
         for cache, old_cache in zip(layer, old, strict=True):
             assert np.array_equal(cache[1, :, :5], old_cache[1, :, :5])
@@ -316,7 +323,7 @@ def test_expert_block(pairs, block):
 
 @pytest.mark.parametrize(
     "tokens, selected, num_experts",
-    [(1, 1, 3), (1, 2, 8), (2, 5, 5), (7, 2, 5), (13, 1, 2), (31, 3, 11), (97, 2, 8), (300, 2, 8)],
+    [(1, 1, 3), (2, 5, 5), (13, 1, 2), (31, 3, 11), (300, 2, 8)],
 )
 def test_every_valid_pair_has_a_row_of_its_expert(tokens, selected, num_experts):
     random = np.random.default_rng(0)

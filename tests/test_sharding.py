@@ -1,0 +1,252 @@
+"""The same numbers on every mesh of eight CPU devices, and arrays where they belong."""
+
+import dataclasses
+import functools
+
+import factories
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import quantize
+import sharding
+from model import MEMORY_AXES, Memory, init_memory, make_model
+
+CONFIG = dataclasses.replace(factories.EVEN, num_layers=1)
+DENSE = dataclasses.replace(CONFIG, num_experts=1, num_selected_experts=1)
+INT8_ACTIVATIONS = dataclasses.replace(CONFIG, activations="int8")
+MODULE = "transformer/decoder_layer_0/"
+
+# Of float32 logits, whose standard deviation is 0.7: a mesh sums in another order. Gradients:
+# relative to the largest of each parameter.
+TOLERANCE = {"logits": 1e-4, "gradient": 1e-4}
+
+
+@functools.cache
+def params_of(config, weights):
+    return factories.random_params(config, weights, groups=8)
+
+
+@functools.cache
+def unsharded(config, weights, batch):
+    tokens = factories.random_tokens(config, batch, 13)
+    return jax.jit(make_model(config).apply)(params_of(config, weights), None, tokens)
+
+
+def on_mesh(config, weights, batch, mesh):
+    tokens = factories.random_tokens(config, batch, 13)
+    params = params_of(config, weights)
+    params = jax.device_put(params, sharding.parameter_shardings(mesh, params))
+    with jax.set_mesh(mesh):
+        return jax.jit(make_model(config).apply)(params, None, tokens)
+
+
+def assert_near(found, expected, what="logits"):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[what])
+
+
+# --- The same numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weights, data, model, batch",
+    [
+        ("ternary", 1, 1, 8),
+        ("ternary", 1, 8, 8),
+        ("ternary", 2, 4, 8),
+        ("ternary", 8, 1, 8),
+        ("ternary", 2, 4, 3),  # a batch that does not split is computed whole on every device
+        ("int8", 1, 8, 8),
+        ("float", 2, 4, 8),
+    ],
+)
+def test_logits_do_not_depend_on_the_mesh(weights, data, model, batch):
+    found = on_mesh(CONFIG, weights, batch, sharding.make_mesh(data, model))
+    expected = unsharded(CONFIG, weights, batch)
+    assert_near(found.logits, expected.logits)
+    assert_near(found.layers[0].router_probs, expected.layers[0].router_probs)
+    assert np.array_equal(found.layers[0].expert_index, expected.layers[0].expert_index)
+
+
+def test_a_dense_model_on_a_mesh():
+    found = on_mesh(DENSE, "ternary", 8, sharding.make_mesh(2, 4))
+    assert_near(found.logits, unsharded(DENSE, "ternary", 8).logits)
+
+
+@pytest.mark.parametrize("weights", ["int8", "ternary"])
+def test_int8_activations_on_a_mesh(weights):
+    """The maximum of a row is that of all its shards: each shard's own would move the logits by
+    half of what rounding moves them. A value on the edge may still round to the other side."""
+    found = on_mesh(INT8_ACTIVATIONS, weights, 8, sharding.make_mesh(2, 4)).logits
+    expected = unsharded(INT8_ACTIVATIONS, weights, 8).logits
+    error = np.sqrt(np.mean((found - expected) ** 2))
+    effect = np.sqrt(np.mean((unsharded(CONFIG, weights, 8).logits - expected) ** 2))
+    assert error < effect / 10, (error, effect)
+
+
+@pytest.mark.parametrize("model", [2, 4, 8])
+def test_integer_products_are_exact_on_a_mesh(model):
+    """Ternary weights and int8 activations: to the last bit, wherever the inputs are split."""
+    w = np.random.default_rng(0).standard_normal((160, 13)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 160)), jnp.float32)
+    w = factories.ternarize(w)
+
+    def dot(x, w):
+        axis = sharding.mesh_axis("ffn")
+        return quantize.dot(x, w, activations="int8", axis_name=axis)
+
+    split = sharding.shard_map(dot, ((None, "ffn"), ("ffn", "embed")), (None, "embed"))
+    expected = jax.jit(split)(x, w)
+    with jax.set_mesh(sharding.make_mesh(1, model)):
+        assert np.array_equal(jax.jit(split)(x, w), expected)
+
+
+def test_gradients_do_not_depend_on_the_mesh():
+    config = INT8_ACTIVATIONS  # as in training: the maximum of a row crosses devices
+    params = params_of(config, "float")
+    tokens = factories.random_tokens(config, 4, 13)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            logits = make_model(config).apply(params, None, tokens).logits
+            return -jnp.mean(jax.nn.log_softmax(logits[:, :-1])[..., 7])
+
+        return jax.grad(loss)(params)
+
+    expected = gradient(params)
+    mesh = sharding.make_mesh(2, 4)
+    with jax.set_mesh(mesh):
+        found = gradient(jax.device_put(params, sharding.parameter_shardings(mesh, params)))
+    for (path, one), other in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        error = np.abs(one - other).max() / np.abs(other).max()
+        assert error < TOLERANCE["gradient"], (path, error)
+
+
+def test_decoding_with_a_cache_on_a_mesh():
+    tokens = factories.random_tokens(CONFIG, 8, 13)
+    mesh = sharding.make_mesh(2, 4)
+    params = params_of(CONFIG, "ternary")
+    params = jax.device_put(params, sharding.parameter_shardings(mesh, params))
+    memory = init_memory(CONFIG, 8)
+    cache = sharding.batch_sharding(mesh, *MEMORY_AXES)
+    memory = jax.device_put(
+        memory,
+        Memory(
+            jax.tree.map(lambda _: cache, memory.layers), sharding.batch_sharding(mesh, "batch")
+        ),
+    )
+    assert memory.layers[0].k.addressable_shards[0].data.shape == (4, 2, 37, 6)
+    with jax.set_mesh(mesh):
+        apply = jax.jit(make_model(CONFIG).apply)
+        prefill = apply(params, None, tokens[:, :12], memory)
+        last = apply(params, None, tokens[:, 12:], prefill.model_state)
+    expected = unsharded(CONFIG, "ternary", 8).logits
+    assert_near(prefill.logits, expected[:, :12])
+    assert_near(last.logits, expected[:, 12:])
+
+
+# --- Where arrays lie -----------------------------------------------------------------------------
+
+
+def shard_shapes(weights, mesh, config=CONFIG):
+    params = params_of(config, weights)
+    placed = jax.device_put(params, sharding.parameter_shardings(mesh, params))
+    return jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.shape, placed)
+
+
+def test_every_device_holds_its_part_of_ternary_weights():
+    shapes = shard_shapes("ternary", sharding.make_mesh(2, 4))
+    up = shapes[MODULE + "moe/linear_v"]["w"]  # [5, 40, 160], split over its outputs
+    assert (up.packed, up.scales) == ((5, 160 // 4, 10), (5, 1, 1))
+    down = shapes[MODULE + "moe/linear_1"]["w"]  # [5, 160, 40], split over its inputs
+    assert (down.packed, down.scales) == ((5, 40, 40 // 4), (5, 1, 1))
+    query = shapes[MODULE + "multi_head_attention/query"]["w"]  # [40, 96]
+    assert (query.packed, query.scales) == ((96 // 4, 10), (1, 1))
+    linear = shapes[MODULE + "multi_head_attention/linear"]["w"]  # [96, 40]
+    assert (linear.packed, linear.scales) == ((40, 24 // 4), (1, 1))
+    assert shapes["language_model/in_out_embed"]["embeddings"] == (104 // 4, 40)
+    assert shapes[MODULE + "router"]["w"] == (40, 5)
+    assert shapes[MODULE + "rms_norm_3"]["scale"] == (40,)
+
+
+def test_every_device_holds_its_part_of_int8_weights():
+    shapes = shard_shapes("int8", sharding.make_mesh(2, 4))
+    up = shapes[MODULE + "moe/linear"]["w"]
+    assert (up.weight, up.scales) == ((5, 40, 160 // 4), (5, 8, 160 // 4))
+    down = shapes[MODULE + "moe/linear_1"]["w"]
+    assert (down.weight, down.scales) == ((5, 160 // 4, 40), (5, 8 // 4, 40))
+
+
+def test_one_group_of_scales_is_on_every_device():
+    mesh = sharding.make_mesh(1, 8)
+    params = factories.random_params(CONFIG, "int8", groups=1)
+    shardings = sharding.parameter_shardings(mesh, params)
+    down = shardings[MODULE + "moe/linear_1"]["w"]
+    assert down.weight == NamedSharding(mesh, P(None, "model", None))
+    assert down.scales == NamedSharding(mesh, P(None, None, None))
+
+
+def test_shardings_of_shapes_are_those_of_arrays():
+    mesh = sharding.make_mesh(2, 4)
+    params = params_of(CONFIG, "ternary")
+    abstract = jax.eval_shape(lambda: params)
+    ours, theirs = (sharding.parameter_shardings(mesh, tree) for tree in (params, abstract))
+    assert jax.tree.leaves(ours) == jax.tree.leaves(theirs)
+
+
+def test_dense_blocks_are_split_like_experts():
+    shapes = shard_shapes("float", sharding.make_mesh(1, 8), DENSE)
+    assert shapes[MODULE + "linear"]["w"] == (40, 160 // 8)
+    assert shapes[MODULE + "linear_1"]["w"] == (160 // 8, 40)
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+def test_too_few_devices():
+    with pytest.raises(ValueError, match="mesh 3,4 needs 12 devices, but only 8 cpu.*smaller mesh"):
+        sharding.make_mesh(3, 4)
+    with pytest.raises(ValueError, match="both mesh axes must be at least 1, got 0,8"):
+        sharding.make_mesh(0, 8)
+
+
+@pytest.mark.parametrize("text", ["8", "1,2,3", "a,b", ""])
+def test_a_mesh_is_two_numbers(text):
+    with pytest.raises(ValueError, match=f"as in 1,8; got {text!r}"):
+        sharding.parse_mesh(text)
+    assert dict(sharding.parse_mesh("2,4").shape) == {"data": 2, "model": 4}
+
+
+def test_a_parameter_without_a_rule():
+    params = params_of(CONFIG, "float") | {"transformer/bias": {"b": jnp.zeros(3)}}
+    with pytest.raises(ValueError, match="no rule matches parameter 'transformer/bias/b'"):
+        sharding.parameter_shardings(sharding.make_mesh(1, 8), params)
+
+
+def test_a_rule_without_a_parameter():
+    params = {"language_model/rms_norm": {"scale": jnp.zeros(3)}}
+    with pytest.raises(ValueError, match=r"rules match no parameter: \['in_out_embed"):
+        sharding.parameter_shardings(sharding.make_mesh(1, 8), params)
+
+
+@pytest.mark.parametrize("weights", ["float", "int8", "ternary"])
+def test_an_axis_that_does_not_divide(weights):
+    config = dataclasses.replace(CONFIG, vocab_size=103)
+    message = r"in_out_embed/embeddings: an array of shape \(103, 40\) .* 'model' axis divides 103"
+    with pytest.raises(ValueError, match=message):
+        sharding.parameter_shardings(sharding.make_mesh(1, 8), params_of(config, weights))
+
+
+@pytest.mark.parametrize("key_size", [2, 14])
+def test_shards_that_cut_a_byte_or_a_block(key_size):
+    """Eight heads of two are 16 inputs, so 2 for a device, but there are four trits in a byte."""
+    config = dataclasses.replace(CONFIG, num_q_heads=8, key_size=key_size)
+    message = rf"linear/w: {8 * key_size} packed inputs do not split into blocks of .* 8 devices"
+    with pytest.raises(ValueError, match=message):
+        sharding.parameter_shardings(sharding.make_mesh(1, 8), params_of(config, "ternary"))
