@@ -1,0 +1,187 @@
+"""The command: what it prints, what it refuses."""
+
+import dataclasses
+import io
+import json
+import sys
+
+import jax
+import pytest
+from factories import EVEN, random_params
+
+import checkpoint
+import model
+import run
+import runners
+import tokenizer
+
+CONFIG = dataclasses.replace(model.PRESETS["tiny"], num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    checkpoint.save(folder, random_params(CONFIG, "int8"))
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(CONFIG)))
+    return folder
+
+
+def command(folder, *flags):
+    return ["--checkpoint", str(folder), "--mesh", "1,1", "--max-len", "9", *flags]
+
+
+def refused(arguments, capsys):
+    """The message that the command exits with, and nothing of a traceback."""
+    with pytest.raises(SystemExit) as exit_:
+        run.main(arguments)
+    assert exit_.value.code not in (0, None)
+    return f"{exit_.value.code}" if isinstance(exit_.value.code, str) else capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """(prompt, settings) -> prompt and continuation, through runners alone."""
+    processor = tokenizer.load(folder, CONFIG.vocab_size)
+    runner = runners.ModelRunner(CONFIG)
+    runner.load(folder, "ternary")
+    inference = runners.InferenceRunner(runner, processor)
+
+    def text(prompt, **settings):
+        request = runners.Request(prompt, max_len=9, **settings)
+        tokens = inference.prompt_tokens(request).tolist()
+        tokens += [token.token_id for _, token in inference.generate([request])]
+        return processor.decode([token for token in tokens if token != CONFIG.eos_token])
+
+    return text
+
+
+def test_one_prompt(folder, expected, capsys):
+    run.main(command(folder, "--prompt", "First Citizen:", "--temperature", "0.9", "--seed", "7"))
+    out, err = capsys.readouterr()
+    assert out == expected("First Citizen:", temperature=0.9, rng_seed=7) + "\n"
+    lines = dict(line.split(maxsplit=1) for line in err.splitlines())
+    assert lines["model"].startswith("1 layers of 48, 6 query and 2 key/value heads of 8, 2 of 8")
+    assert lines["parameters"] == f"{count_parameters():,}"
+    assert lines["weights"] == "ternary, float activations in float32"
+    assert lines["mesh"] == "1 data x 1 model, cpu"
+    assert lines["slots"] == "1 of 64 tokens, vocabulary 1024"
+    assert lines["memory"].startswith("weights 22.6 kB + embeddings 197 kB + cache")
+    assert "of" in lines["total"] and lines["total"].endswith("GB on each device")
+    assert lines["load"].endswith(" s")
+    assert lines["decode"].startswith("8 tokens, ")
+    assert list(lines)[-2:] == ["prefill", "decode"]
+
+
+def count_parameters():
+    return sum(w.size for w in jax.tree.leaves(model.abstract_params(CONFIG)))
+
+
+def test_several_prompts_from_file_and_stdin(folder, expected, capsys, monkeypatch, tmp_path):
+    """Three prompts through two slots: each as if it were alone."""
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("To be, or\n\nAll: é😀\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two  lines\nof it"))
+    run.main(
+        command(folder, "--prompt", "-", "--prompts-file", str(lines), "--slots", "2")
+        + ["--temperature", "0"]
+    )
+    out, err = capsys.readouterr()
+    for number, prompt in enumerate(["two  lines\nof it", "To be, or", "All: é😀"], start=1):
+        assert f"[{number}] {expected(prompt, temperature=0.0)}\n\n" in out
+    assert out.count("\n\n[") == 2
+    assert "slots       2 of 64 tokens" in err
+
+
+def test_a_conversation(folder, expected, capsys, monkeypatch):
+    prompts = iter(["First Citizen:", "x" * 200, "First Citizen:"])
+
+    def ask(_):
+        try:
+            return next(prompts)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    run.main(command(folder, "--temperature", "0"))
+    out, err = capsys.readouterr()
+    text = expected("First Citizen:", temperature=0.0)
+    assert out == f"{text}\n{text}\n\n"
+    assert "error       a prompt of" in err  # and the conversation goes on
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt", "x", "--max-len", "80"], "error: a prompt of 1 tokens and 80 new ones do"),
+        (["--prompt", "x", "--mesh", "1,16"], "error: mesh 1,16 needs 16 devices"),
+        (["--prompt", "x", "--mesh", "1,4"], "error: 2 key/value heads do not divide over the 4"),
+        (["--prompt", "x", "--mesh", "8"], "error: a mesh is two numbers"),
+        (["--prompt", "x", "--mesh", "2,1", "--slots", "3"], "error: 3 slots do not spread over"),
+        (["--prompt", "x", "--temperature", "-1"], "error: temperature must be 0 or more"),
+        (["--prompt", "x", "--preset", "demo"], "tensor files, this model needs"),
+        (["--prompt", "x", "--preset", "grok-1"], "Grok-1's tokenizer is tokenizer.model in"),
+        (["--prompt", "x", "--preset", "grok-2"], "invalid choice: 'grok-2'"),
+        (["--prompt", "x", "--weights", "float"], "invalid choice: 'float'"),
+        (["--prompt", "x", "--sequence-len", "1"], "--sequence-len must be 2 or more, got 1"),
+        (["--prompt", "x", "--distributed", "host"], "error: --distributed is HOST:PORT,N,I"),
+        (["--prompts-file", "/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
+        ([], "error: no prompt; give --prompt"),
+    ],
+)
+def test_what_is_refused(folder, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    text = refused(["--checkpoint", str(folder), *flags], capsys)
+    assert message in text and "Traceback" not in text
+
+
+def test_a_missing_folder(tmp_path, capsys):
+    text = refused(["--checkpoint", str(tmp_path / "gone"), "--prompt", "x"], capsys)
+    assert text == f"error: no checkpoint folder {tmp_path / 'gone'}; give one with --checkpoint"
+
+
+def test_too_little_memory_is_said_before_loading(folder, capsys, monkeypatch):
+    monkeypatch.setattr(run, "memory_limit", lambda mesh: 400_000)
+    monkeypatch.setattr(runners.ModelRunner, "load", lambda *_: pytest.fail("loaded"))
+    flags = ["--prompt", "x", "--prompt", "y", "--weights", "int8"]
+    text = refused(command(folder, *flags), capsys)
+    assert text.startswith("error: this needs ") and "on each device, which has 400 kB" in text
+    cures = "a larger model axis in --mesh, --weights ternary, fewer --slots, a shorter --sequence"
+    assert cures in text
+
+
+def test_interrupted(folder, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runners.ModelRunner, "load", interrupt)
+    assert refused(command(folder, "--prompt", "x"), capsys) == "\ninterrupted"
+
+
+def test_default_mesh_divides_the_heads():
+    assert dict(run.resolve_mesh(None, 2).shape) == {"data": 1, "model": 2}
+    assert dict(run.resolve_mesh(None, 6).shape) == {"data": 1, "model": 2}
+    assert dict(run.resolve_mesh(None, EVEN.num_kv_heads).shape) == {"data": 1, "model": 8}
+
+
+def test_flags_change_the_configuration(folder):
+    flags = ["--dtype", "bfloat16", "--activations", "int8", "--sequence-len", "20"]
+    config = run.resolve_config(run.parse_arguments(command(folder, *flags)))
+    assert config == dataclasses.replace(
+        CONFIG, fprop_dtype="bfloat16", activations="int8", sequence_len=20
+    )
+    config = run.resolve_config(run.parse_arguments(command(folder, "--preset", "demo")))
+    assert config == model.PRESETS["demo"]
+
+
+def test_grok_1_is_the_configuration_without_a_file(tmp_path):
+    config = run.resolve_config(run.parse_arguments(["--checkpoint", str(tmp_path)]))
+    assert config == model.PRESETS["grok-1"]
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [(12, "12 B"), (45_000, "45 kB"), (3_456_000, "3.46 MB"), (78_654_321_000, "78.7 GB")],
+)
+def test_size(count, text):
+    assert run.size(count) == text

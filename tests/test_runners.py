@@ -1,0 +1,417 @@
+"""Prompts to tokens: sampling by hand, requests alone and together, the reference's texts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import EVEN, GOLDEN, ODD, golden_arrays, golden_config, random_params
+
+import model
+import runners
+import sharding
+from runners import Request, SampleSettings
+
+CONFIG = dataclasses.replace(ODD, num_layers=1, activations="int8")
+SLOTS = 4
+
+
+class Letters:
+    """A tokenizer of one token for each character."""
+
+    def encode(self, text):
+        return [ord(letter) - 40 for letter in text]
+
+    def decode(self, tokens):
+        return "".join(chr(int(token) + 40) for token in tokens)
+
+
+@pytest.fixture(scope="module")
+def inference():
+    runner = runners.ModelRunner(CONFIG)
+    runner.params = random_params(CONFIG, "ternary")
+    return runners.InferenceRunner(runner, Letters(), SLOTS, pad_sizes=(4, 16))
+
+
+def complete(inference, request):
+    return [token for _, token in inference.generate([request])]
+
+
+def ids(tokens):
+    return [token.token_id for token in tokens]
+
+
+def exact(tokens):
+    """Everything about tokens but their slot, to be compared bit by bit."""
+    return [
+        (t.token_id, t.prob, t.top_k_token_ids.tolist(), t.top_k_probs.tolist(), t.done)
+        for t in tokens
+    ]
+
+
+def random_requests(count, seed=0):
+    random = np.random.default_rng(seed)
+    return [
+        Request(
+            random.integers(0, CONFIG.vocab_size, random.integers(1, 21)).tolist(),
+            temperature=(0.0, 1.0, 0.7)[i % 3],
+            nucleus_p=(1.0, 0.9)[i % 2],
+            rng_seed=i,
+            max_len=int(random.integers(1, 16)),
+        )
+        for i in range(count)
+    ]
+
+
+# Sampling
+
+
+def settings(rows, temperature=1.0, nucleus_p=1.0, rng_seed=0, max_len=1):
+    return SampleSettings(
+        jnp.full(rows, temperature, jnp.float32),
+        jnp.full(rows, nucleus_p, jnp.float32),
+        jnp.full(rows, rng_seed, jnp.uint32),
+        jnp.full(rows, max_len, jnp.int32),
+    )
+
+
+sample = jax.jit(runners.sample_token)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    probs = np.array([0.05, 0.5, 0.15, 0.3], np.float32)
+    top_p = jnp.array([0.01, 0.49, 0.6, 0.9, 0.96, 1 - 2**-24, 1])
+    kept = runners.top_p_filter(jnp.tile(jnp.log(probs), (7, 1)), top_p) > -jnp.inf
+    expected = ["0100", "0100", "0101", "0111", "1111", "1111", "1111"]
+    assert ["".join("01"[int(k)] for k in row) for row in kept] == expected
+
+
+def test_top_p_keeps_all_equals_of_the_last_token():
+    logits = jnp.log(jnp.array([[0.1, 0.25, 0.4, 0.25]]))
+    kept = runners.top_p_filter(logits, jnp.array([0.5])) > -jnp.inf
+    assert kept.tolist() == [[False, True, True, True]]
+
+
+def test_top_p_of_1_keeps_a_row_beside_a_filtered_one():
+    logits = jnp.log(jnp.tile(jnp.array([0.5, 0.3, 0.2]), (2, 1)))
+    filtered = runners.top_p_filter(logits, jnp.array([1.0, 0.5]))
+    np.testing.assert_array_equal(filtered[0], logits[0])
+    assert filtered[1].tolist()[1:] == [-np.inf, -np.inf]
+
+
+def test_temperature_0_takes_the_likeliest_token_and_tells_its_own_probability():
+    logits = jnp.log(jnp.array([[0.2, 0.3, 0.1, 0.3, 0.1]]))
+    output = sample(logits, settings(1, temperature=0), jnp.zeros(1, jnp.int32))
+    assert output.token_id.tolist() == [1]
+    np.testing.assert_allclose(output.prob, [0.3], rtol=1e-6)
+    assert output.top_k_token_ids.tolist() == [[1, 3, 0, 2, 4]]
+    np.testing.assert_allclose(output.top_k_probs, [[0.3, 0.3, 0.2, 0.1, 0.1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3])
+def test_a_small_temperature_is_greedy_and_finite(temperature):
+    logits = 50 * jax.random.normal(jax.random.key(0), (5, 97))
+    output = sample(logits, settings(5, temperature), jnp.zeros(5, jnp.int32))
+    assert output.token_id.tolist() == jnp.argmax(logits, axis=-1).tolist()
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in output)
+    np.testing.assert_array_equal(output.prob, 1)
+
+
+def test_frequencies_are_the_probabilities():
+    """The reference's bfloat16 noise puts 98 % of uniform draws into the first half."""
+    draws, vocabulary = 4000, 1024
+    logits = jnp.zeros((draws, vocabulary)).at[:, 7].set(jnp.log(vocabulary - 1))
+    output = sample(logits, settings(draws, rng_seed=5), jnp.arange(draws, dtype=jnp.int32))
+    tokens = np.array(output.token_id)
+    chosen, rest = tokens == 7, tokens[tokens != 7]
+    assert abs(chosen.mean() - 0.5) < 4 * (0.25 / draws) ** 0.5  # four standard deviations
+    assert abs((rest < vocabulary // 2).mean() - 0.5) < 4 * (0.25 / len(rest)) ** 0.5
+
+
+def test_temperature_sharpens():
+    logits = jnp.log(jnp.tile(jnp.array([0.8, 0.2]), (2, 1)))
+    both = settings(2)._replace(temperature=jnp.array([0.5, 2.0]))
+    output = sample(logits, both, jnp.zeros(2, jnp.int32))
+    np.testing.assert_allclose(output.top_k_probs[0, 0], 0.64 / 0.68, rtol=1e-6)
+    np.testing.assert_allclose(output.top_k_probs[1, 0], 2 / 3, rtol=1e-6)
+
+
+def test_a_draw_depends_on_seed_and_number_only():
+    logits = jnp.zeros((4, 4096))
+    rows = settings(4)._replace(rng_seed=jnp.array([3, 3, 4, 3], jnp.uint32))
+    output = sample(logits, rows, jnp.array([0, 1, 0, 0]))
+    again = sample(logits[:1], settings(1, rng_seed=3), jnp.array([1]))
+    first, second, other, same = output.token_id.tolist()
+    assert first == same and again.token_id.tolist() == [second]
+    assert len({first, second, other}) == 3
+
+
+def test_advance_ends_rows():
+    slots = runners.empty_slots(CONFIG, 4, 8)
+    slots = slots._replace(
+        settings=settings(4, temperature=0, max_len=3),
+        count=jnp.array([1, 2, 1, 0]),
+        active=jnp.array([True, True, True, False]),
+    )
+    logits = jax.nn.one_hot(jnp.array([5, 5, 2, 5]), CONFIG.vocab_size)
+    slots, output = runners.advance(logits, slots, eos=2)
+    assert output.token_id.tolist() == [5, 5, 2, 5]
+    assert slots.count.tolist() == [2, 3, 2, 0]
+    assert slots.active.tolist() == [True, False, False, False]  # goes on, full, [EOS], idle
+
+
+# Requests
+
+
+def test_chunks():
+    assert list(runners.chunks(10, (2, 4))) == [(0, 4, 4), (4, 8, 4), (8, 10, 2)]
+    assert list(runners.chunks(1, (2, 4))) == [(0, 1, 2)]
+
+
+def test_alone_or_beside_others_a_request_gives_the_same_bits(inference):
+    """Eleven requests through four slots, joining and leaving; then each alone, in slot 0."""
+    requests = random_requests(11)
+    together = [[] for _ in requests]
+    slots_used = set()
+    for number, token in inference.generate(requests):
+        together[number].append(token)
+        slots_used.add((number, token.slot))
+    assert {slot for _, slot in slots_used} == set(range(SLOTS))
+    for number, request in enumerate(requests):
+        assert exact(complete(inference, request)) == exact(together[number]), number
+
+
+def test_max_len_and_eos(inference):
+    ended = 0
+    for i, request in enumerate(random_requests(24, seed=1)):
+        tokens = complete(inference, dataclasses.replace(request, temperature=2.0, rng_seed=i))
+        assert [token.done for token in tokens] == [False] * (len(tokens) - 1) + [True]
+        eos = [token.token_id == CONFIG.eos_token for token in tokens]
+        ended += eos[-1]
+        assert not any(eos[:-1])
+        assert len(tokens) == request.max_len or eos[-1]
+    assert 0 < ended < 24  # both ways to end
+
+
+def test_one_new_token_is_one_token(inference):
+    assert len(complete(inference, Request([5, 6], 0, max_len=1))) == 1
+
+
+def test_the_first_token_follows_from_a_plain_pass(inference):
+    """Three chunks through the cache, with zeros in the prompt: token 0 is no padding."""
+    prompt = [5, 0, 17, 0, 0, 33, 8, 60, 9, 41, 2, 25, 7, 38, 50, 11, 29, 0, 44, 3]
+    (token,) = complete(inference, Request(prompt, max_len=1))
+    logits = inference.runner.logits(np.array([prompt], np.int32))[0, -1]
+    probs, likely = jax.lax.top_k(jax.nn.softmax(logits), runners.TOP_K)
+    assert token.top_k_token_ids.tolist() == likely.tolist()
+    np.testing.assert_allclose(token.top_k_probs, probs, rtol=1e-4)
+
+
+def test_a_truncated_prompt_is_its_end(inference):
+    prompt = list(range(5, 55))
+    request = Request(prompt, temperature=0, max_len=7, truncate=True)
+    room = CONFIG.sequence_len - 7
+    end = dataclasses.replace(request, prompt=prompt[-room:])
+    assert exact(complete(inference, request)) == exact(complete(inference, end))
+
+
+def test_an_empty_prompt_starts_from_bos(inference):
+    empty, bos = (Request(p, 0, max_len=4) for p in ("", [runners.BOS]))
+    assert exact(complete(inference, empty)) == exact(complete(inference, bos))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompt": [3, 61]}, "token id 61 is not in the vocabulary, 0 to 60"),
+        ({"prompt": [-1]}, "token id -1 is not in the vocabulary"),
+        ({"prompt": [3] * 30}, "30 tokens and 8 new ones do not fit into 37 cache slots"),
+        ({"max_len": 37, "truncate": True}, "1 tokens and 37 new ones do not fit"),
+        ({"max_len": 0}, "max_len must be 1 or more, got 0"),
+        ({"temperature": -0.5}, "temperature must be 0 or more, got -0.5"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        ({"nucleus_p": 0}, "nucleus_p must be above 0 and at most 1, got 0"),
+        ({"nucleus_p": 1.5}, "nucleus_p must be above 0 and at most 1, got 1.5"),
+        ({"rng_seed": -1}, "rng_seed must be from 0 to .*, got -1"),
+    ],
+)
+def test_requests_that_cannot_run(inference, change, message):
+    request = dataclasses.replace(Request([3], max_len=8), **change)
+    with pytest.raises(ValueError, match=message):
+        inference.insert(request)
+    assert not inference.busy
+
+
+def test_the_longest_request_fills_the_cache(inference):
+    request = Request([3] * 29, 0, max_len=8)
+    tokens = ids(complete(inference, request))
+    assert len(tokens) == 8
+    logits = inference.runner.logits(np.array([[3] * 29 + tokens[:-1]], np.int32))[0]
+    assert tokens == jnp.argmax(logits, axis=-1)[28:].tolist()
+
+
+def test_slots_are_taken_and_given_back(inference):
+    request = Request([5, 6, 7], 0, max_len=9)
+    expected = exact(complete(inference, request))
+    first = [inference.insert(request) for _ in range(SLOTS)]
+    assert [token.slot for token in first] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="all 4 slots are busy"):
+        inference.insert(request)
+    second = inference.step()
+    inference.remove(2)
+    assert [token.slot for token in inference.step()] == [0, 1, 3]
+    again = inference.insert(request)
+    assert again.slot == 2 and exact([again]) == exact(first[2:3]) == expected[:1]
+    assert exact(second[:1]) == expected[1:2]
+    for slot in range(SLOTS):
+        inference.remove(slot)
+    assert inference.step() == []
+
+
+def test_closing_the_iterator_frees_its_slots(inference):
+    tokens = inference.generate([Request([5], 0, max_len=9)] * 2)
+    next(tokens)
+    next(tokens)
+    assert len(inference.busy) == 2
+    tokens.close()
+    assert not inference.busy
+
+
+def test_requests_are_drawn_only_when_a_slot_is_free(inference):
+    drawn = []
+
+    def arriving():
+        for i in range(6):
+            drawn.append(i)
+            yield Request([5 + i], 0, max_len=3)
+
+    tokens = inference.generate(arriving())
+    next(tokens)
+    assert drawn == [0]
+    assert len(list(tokens)) == 6 * 3 - 1
+
+
+def test_nothing_compiles_after_warm_up(inference):
+    inference.warm_up([3, 20])
+    assert dataclasses.astuple(inference.timing) == (0, 0, 0, 0)
+    jitted = (inference._prefill, inference._insert, inference._decode)
+    before = [f._cache_size() for f in jitted]
+    for length in (1, 2, 4, 5, 16, 17, 22):
+        complete(inference, Request([7] * length, 0, max_len=3))
+    assert [f._cache_size() for f in jitted] == before == [2, 1, 1]
+    assert inference.timing.prefill_tokens == 67
+    assert inference.timing.decode_tokens == 14
+
+
+def test_the_interface_of_the_reference(inference):
+    server = inference.run()
+    text = runners.sample_from_model(server, "GROK", max_len=9, temperature=0.01)
+    tokens = complete(inference, Request(Letters().encode("GROK"), 0.01, max_len=9))
+    assert text == Letters().decode(ids(tokens)) and len(text) == 9
+    assert runners.sample_from_model(server, "GROK", max_len=9, temperature=0.01) == text
+    assert server.send(Request("GROK", 0.01, 1.0, 42, 9)) == text
+
+
+# The reference
+
+
+@pytest.mark.parametrize(
+    "case, weights, mesh, dtype",
+    [
+        ("single_device", "int8", (1, 1), "bfloat16"),
+        ("released_layout", "ternary", (2, 4), "float32"),
+    ],
+)
+def test_greedy_tokens_of_the_reference(case, weights, mesh, dtype):
+    config = golden_config(case, fprop_dtype=dtype)
+    runner = runners.ModelRunner(config, sharding.make_mesh(*mesh))
+    runner.load(GOLDEN / case, weights)
+    assert runner.params[runners.EMBEDDINGS]["embeddings"].dtype == dtype
+    slots = 2 * mesh[0]
+    inference = runners.InferenceRunner(runner, slots=slots, pad_sizes=(4,))
+    prefix = "ternary_" if weights == "ternary" else ""
+    arrays = golden_arrays(case)
+    request = Request(arrays[f"{prefix}greedy_prompt"], temperature=0, max_len=16)
+    texts = [[] for _ in range(slots)]
+    for number, token in inference.generate([request] * slots):
+        texts[number].append(token.token_id)
+    assert texts == [arrays[f"{prefix}greedy_tokens"].tolist()] * slots
+
+
+# Meshes and memory
+
+
+def test_the_cache_is_spread_and_a_row_inserted_without_moving_it():
+    config = dataclasses.replace(EVEN, num_layers=1)
+    runner = runners.ModelRunner(config, sharding.make_mesh(2, 4))
+    inference = runners.InferenceRunner(runner, slots=4, sequence_len=48)
+    k = inference._slots.memory.layers[0].k
+    assert k.shape == (4, 8, 48, 6) and k.sharding.shard_shape(k.shape) == (2, 2, 48, 6)
+    row = inference._row.layers[0].k
+    assert row.sharding.shard_shape(row.shape) == (1, 2, 48, 6)
+    logits = np.zeros((1, config.vocab_size), np.float32)
+    scalars = SampleSettings(np.float32(0), np.float32(1), np.uint32(0), np.int32(9))
+    with jax.set_mesh(runner.mesh):
+        lowered = inference._insert.lower(inference._slots, inference._row, logits, scalars, 1)
+    program = lowered.compile().as_text()
+    assert "fusion" in program
+    assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute"))
+
+
+def test_init_places_parameters():
+    config = dataclasses.replace(EVEN, num_layers=1)
+    runner = runners.ModelRunner(config, sharding.make_mesh(1, 8))
+    runner.init(seed=3)
+    query = runner.params["transformer/decoder_layer_0/multi_head_attention/query"]["w"]
+    assert query.shape == (40, 96) and query.sharding.shard_shape(query.shape) == (40, 12)
+    assert jax.tree.structure(runner.params) == jax.tree.structure(model.abstract_params(config))
+    logits = runner.logits(np.array([[3, 4, 5]], np.int32))
+    assert logits.shape == (1, 3, 104) and bool(jnp.all(jnp.isfinite(logits)))
+
+
+def test_meshes_that_do_not_fit():
+    with pytest.raises(ValueError, match="3 key/value heads do not divide over the 2 devices"):
+        runners.ModelRunner(ODD, sharding.make_mesh(1, 2))
+    runner = runners.ModelRunner(EVEN, sharding.make_mesh(2, 4))
+    with pytest.raises(ValueError, match="3 slots do not spread over the 2 rows .* multiple"):
+        runners.InferenceRunner(runner, slots=3)
+    with pytest.raises(ValueError, match="0 slots"):
+        runners.InferenceRunner(runners.ModelRunner(ODD), slots=0)
+
+
+@pytest.mark.parametrize("weights", ["ternary", "ternary-experts", "int8"])
+def test_planned_shapes_are_those_of_loaded_weights(weights):
+    case = "single_device"  # one scale for each column, as planned
+    config = golden_config(case)
+    runner = runners.ModelRunner(config)
+    runner.load(GOLDEN / case, weights)
+    planned = runners.abstract_weights(config, weights)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), runner.params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), planned
+    )
+
+
+def test_memory_of_the_full_model():
+    runner = runners.ModelRunner(model.PRESETS["grok-1"])
+    needed = runners.device_memory(runner, "ternary", slots=1, sequence_len=8192)
+    assert needed["embeddings"] == 131072 * 6144 * 2
+    assert abs(needed["weights"] - 78.3e9) < 0.5e9
+    assert needed["cache"] == pytest.approx(2 * 64 * 2 * 8192 * 8 * 128 * 2, rel=1e-6)
+    eight = runners.ModelRunner(model.PRESETS["grok-1"], sharding.make_mesh(1, 8))
+    spread = runners.device_memory(eight, "ternary", slots=1, sequence_len=8192)
+    assert spread["weights"] == pytest.approx(needed["weights"] / 8, rel=3e-3)
+    assert spread["cache"] == pytest.approx(needed["cache"] / 8, rel=1e-3)
+
+
+def test_the_full_decode_step_traces():
+    config = model.PRESETS["grok-1"]
+    params = runners.abstract_weights(config, "ternary")
+    slots = jax.eval_shape(functools.partial(runners.empty_slots, config, 8, 8192))
+    step = functools.partial(runners.decode_step, model.make_model(config), eos=config.eos_token)
+    after, output = jax.eval_shape(step, params, slots)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), slots
+    )
+    assert output.token_id.shape == (8,) and output.top_k_probs.shape == (8, runners.TOP_K)
