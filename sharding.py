@@ -130,7 +130,7 @@ def _check_whole_blocks(mesh, path, weight, axis):
     if devices > 1 and inputs % (4 * weight.block * devices):
         raise ValueError(
             f"{path}: {inputs} packed inputs do not split into blocks of {4 * weight.block} over "
-            f"the {devices} devices of mesh axis {axis!r}; choose a mesh with a smaller {axis!r} axis"
+            f"the {devices} devices of mesh axis {axis!r}; choose a mesh with fewer"
         )
 
 
