@@ -1,0 +1,171 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import checkpoint
+import model
+import quantize
+import runners
+import tokenizer
+import train
+
+CONFIG = dataclasses.replace(model.PRESETS["tiny"], sequence_len=16, activations="int8")
+SETTINGS = train.Settings(steps=6, batch_size=2, warmup=2, eval_every=3)
+TEXT = "".join(f"{i} bottles of milk on the wall, {i} bottles of milk.\n" for i in range(60))
+
+
+def state_of(folder, config=CONFIG, settings=SETTINGS):
+    init, _ = train.training_model(config, "ternary")
+    params = init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    like = train.TrainState(jnp.int32(0), params, train.make_optimizer(settings).init(params))
+    return train.load_state(folder / "state.safetensors", like)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    last = train.run(CONFIG, SETTINGS, "ternary", TEXT, folder, {"command": "test"})
+    return folder, last
+
+
+def test_a_run_leaves_log_plot_state_and_checkpoint(run):
+    folder, last = run
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [3, 6]
+    assert log[-1] == last
+    assert log[1]["loss"] < log[0]["loss"]
+    assert 0 <= last["min_load"] <= 1 / 8 <= last["max_load"]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    about = json.loads((folder / "checkpoint/training.json").read_text())
+    assert about["command"] == "test"
+    assert about["validation"] == min(row["validation"] for row in log)
+
+
+def test_an_interrupted_run_resumes_exactly(run, tmp_path, monkeypatch):
+    """To the last bit: parameters, optimizer, data and log."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "plot", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(CONFIG, SETTINGS, "ternary", TEXT, tmp_path, {})
+    assert int(state_of(tmp_path).step) == 3
+    last = train.run(CONFIG, SETTINGS, "ternary", TEXT, tmp_path, {})
+    whole, expected = run
+    resumed, straight = state_of(tmp_path), state_of(whole)
+    assert int(resumed.step) == 6
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+    same = {key for key in expected if key != "tokens_per_second"}
+    assert {key: last[key] for key in same} == {key: expected[key] for key in same}
+
+
+def test_the_state_of_another_model_is_refused(run):
+    with pytest.raises(ValueError, match="state of another model.*give another --output"):
+        state_of(run[0], dataclasses.replace(CONFIG, num_layers=1))
+
+
+def test_other_settings_in_a_begun_folder_are_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    (tmp_path / "settings.json").write_text(json.dumps({"command": "python train.py --steps 7"}))
+    with pytest.raises(SystemExit, match="begun with other settings"):
+        train.main(["--data", str(text), "--output", str(tmp_path), "--preset", "tiny"])
+
+
+def test_the_loaded_checkpoint_is_what_the_forward_pass_saw(run):
+    """The same trits, gammas to the precision of int8 latents, and so nearly the same logits."""
+    folder, last = run
+    params = state_of(folder).params
+    runner = runners.ModelRunner(CONFIG)
+    runner.load(folder / "checkpoint")
+    wrapped = params["transformer/decoder_layer_0/moe/linear_1"]["w"]
+    loaded = runner.params["transformer/decoder_layer_0/moe/linear_1"]["w"]
+    np.testing.assert_array_equal(
+        quantize.unpack(loaded),
+        quantize.round_to_trits(wrapped, quantize.absmean_scale(wrapped)),
+    )
+    np.testing.assert_allclose(loaded.scales, quantize.absmean_scale(wrapped), rtol=3e-3)
+    _, apply = train.training_model(CONFIG, "ternary")
+    tokens = np.random.default_rng(0).integers(4, 1024, (2, 16)).astype(np.int32)
+    seen = apply(params, None, tokens).logits
+    # gamma differs by up to 3e-3 in matrices this small; int8 activations round one step apart.
+    np.testing.assert_allclose(runner.logits(tokens), seen, atol=0.05)
+    assert np.std(seen) > 0.3
+
+
+def test_every_matrix_gets_a_gradient_through_the_rounding():
+    init, apply = train.training_model(CONFIG, "ternary")
+    tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 1024)
+    params = init(jax.random.key(0), tokens)
+    loss = lambda p: train.loss_and_metrics(apply, SETTINGS, p, tokens)[0]  # noqa: E731
+    grads = jax.grad(loss)(params)
+    assert all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(grads))
+
+
+def test_ternary_training_sees_ternary_weights_and_float_training_does_not():
+    tokens = np.arange(16, dtype=np.int32)[None]
+    init, ternary = train.training_model(CONFIG, "ternary")
+    params = init(jax.random.key(0), tokens)
+    plain = train.training_model(CONFIG, "float")[1](params, None, tokens).logits
+    seen = ternary(params, None, tokens).logits
+    assert np.abs(plain - seen).max() > 0.1
+    paths = [f"{module}/{name}" for module in params for name in params[module]]
+    kinds = quantize.match_rules(model.PRECISIONS["ternary"], paths)
+    rounded = {
+        module: {
+            name: quantize.dequantize(quantize.ternarize(w))
+            if kinds[f"{module}/{name}"] == "ternary"
+            else w
+            for name, w in entries.items()
+        }
+        for module, entries in params.items()
+    }
+    by_hand = train.training_model(CONFIG, "float")[1](rounded, None, tokens).logits
+    np.testing.assert_allclose(seen, by_hand, atol=1e-5)
+
+
+def test_balance_loss_by_hand():
+    even = jnp.full((1, 4, 4), 0.25)
+    spread = jnp.arange(4).reshape(1, 4, 1)
+    np.testing.assert_allclose(train.balance_loss(even, spread), 1)
+    certain = jax.nn.one_hot(jnp.zeros((1, 4), int), 4)
+    np.testing.assert_allclose(train.balance_loss(certain, jnp.zeros((1, 4, 1), int)), 4)
+
+
+def test_router_z_loss_by_hand():
+    logits = jnp.array([[[0.0, 0.0], [np.log(3.0), 0.0]]])
+    expected = (np.log(2) ** 2 + np.log(4) ** 2) / 2
+    np.testing.assert_allclose(train.router_z_loss(logits), expected, rtol=1e-6)
+
+
+def test_batches_are_a_function_of_the_step():
+    processor = tokenizer.load(None, CONFIG.vocab_size)
+    texts, again = (train.Texts(processor, TEXT, SETTINGS, 16) for _ in range(2))
+    late = texts.steps_per_epoch + 1
+    first, second = texts.batch(0), texts.batch(late)
+    np.testing.assert_array_equal(again.batch(late), second)  # without the steps before
+    np.testing.assert_array_equal(texts.batch(0), first)
+    assert first.shape == (2, 17)
+    assert (first != second).any()
+
+
+def test_divergence_stops_with_the_cure(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.evaluate, "cross_entropy", lambda *_: jnp.full((2, 16), jnp.nan))
+    with pytest.raises(FloatingPointError, match="loss is nan at step 3: lower --learning-rate"):
+        train.run(CONFIG, SETTINGS, "ternary", TEXT, tmp_path, {})
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_a_folder_half_exported_does_not_look_whole(tmp_path, monkeypatch):
+    params = {"a": {"scale": np.ones(3, np.float32)}}
+    monkeypatch.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(model, "PRECISIONS", {"int8": ((r"scale", "float32"),)})
+    with pytest.raises(OSError, match="disk full"):
+        train.export(tmp_path / "checkpoint", CONFIG, params, None, {})
+    assert not (tmp_path / "checkpoint").exists()
