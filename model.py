@@ -507,8 +507,9 @@ class InOutEmbed(hk.Module):
         return hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], init=init)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
-        rows = self.embeddings[tokens].astype(jnp.float32)
-        return (rows * self.config.embedding_multiplier_scale).astype(self.config.fprop_dtype)
+        dtype = self.config.fprop_dtype
+        rows = self.embeddings[tokens].astype(dtype).astype(jnp.float32)
+        return (rows * self.config.embedding_multiplier_scale).astype(dtype)
 
     def decode(self, h: jax.Array) -> jax.Array:  # [..., D] -> float32 [..., V]
         logits = einsum("...d,vd->...v", h, self.embeddings.astype(h.dtype))

@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import factories
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import checkpoint
+import data
 import evaluate
 import model
 import runners
@@ -97,3 +99,26 @@ def test_errors_are_one_line(saved, tmp_path, capsys):
     assert "two numbers" in message(folder, "--tokens", path, *logits, "--mesh", "1x8")
     assert "has 1024 pieces, the model has 80" in message(folder, "--data", __file__)
     assert not (tmp_path / "logits.npy").exists()
+
+
+DEMO = Path(evaluate.__file__).parent / "checkpoints/demo"
+TEXTS = (
+    DEMO.parents[2] / "shared/data/tinyshakespeare.txt",
+    data.cache_folder() / "tinyshakespeare.txt",
+)
+
+
+def test_the_demo_has_the_loss_that_it_says(capsys):
+    """Of the packed ternary weights, on text that it was not trained on."""
+    text = next((path for path in TEXTS if path.exists()), None)
+    if text is None:
+        pytest.skip("tinyshakespeare.txt is not here; `train.py --data tinyshakespeare` fetches it")
+    evaluate.main([str(DEMO), "--data", str(text)])
+    found = float(re.search(r"per character +([\d.]+)", capsys.readouterr().out)[1])
+    said = json.loads((DEMO / "training.json").read_text())["validation"]
+    assert abs(found - said) < 2e-3  # int8 latents move gamma by 1e-4
+    assert found <= 1.75
+
+
+def test_the_demo_is_small():
+    assert sum(path.stat().st_size for path in DEMO.rglob("*")) <= 12e6

@@ -262,6 +262,21 @@ def test_padding_changes_nothing():
     assert_near(padded.logits[1, :12], run(tokens[1:, :12]).logits[0])
 
 
+def test_padding_skips_the_experts():
+    """Other experts give real tokens another output, and padding the same: none."""
+    tokens, lengths = factories.random_tokens(CONFIG, 3, 29), jnp.array([29, 12, 20])
+    params = params_of(CONFIG)
+    module = "transformer/decoder_layer_0/moe/linear_1"
+    w = params[module]["w"]
+    others = params | {module: {"w": dataclasses.replace(w, scales=-w.scales)}}
+    ours, theirs = (
+        apply_of(CONFIG)(p, None, tokens, None, lengths, last_only=False).layers[0].hidden
+        for p in (params, others)
+    )
+    same = np.all(ours == theirs, axis=-1)
+    assert np.array_equal(same, np.arange(29) >= lengths[:, None])
+
+
 def test_zero_is_a_token_like_any_other():
     """The reference hides id 0 from attention; here lengths alone say what is padding."""
     tokens = factories.random_tokens(CONFIG, 3, 29).at[:, 4].set(CONFIG.pad_token)

@@ -71,6 +71,8 @@ def test_packing_round_trip(inputs, outputs, lead, seed):
     assert packed.packed.shape == (*lead, outputs, -(-inputs // 4))
     assert packed.packed.dtype == np.uint8
     assert np.array_equal(quantize.unpack(packed), trits)
+    padded = quantize.unpack(dataclasses.replace(packed, padding=0))
+    assert not padded[..., inputs:, :].any()
 
 
 @pytest.mark.parametrize("inputs", [1, 2, 3, 4, 31, 48, 70])
@@ -138,12 +140,12 @@ def test_shards_of_the_inputs_hold_whole_blocks(inputs, shards):
 
 
 def test_ternary_by_hand():
-    w = jnp.array([[1.0, -0.3, 0.2], [-2.0, 0.4, 0.9]])
+    w = jnp.array([[1.0, -0.5, 0.2], [-2.0, 0.3, 0.8]])
     ternary = quantize.ternarize(w)
     assert ternary.scales.dtype == jnp.float32
     assert ternary.scales.tolist() == [[pytest.approx(0.8)]]  # 4.8 / 6; the threshold is 0.4
-    assert quantize.unpack(ternary).tolist() == [[1, 0, 0], [-1, 0, 1]]
-    expected = [[0.8, 0, 0], [-0.8, 0, 0.8]]
+    assert quantize.unpack(ternary).tolist() == [[1, -1, 0], [-1, 0, 1]]
+    expected = [[0.8, -0.8, 0], [-0.8, 0, 0.8]]
     np.testing.assert_allclose(quantize.dequantize(ternary), expected, rtol=1e-6)
 
 
