@@ -136,7 +136,7 @@ def main(argv=None):
     if (args.tokens is None) != (args.save_logits is None):
         parser.error("--tokens and --save-logits go together")
     try:
-        config = model.config_from_dict(checkpoint.read_config(args.checkpoint) or {})
+        config = model.config_from_dict(checkpoint.read_config(args.checkpoint))
         chosen = {"fprop_dtype": args.dtype, "activations": args.activations}
         config = dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})
         text = args.data and data.load_text(args.data)

@@ -43,7 +43,6 @@ class LanguageModelConfig:
     widening_factor: float = 8
     num_experts: int = 8
     num_selected_experts: int = 2
-    pad_token: int = 0
     eos_token: int = 2
     embedding_init_scale: float = 1.0
     embedding_multiplier_scale: float = 78.38367176906169
@@ -60,6 +59,11 @@ class LanguageModelConfig:
             if not condition:
                 raise ValueError(f"bad configuration: {text}")
 
+        sizes = ("vocab_size", "sequence_len", "emb_size", "num_layers", "num_kv_heads", "key_size")
+        for name in sizes:
+            require(
+                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+            )
         require(
             self.num_q_heads % self.num_kv_heads == 0,
             f"num_q_heads {self.num_q_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
@@ -119,7 +123,8 @@ PRESETS = {
 
 # Fields of the reference's configuration files that say nothing about the architecture, or that
 # follow from other fields.
-IGNORED_KEYS = {"case", "checkpoint", "ffn_size", "mesh", "shard_activations"}
+IGNORED_KEYS = {"case", "checkpoint", "ffn_size", "mesh", "pad_token", "shard_activations"}
+OPTIONAL_KEYS = {"activations", "embedding_init_scale", "eos_token", "fprop_dtype"}
 
 _MATRICES = r"/(query|key|value|linear|linear_v|linear_1)/w$"
 
@@ -137,15 +142,20 @@ PRECISIONS = {
 }
 
 
-def config_from_dict(values: dict) -> LanguageModelConfig:
-    """A configuration from the keys of a checkpoint's `config.json`.
+def config_from_dict(values: dict | None) -> LanguageModelConfig:
+    """A configuration from a checkpoint's `config.json`; without one it is Grok-1.
 
-    Raises ValueError for keys that it does not know; missing ones are Grok-1's.
+    Raises ValueError for keys that it does not know, and where a size or a multiplier is missing.
     """
+    if values is None:
+        return PRESETS["grok-1"]
     known = {field.name for field in dataclasses.fields(LanguageModelConfig)}
     unknown = set(values) - known - IGNORED_KEYS
     if unknown:
         raise ValueError(f"unknown configuration keys {sorted(unknown)}; known: {sorted(known)}")
+    missing = known - set(values) - OPTIONAL_KEYS
+    if missing:
+        raise ValueError(f"the configuration lacks {sorted(missing)}; add them to config.json")
     return LanguageModelConfig(**{key: values[key] for key in known & set(values)})
 
 
@@ -296,8 +306,8 @@ def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> Exp
 def expert_block(pairs: int, num_experts: int) -> int:
     """Rows in a block: four times an expert's fair share, so that few experts need two, up to 128.
 
-    One token, two of eight experts: 1. Eight tokens: 8. From 64 tokens on: 128, as many as
-    are worth unpacking a matrix for.
+    Two of eight experts: 1 for one token, 8 for eight, 64 for 64; from then on 128, as many as are
+    worth unpacking a matrix for.
     """
     return min(128, 1 << max(0, math.ceil(math.log2(4 * pairs / num_experts))))
 
@@ -541,8 +551,8 @@ class LanguageModel(hk.Module):
 
         tokens: int32 [B, T], padded on the right
         memory: the cache to continue and to extend; without one the rows stand alone
-        lengths: int32 [B], tokens of each row that are not padding (by default all T); 0 leaves a
-          row's cache as it is
+        lengths: int32 [B], tokens of each row that are not padding (by default all T); a row of
+          length 0 does not advance, and what it writes is overwritten before it can be seen
         """
         if lengths is None:
             lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)

@@ -99,7 +99,7 @@ def resolve_config(args: argparse.Namespace) -> model.LanguageModelConfig:
     if args.preset:
         config = model.PRESETS[args.preset]
     else:
-        config = model.config_from_dict(checkpoint.read_config(args.checkpoint) or {})
+        config = model.config_from_dict(checkpoint.read_config(args.checkpoint))
     chosen = {"fprop_dtype": args.dtype, "activations": args.activations}
     chosen["sequence_len"] = args.sequence_len
     return dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})

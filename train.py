@@ -144,7 +144,7 @@ def make_step(apply, optimizer, settings: Settings):
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, tokens)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

@@ -95,6 +95,17 @@ def test_configurations_survive_a_file(name):
     assert model.config_from_dict(values) == PRESETS[name]
 
 
+def test_no_configuration_is_grok_1():
+    assert model.config_from_dict(None) == PRESETS["grok-1"]
+
+
+def test_missing_configuration_keys():
+    values = dataclasses.asdict(PRESETS["tiny"])
+    del values["attn_output_multiplier"], values["activations"]
+    with pytest.raises(ValueError, match=r"lacks \['attn_output_multiplier'\]; add them"):
+        model.config_from_dict(values)
+
+
 def test_unknown_configuration_keys():
     values = dataclasses.asdict(PRESETS["tiny"]) | {"num_leyers": 3}
     with pytest.raises(ValueError, match=r"unknown configuration keys \['num_leyers'\]; known: \["):
@@ -104,6 +115,7 @@ def test_unknown_configuration_keys():
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
         ({"num_q_heads": 7}, "num_q_heads 7 is not a multiple of num_kv_heads 3"),
         ({"key_size": 9}, "key_size must be even for RoPE, got 9"),
         ({"num_selected_experts": 6}, "6 is not between 1 and num_experts 5"),
@@ -279,7 +291,7 @@ def test_padding_skips_the_experts():
 
 def test_zero_is_a_token_like_any_other():
     """The reference hides id 0 from attention; here lengths alone say what is padding."""
-    tokens = factories.random_tokens(CONFIG, 3, 29).at[:, 4].set(CONFIG.pad_token)
+    tokens = factories.random_tokens(CONFIG, 3, 29).at[:, 4].set(0)
     assert_like_reference(CONFIG, "ternary", tokens)
 
 

@@ -376,3 +376,21 @@ def test_a_parameter_that_no_rule_matches():
 def test_a_rule_that_is_never_used():
     with pytest.raises(ValueError, match=r"match no parameter: \['router'\]; remove or correct"):
         quantize.match_rules([("w$", 1), ("router", 2)], ["router/w"])
+
+
+def test_int8_that_keeps_trits():
+    """Plain int8 rounding changes some trits of a matrix with values close to the threshold."""
+    w = np.random.default_rng(3).standard_normal((40, 30)).astype(np.float32)
+    gamma = np.abs(w).mean()
+    w[::4] = np.copysign(gamma * 0.5 * np.linspace(0.999, 1.001, 300).reshape(10, 30), w[::4])
+    trits = quantize.unpack(quantize.ternarize(jnp.asarray(w)))
+
+    def kept(int8):
+        return (quantize.unpack(quantize.ternarize(quantize.dequantize(int8))) == trits).all()
+
+    assert not kept(quantize.quantize_int8(jnp.asarray(w)))
+    int8 = quantize.quantize_int8_keeping_trits(w)
+    assert kept(int8)
+    # One code more than rounding, of 127 that reach the largest value of a column.
+    step = np.abs(w).max(axis=0) / 127
+    assert (np.abs(quantize.dequantize(int8) - w) <= 1.6 * step).all()

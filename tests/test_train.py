@@ -13,15 +13,22 @@ import runners
 import tokenizer
 import train
 
-CONFIG = dataclasses.replace(model.PRESETS["tiny"], sequence_len=16, activations="int8")
+CONFIG = dataclasses.replace(
+    model.PRESETS["tiny"], sequence_len=16, num_layers=1, activations="int8"
+)
 SETTINGS = train.Settings(steps=6, batch_size=2, warmup=2, eval_every=3)
 TEXT = "".join(f"{i} bottles of milk on the wall, {i} bottles of milk.\n" for i in range(60))
 
 
+def jitted(weights, config=CONFIG):
+    init, apply = train.training_model(config, weights)
+    return jax.jit(init), jax.jit(apply)
+
+
 def state_of(folder, config=CONFIG, settings=SETTINGS):
-    init, _ = train.training_model(config, "ternary")
-    params = init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    like = train.TrainState(jnp.int32(0), params, train.make_optimizer(settings).init(params))
+    params = model.abstract_params(config)
+    opt_state = jax.eval_shape(train.make_optimizer(settings).init, params)
+    like = train.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
     return train.load_state(folder / "state.safetensors", like)
 
 
@@ -67,7 +74,7 @@ def test_an_interrupted_run_resumes_exactly(run, tmp_path, monkeypatch):
 
 def test_the_state_of_another_model_is_refused(run):
     with pytest.raises(ValueError, match="state of another model.*give another --output"):
-        state_of(run[0], dataclasses.replace(CONFIG, num_layers=1))
+        state_of(run[0], dataclasses.replace(CONFIG, num_layers=2))
 
 
 def test_other_settings_in_a_begun_folder_are_refused(tmp_path):
@@ -91,7 +98,7 @@ def test_the_loaded_checkpoint_is_what_the_forward_pass_saw(run):
         quantize.round_to_trits(wrapped, quantize.absmean_scale(wrapped)),
     )
     np.testing.assert_allclose(loaded.scales, quantize.absmean_scale(wrapped), rtol=3e-3)
-    _, apply = train.training_model(CONFIG, "ternary")
+    _, apply = jitted("ternary")
     tokens = np.random.default_rng(0).integers(4, 1024, (2, 16)).astype(np.int32)
     seen = apply(params, None, tokens).logits
     # gamma differs by up to 3e-3 in matrices this small; int8 activations round one step apart.
@@ -100,19 +107,20 @@ def test_the_loaded_checkpoint_is_what_the_forward_pass_saw(run):
 
 
 def test_every_matrix_gets_a_gradient_through_the_rounding():
-    init, apply = train.training_model(CONFIG, "ternary")
+    init, apply = jitted("ternary")
     tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 1024)
     params = init(jax.random.key(0), tokens)
     loss = lambda p: train.loss_and_metrics(apply, SETTINGS, p, tokens)[0]  # noqa: E731
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     assert all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(grads))
 
 
 def test_ternary_training_sees_ternary_weights_and_float_training_does_not():
     tokens = np.arange(16, dtype=np.int32)[None]
-    init, ternary = train.training_model(CONFIG, "ternary")
+    init, ternary = jitted("ternary")
+    floats = jitted("float")[1]
     params = init(jax.random.key(0), tokens)
-    plain = train.training_model(CONFIG, "float")[1](params, None, tokens).logits
+    plain = floats(params, None, tokens).logits
     seen = ternary(params, None, tokens).logits
     assert np.abs(plain - seen).max() > 0.1
     paths = [f"{module}/{name}" for module in params for name in params[module]]
@@ -126,7 +134,7 @@ def test_ternary_training_sees_ternary_weights_and_float_training_does_not():
         }
         for module, entries in params.items()
     }
-    by_hand = train.training_model(CONFIG, "float")[1](rounded, None, tokens).logits
+    by_hand = floats(rounded, None, tokens).logits
     np.testing.assert_allclose(seen, by_hand, atol=1e-5)
 
 
