@@ -46,17 +46,11 @@ class ModelRunner:
     """A configuration, the mesh that it runs on, and its parameters once loaded or initialised."""
 
     def __init__(self, config: LanguageModelConfig, mesh: jax.sharding.Mesh | None = None):
-        """Allocates nothing. Raises ValueError for a mesh that the heads do not divide over."""
+        """Allocates nothing."""
         self.config = config
         self.mesh = sharding.make_mesh() if mesh is None else mesh
         self.model = make_model(config)
         self.params = None
-        devices = self.mesh.shape["model"]
-        if config.num_kv_heads % devices:
-            raise ValueError(
-                f"{config.num_kv_heads} key/value heads do not divide over the {devices} devices "
-                f"of mesh axis 'model'; choose a 'model' axis that divides {config.num_kv_heads}"
-            )
         self._logits = jax.jit(lambda params, tokens: self.model.apply(params, None, tokens).logits)
 
     def init(self, seed: int = 0) -> None:
@@ -189,23 +183,20 @@ def empty_slots(config: LanguageModelConfig, slots: int, sequence_len: int) -> S
 
 
 def slots_shardings(mesh: jax.sharding.Mesh, slots: Slots) -> Slots:
-    """Rows of the cache over "data", its heads over "model"; the small arrays on every device.
-
-    A single row is on every device of "data".
-    """
-    axes = MEMORY_AXES
-    if slots.token.shape[0] % mesh.shape["data"]:
-        axes = (None, *MEMORY_AXES[1:])
-    cache, everywhere = sharding.batch_sharding(mesh, *axes), sharding.batch_sharding(mesh)
+    """Rows of the cache over "data", its heads over "model", where these divide them; the small
+    arrays on every device."""
+    everywhere = sharding.activation_sharding(mesh)
     shardings = jax.tree.map(lambda _: everywhere, slots)
-    layers = jax.tree.map(lambda _: cache, slots.memory.layers)
+    layers = jax.tree.map(
+        lambda x: sharding.activation_sharding(mesh, MEMORY_AXES, x.shape), slots.memory.layers
+    )
     return shardings._replace(memory=Memory(layers, everywhere))
 
 
 def replicated(x: jax.Array) -> jax.Array:
     """x on every device of the mesh, if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else lax.with_sharding_constraint(x, sharding.batch_sharding(mesh))
+    return x if mesh.empty else lax.with_sharding_constraint(x, sharding.activation_sharding(mesh))
 
 
 def advance(logits: jax.Array, slots: Slots, eos: int) -> tuple[Slots, SampleOutput]:
@@ -346,7 +337,7 @@ class InferenceRunner:
         in_slots, in_row = (
             slots_shardings(mesh, jax.eval_shape(f)) for f in (make_slots, make_row)
         )
-        everywhere = sharding.batch_sharding(mesh)
+        everywhere = sharding.activation_sharding(mesh)
         with jax.set_mesh(mesh):
             self._slots = jax.jit(make_slots, out_shardings=in_slots)()
             self._row = jax.jit(make_row, out_shardings=in_row)().memory
@@ -574,7 +565,7 @@ def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: i
     rows = [
         jax.eval_shape(functools.partial(empty_slots, config, n, sequence_len)) for n in (slots, 1)
     ]
-    heads = config.num_q_heads // mesh.shape["model"]
+    heads = -(-config.num_q_heads // mesh.shape["model"])
     scores = heads * min(PAD_SIZES[-1], sequence_len) * sequence_len
     return {
         "weights": device_bytes(params, shardings) - table,

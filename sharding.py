@@ -91,9 +91,22 @@ def parameter_shardings(mesh: Mesh, params: dict) -> dict:
     }
 
 
-def batch_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """The sharding of an activation, from its logical axes."""
-    return NamedSharding(mesh, P(*(AXES[axis] for axis in axes)))
+def activation_sharding(mesh: Mesh, axes: Axes = (), shape: Sequence[int] = ()) -> NamedSharding:
+    """The sharding of an activation or cache, from its logical axes; on every device without any.
+
+    An axis that its mesh axis does not divide is whole on every device: few key/value heads on many
+    devices, one prompt beside several rows of slots.
+    """
+    mesh_axes = (AXES[axis] for axis in axes)
+    return NamedSharding(
+        mesh,
+        P(
+            *(
+                None if axis is None or size % mesh.shape[axis] else axis
+                for axis, size in zip(mesh_axes, shape, strict=True)
+            )
+        ),
+    )
 
 
 def weight_specs(axes: Axes, weight):

@@ -29,11 +29,11 @@ def logits_on_a_mesh():
         return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
     params = jax.tree.map(place, params, sharding.parameter_shardings(mesh, params))
-    tokens = place(tokens, sharding.batch_sharding(mesh, "batch", None))
+    tokens = place(tokens, sharding.activation_sharding(mesh, ("batch", None), tokens.shape))
     with jax.set_mesh(mesh):
         apply = jax.jit(
             lambda *args: make_model(CONFIG).apply(*args).logits,
-            out_shardings=sharding.batch_sharding(mesh),
+            out_shardings=sharding.activation_sharding(mesh),
         )
         return np.asarray(apply(params, None, tokens))
 

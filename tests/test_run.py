@@ -115,7 +115,10 @@ def test_a_conversation(folder, expected, capsys, monkeypatch):
     [
         (["--prompt", "x", "--max-len", "80"], "error: a prompt of 1 tokens and 80 new ones do"),
         (["--prompt", "x", "--mesh", "1,16"], "error: mesh 1,16 needs 16 devices"),
-        (["--prompt", "x", "--mesh", "1,4"], "error: 2 key/value heads do not divide over the 4"),
+        (
+            ["--prompt", "x", "--mesh", "1,8"],
+            "does not split evenly over the 8 devices of mesh axis",
+        ),
         (["--prompt", "x", "--mesh", "8"], "error: a mesh is two numbers"),
         (["--prompt", "x", "--mesh", "2,1", "--slots", "3"], "error: 3 slots do not spread over"),
         (["--prompt", "x", "--temperature", "-1"], "error: temperature must be 0 or more"),

@@ -134,13 +134,14 @@ def test_decoding_with_a_cache_on_a_mesh():
     params = params_of(CONFIG, "ternary")
     params = jax.device_put(params, sharding.parameter_shardings(mesh, params))
     memory = init_memory(CONFIG, 8)
-    cache = sharding.batch_sharding(mesh, *MEMORY_AXES)
-    memory = jax.device_put(
-        memory,
-        Memory(
-            jax.tree.map(lambda _: cache, memory.layers), sharding.batch_sharding(mesh, "batch")
-        ),
+    axes = Memory(
+        jax.tree.map(lambda _: MEMORY_AXES, memory.layers),
+        ("batch",),
     )
+    shardings = jax.tree.map(
+        lambda x, axes: sharding.activation_sharding(mesh, axes, x.shape), memory, axes
+    )
+    memory = jax.device_put(memory, shardings)
     assert memory.layers[0].k.addressable_shards[0].data.shape == (4, 2, 37, 6)
     with jax.set_mesh(mesh):
         apply = jax.jit(make_model(CONFIG).apply)
