@@ -117,7 +117,7 @@ def test_a_conversation(folder, expected, capsys, monkeypatch):
         (["--prompt", "x", "--mesh", "1,16"], "error: mesh 1,16 needs 16 devices"),
         (
             ["--prompt", "x", "--mesh", "1,8"],
-            "does not split evenly over the 8 devices of mesh axis",
+            "48 packed inputs do not split into blocks of 4 over the 8",
         ),
         (["--prompt", "x", "--mesh", "8"], "error: a mesh is two numbers"),
         (["--prompt", "x", "--mesh", "2,1", "--slots", "3"], "error: 3 slots do not spread over"),
