@@ -212,7 +212,7 @@ def plot(path: Path, log: list[dict]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
-    for key, label in (("train", "training"), ("validation", "validation, ternary")):
+    for key, label in (("train", "training"), ("validation", "validation")):
         points = [(row["step"], row[key]) for row in log if key in row]
         axes.plot(*zip(*points, strict=True), label=label)
     axes.set(xlabel="step", ylabel="nats per character")
