@@ -82,3 +82,34 @@ def test_two_processes(tmp_path):
     assert np.array_equal(first, second)
     # Between processes sums are made in another order; logits have a standard deviation of 0.7.
     np.testing.assert_allclose(first, logits_on_a_mesh(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_the_command_on_two_hosts():
+    """`run.py --distributed` on the demo: process 0 writes what one process does, 1 nothing."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "run.py", "--prompt", "JULIET:", "--max-len", "12", "--mesh", "2,2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+
+    def start(devices, *flags):
+        flag = f"--xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [*command, *flags], cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True
+        )
+
+    processes = [start(2, "--distributed", f"{address},2,{i}") for i in range(2)] + [start(4)]
+    try:
+        (first, errors), (second, _), (alone, _) = (p.communicate(timeout=240) for p in processes)
+    finally:
+        for process in processes:
+            process.kill()
+
+    def text(out):  # JAX's collectives on CPU write to stdout too
+        return [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+
+    assert alone.startswith("JULIET:") and text(first) == alone.splitlines(), errors
+    assert text(second) == []
