@@ -302,19 +302,39 @@ def grouped_dot(
     """
     if activations not in ("float", "int8"):
         raise ValueError(f"activations must be 'float' or 'int8', got {activations!r}")
-    ternary, int8 = (isinstance(w, t) for t in (QuantizedWeight1_58bit, QuantizedWeight8bit))
-    step = None
-    dtype = x.dtype
-    if activations == "int8":
-        rounded, step = quantize_rows(x, axis_name)
-        if ternary or int8:
-            x = rounded
-        else:  # training: the same rounding, with the gradient of the identity
-            x = straight_through(x, (rounded * step).astype(dtype))
-            step = None
-    product = _ternary_product if ternary else _int8_product
+    rows, step = (x, None) if activations == "float" else _round_rows(x, w, axis_name)
+    blocks = experts.shape[0]
+    y = _block_products(rows.reshape(blocks, -1, x.shape[-1]), w, experts)
+    y = y.reshape(x.shape[0], -1)
+    if axis_name is not None:
+        y = lax.psum(y, axis_name)
+    y = y.astype(jnp.float32)
+    if isinstance(w, QuantizedWeight1_58bit):
+        y = y * jnp.repeat(w.scales[experts, 0], x.shape[0] // blocks, axis=0)
+    if step is not None:
+        y = y * step
+    return y.astype(x.dtype)
 
-    def block_product(expert, rows):
+
+def _round_rows(x, w, axis_name):
+    """int8 rows and their steps; for float weights, in training, rounded rows and no step."""
+    rounded, step = quantize_rows(x, axis_name)
+    if isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
+        return rounded, step
+    return straight_through(x, (rounded * step).astype(x.dtype)), None
+
+
+def _block_products(x, w, experts):
+    """x [blocks, R, I] times each block's expert, summed over I but not scaled by rows or gamma."""
+    if not isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
+        # One batched product: gradients through a loop cost twice as much.
+        return jnp.where(experts[:, None, None] < 0, 0, _float_products(x, w, experts))
+    product = _ternary_product if isinstance(w, QuantizedWeight1_58bit) else _int8_product
+    if len(experts) == 1:
+        return jnp.where(experts < 0, 0, product(x[0], w, experts[0]))
+
+    def one(block):
+        expert, rows = block
         result = jax.eval_shape(product, rows, w, expert)
         return lax.cond(
             expert < 0,
@@ -322,23 +342,7 @@ def grouped_dot(
             lambda: product(rows, w, expert),
         )
 
-    blocks = experts.shape[0]
-    grouped = x.reshape(blocks, -1, x.shape[-1])
-    if not (ternary or int8):  # one batched product: gradients through a loop cost twice as much
-        y = jnp.where(experts[:, None, None] < 0, 0, _float_products(grouped, w, experts))
-    elif blocks == 1:
-        y = jnp.where(experts < 0, 0, product(x, w, experts[0]))
-    else:
-        y = lax.map(lambda args: block_product(*args), (experts, grouped))
-    y = y.reshape(x.shape[0], -1)
-    if axis_name is not None:
-        y = lax.psum(y, axis_name)
-    y = y.astype(jnp.float32)
-    if ternary:
-        y = y * jnp.repeat(w.scales[experts, 0], x.shape[0] // blocks, axis=0)
-    if step is not None:
-        y = y * step
-    return y.astype(dtype)
+    return lax.map(one, (experts, x))
 
 
 def _matmul(x, w, contract):

@@ -107,9 +107,6 @@ def test_the_command_on_two_hosts():
     finally:
         for process in processes:
             process.kill()
-
-    def text(out):  # JAX's collectives on CPU write to stdout too
-        return [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-
-    assert alone.startswith("JULIET:") and text(first) == alone.splitlines(), errors
-    assert text(second) == []
+    # JAX's collectives on CPU write to stdout too, before there is any text.
+    assert alone.startswith("JULIET:") and first.endswith(alone), errors
+    assert "JULIET" not in second
