@@ -172,12 +172,14 @@ def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
     if total > limit:
         cures = ["a larger model axis in --mesh"] if heads < c.num_kv_heads else []
         cures += ["--weights ternary"] if weights != "ternary" else []
-        cures += ["fewer --slots"] if slots > data else []
+        if needed["weights"] + needed["embeddings"] < limit:
+            cures += ["fewer --slots"] if slots > data else []
+            cures += ["a shorter --sequence-len"]
         if mesh.devices.flat[0].platform == "gpu":  # JAX takes three quarters of it by default
             cures += ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 in the environment"]
         raise ValueError(
             f"this needs {size(total)} on each device, which has {size(limit)}; "
-            f"try {', '.join([*cures, 'a shorter --sequence-len'])}"
+            f"try {', '.join(cures or ['devices with more memory'])}"
         )
 
 

@@ -151,6 +151,9 @@ def test_too_little_memory_is_said_before_loading(folder, capsys, monkeypatch):
     assert text.startswith("error: this needs ") and "on each device, which has 400 kB" in text
     cures = "a larger model axis in --mesh, --weights ternary, fewer --slots, a shorter --sequence"
     assert cures in text
+    monkeypatch.setattr(run, "memory_limit", lambda mesh: 100_000)  # less than the weights alone
+    text = refused(command(folder, *flags), capsys)
+    assert text.endswith("try a larger model axis in --mesh, --weights ternary")
 
 
 def test_interrupted(folder, capsys, monkeypatch):
