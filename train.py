@@ -35,20 +35,32 @@ import quantize
 import tokenizer
 
 
+def setting(default, text: str):
+    return dataclasses.field(default=default, metadata={"help": f"{text} ({default})"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What fixes a run, besides the model and the text. Sizes are in sequences and tokens."""
+    """What fixes a run, besides the model and the text; the defaults are the demo's recipe."""
 
-    steps: int = 4000
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    warmup: int = 100
-    weight_decay: float = 0.1
-    bpe_dropout: float = 0.1
-    balance_weight: float = 0.01
-    router_z_weight: float = 1e-3
-    eval_every: int = 250
-    seed: int = 0
+    steps: int = setting(3000, "updates")
+    batch_size: int = setting(16, "sequences in an update, each as long as the model's context")
+    learning_rate: float = setting(2e-3, "of AdamW, after the warm-up; a cosine to zero follows")
+    warmup: int = setting(100, "updates in which the learning rate rises")
+    weight_decay: float = setting(0.1, "of matrices")
+    bpe_dropout: float = setting(0.1, "chance to skip a merge when the text is cut into tokens")
+    balance_weight: float = setting(0.01, "of the loss that keeps experts equally busy")
+    router_z_weight: float = setting(1e-3, "of the loss that keeps router logits small")
+    eval_every: int = setting(250, "updates between evaluations, each of which saves the state")
+    seed: int = setting(0, "of weights and batches")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0
+            if field.name in ("steps", "batch_size", "eval_every"):
+                least = 1
+            if not value >= least:
+                raise ValueError(f"{field.name} must be at least {least}, got {value}")
 
 
 class TrainState(NamedTuple):
@@ -200,8 +212,12 @@ def export(folder: Path, config, params, processor, about: dict) -> None:
     (part / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     (part / tokenizer.FILE).write_bytes(processor.serialized_model_proto())
     (part / "training.json").write_text(json.dumps(about, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def plot(path: Path, log: list[dict]) -> None:
@@ -313,21 +329,31 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", required=True, help=f"text file, or one of {list(data.SOURCES)}")
     parser.add_argument("--output", type=Path, required=True, help="run folder; resumed if begun")
-    parser.add_argument("--preset", default="demo", choices=model.PRESETS, help="default: demo")
+    presets = sorted(set(model.PRESETS) - {"grok-1"})
+    parser.add_argument("--preset", default="demo", choices=presets, help="default: demo")
     parser.add_argument(
-        "--weights", default="ternary", choices=("ternary", "float"), help="of the forward pass"
+        "--weights",
+        default="ternary",
+        choices=("ternary", "float"),
+        help="that the forward pass sees; with float, activations are float too (ternary)",
     )
     for field in dataclasses.fields(Settings):
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=type(field.default), default=field.default)
+        text = field.metadata["help"]
+        parser.add_argument(flag, type=type(field.default), default=field.default, help=text)
     args = parser.parse_args(argv)
-    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    try:
+        settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    except ValueError as error:
+        parser.error(str(error))
     command = ["--data", args.data, "--preset", args.preset, "--weights", args.weights]
     for field in dataclasses.fields(Settings):
         command += ["--" + field.name.replace("_", "-"), str(getattr(settings, field.name))]
     about = {"command": " ".join(["python train.py", *command])}
 
     config = model.PRESETS[args.preset]
+    if args.weights == "float":  # full precision all through
+        config = dataclasses.replace(config, activations="float")
     params = model.abstract_params(config)
     count = sum(w.size for w in jax.tree.leaves(params))
     print(f"{args.preset}: {count:,} parameters, {dataclasses.asdict(config)}")

@@ -85,6 +85,13 @@ def test_other_settings_in_a_begun_folder_are_refused(tmp_path):
         train.main(["--data", str(text), "--output", str(tmp_path), "--preset", "tiny"])
 
 
+@pytest.mark.parametrize("flag", ["--steps", "--eval-every", "--batch-size"])
+def test_settings_that_mean_nothing(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--data", "x", "--output", str(tmp_path), flag, "0"])
+    assert f"{flag[2:].replace('-', '_')} must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_the_loaded_checkpoint_is_what_the_forward_pass_saw(run):
     """The same trits, gammas to the precision of int8 latents, and so nearly the same logits."""
     folder, last = run
