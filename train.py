@@ -370,6 +370,8 @@ def main(argv=None):
         last = run(config, settings, args.weights, data.load_text(args.data), args.output, about)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on from the last evaluation")
     print(f"validation {last['validation']:.4f} nats per character after {last['step']} steps")
 
 
