@@ -61,6 +61,8 @@ class Settings:
                 least = 1
             if not value >= least:
                 raise ValueError(f"{field.name} must be at least {least}, got {value}")
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup must be below steps, {self.steps}, got {self.warmup}")
 
 
 class TrainState(NamedTuple):

@@ -92,6 +92,11 @@ def test_settings_that_mean_nothing(flag, tmp_path, capsys):
     assert f"{flag[2:].replace('-', '_')} must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_a_warm_up_longer_than_the_run():
+    with pytest.raises(ValueError, match="warmup must be below steps, 4, got 100"):
+        train.Settings(steps=4)
+
+
 def test_the_loaded_checkpoint_is_what_the_forward_pass_saw(run):
     """The same trits, gammas to the precision of int8 latents, and so nearly the same logits."""
     folder, last = run
