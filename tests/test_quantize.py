@@ -268,15 +268,16 @@ def test_ternary_with_int8_activations_sums_exactly():
     assert np.array_equal(np.asarray(y, np.int64), x.astype(np.int64) @ trits.astype(np.int64))
 
 
-@pytest.mark.parametrize("form", ["int8", "ternary"])
-def test_int8_activations_multiply_as_integers(form):
+@pytest.mark.parametrize("form, count", [("int8", 1), ("ternary", 4)])  # one for each bit position
+def test_int8_activations_multiply_as_integers(form, count):
     w = weight_in(form, random_floats(77, 13))
     f = functools.partial(quantize.dot, activations="int8")
     jaxpr = jax.make_jaxpr(f)(jnp.ones((3, 77)), w)
     products = [e for e in factories.equations(jaxpr) if e.primitive.name == "dot_general"]
-    assert len(products) == 1
-    assert [v.aval.dtype for v in products[0].invars] == [jnp.int8, jnp.int8]
-    assert products[0].outvars[0].aval.dtype == jnp.int32
+    assert len(products) == count
+    for product in products:
+        assert [v.aval.dtype for v in product.invars] == [jnp.int8, jnp.int8]
+        assert product.outvars[0].aval.dtype == jnp.int32
 
 
 def test_unknown_activations():
