@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -32,10 +32,10 @@ TILE = 1 << 22  # weights unpacked at a time on a CPU: enough for two cores, and
 DEVICE_TILE = 1 << 24  # and elsewhere, where each tile is some launches
 FEW_ROWS = 8  # bfloat16 and int8 products of fewer rows take a slow path on a CPU
 
-register = functools.partial(functools.partial, jax.tree_util.register_dataclass)
 
-
-@register(data_fields=["weight", "scales"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weight", "scales"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight8bit:
     """The release's form: `weight` times the scale of its group of rows and its column.
@@ -53,7 +53,11 @@ class QuantizedWeight8bit:
         return tuple(self.weight.shape)
 
 
-@register(data_fields=["packed", "scales"], meta_fields=["block", "padding"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["packed", "scales"],
+    meta_fields=["block", "padding"],
+)
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight1_58bit:
     """{-1, 0, 1} times a scale, four trits to a byte (layout: see the module's docstring).
@@ -447,3 +451,20 @@ def match_rules(rules: Sequence[tuple[str, Any]], paths: Iterable[str]) -> dict[
     if unused:
         raise ValueError(f"these rules match no parameter: {unused}; remove or correct them")
     return chosen
+
+
+def apply_rules(rules: Sequence[tuple[str, Any]], params: dict, f: Callable) -> dict:
+    """f(path, value, weight) of each parameter of `{module: {name: weight}}`, as a tree like it.
+
+    The value is what the table says of the path "module/name"; errors are those of `match_rules`.
+    """
+    chosen = match_rules(
+        rules, [f"{module}/{name}" for module in params for name in params[module]]
+    )
+    return {
+        module: {
+            name: f(path := f"{module}/{name}", chosen[path], weight)
+            for name, weight in entries.items()
+        }
+        for module, entries in params.items()
+    }

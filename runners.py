@@ -533,13 +533,11 @@ def abstract_weights(config: LanguageModelConfig, weights: str) -> dict:
         "int8": quantize.quantize_int8,
         "float32": lambda w: w,
     }
-    template = abstract_params(config)
-    paths = [f"{module}/{name}" for module in template for name in template[module]]
-    kinds = quantize.match_rules(PRECISIONS[weights], paths)
-    params = {
-        module: {name: jax.eval_shape(forms[kinds[f"{module}/{name}"]], w) for name, w in entries}
-        for module, entries in ((m, template[m].items()) for m in template)
-    }
+    params = quantize.apply_rules(
+        PRECISIONS[weights],
+        abstract_params(config),
+        lambda _, kind, w: jax.eval_shape(forms[kind], w),
+    )
     return jax.eval_shape(functools.partial(cast_embeddings, config=config), params)
 
 

@@ -75,20 +75,15 @@ def parameter_shardings(mesh: Mesh, params: dict) -> dict:
     `PARAMETER_RULES`, if a rule matches no parameter, or if an axis does not divide, into whole
     packing blocks where it is packed.
     """
-    paths = [f"{module}/{name}" for module in params for name in params[module]]
-    axes = quantize.match_rules(PARAMETER_RULES, paths)
 
-    def one(path, weight):
-        specs = weight_specs(axes[path], weight)
+    def one(path, axes, weight):
+        specs = weight_specs(axes, weight)
         if isinstance(weight, quantize.QuantizedWeight1_58bit):
             _check_whole_blocks(mesh, path, weight, specs.packed[-1])
         jax.tree.map(functools.partial(_check_divides, mesh, path), weight, specs)
         return jax.tree.map(functools.partial(NamedSharding, mesh), specs)
 
-    return {
-        module: {name: one(f"{module}/{name}", weight) for name, weight in entries.items()}
-        for module, entries in params.items()
-    }
+    return quantize.apply_rules(PARAMETER_RULES, params, one)
 
 
 def activation_sharding(mesh: Mesh, axes: Axes = (), shape: Sequence[int] = ()) -> NamedSharding:

@@ -78,16 +78,14 @@ class TrainState(NamedTuple):
 
 def training_model(config: model.LanguageModelConfig, weights: str) -> hk.Transformed:
     """The model on latent float weights; "ternary" ones are seen through `fake_ternarize`."""
-    ternary = set()
-    if weights == "ternary":
-        params = model.abstract_params(config)
-        paths = [f"{module}/{name}" for module in params for name in params[module]]
-        kinds = quantize.match_rules(model.PRECISIONS[weights], paths)
-        ternary = {path for path, kind in kinds.items() if kind == "ternary"}
+    table = model.PRECISIONS["ternary"] if weights == "ternary" else ((r"", "float32"),)
+    params = model.abstract_params(config)
+    kinds = quantize.apply_rules(table, params, lambda _, kind, w: kind)
 
     def getter(next_getter, value, context):
         w = next_getter(value)
-        return quantize.fake_ternarize(w) if context.full_name in ternary else w
+        ternary = kinds[context.module_name][context.name] == "ternary"
+        return quantize.fake_ternarize(w) if ternary else w
 
     def forward(*args, **kwargs):
         with hk.custom_getter(getter):
@@ -96,14 +94,18 @@ def training_model(config: model.LanguageModelConfig, weights: str) -> hk.Transf
     return hk.transform(forward)
 
 
+def expert_load(index: jax.Array, experts: int) -> jax.Array:
+    """The share of the choices, index int32 [B, T, A], that fell on each expert: float32 [E]."""
+    return jnp.mean(jax.nn.one_hot(index, experts), axis=(0, 1, 2))
+
+
 def balance_loss(probs: jax.Array, index: jax.Array) -> jax.Array:
     """E times the sum over experts of (share of tokens) x (mean probability); 1 when even.
 
     probs: float32 [B, T, E]; index: int32 [B, T, A]. (Switch Transformers, equations 4 to 6)
     """
     experts = probs.shape[-1]
-    share = jnp.mean(jax.nn.one_hot(index, experts), axis=(0, 1, 2))
-    return experts * jnp.sum(share * jnp.mean(probs, axis=(0, 1)))
+    return experts * jnp.sum(expert_load(index, experts) * jnp.mean(probs, axis=(0, 1)))
 
 
 def router_z_loss(logits: jax.Array) -> jax.Array:
@@ -122,12 +124,9 @@ def loss_and_metrics(apply, settings: Settings, params: dict, tokens: jax.Array)
         metrics["router_z"] = sum(router_z_loss(r.router_logits) for r in routed)
         loss = loss + settings.balance_weight * metrics["balance"]
         loss = loss + settings.router_z_weight * metrics["router_z"]
-        loads = [
-            jnp.mean(jax.nn.one_hot(r.expert_index, r.router_probs.shape[-1]), axis=(0, 1, 2))
-            for r in routed
-        ]
-        metrics["min_load"] = jnp.min(jnp.stack(loads))  # 1/E when even, 0 for a dead expert
-        metrics["max_load"] = jnp.max(jnp.stack(loads))
+        loads = jnp.stack([expert_load(r.expert_index, r.router_probs.shape[-1]) for r in routed])
+        metrics["min_load"] = jnp.min(loads)  # 1/E when even, 0 for a dead expert
+        metrics["max_load"] = jnp.max(loads)
     return loss, metrics
 
 
@@ -195,22 +194,15 @@ def export(folder: Path, config, params, processor, about: dict) -> None:
 
     `about` (the command, the settings, the loss) goes to `training.json` beside it.
     """
-    params = jax.device_get(params)
-    paths = [f"{module}/{name}" for module in params for name in params[module]]
-    chosen = quantize.match_rules(model.PRECISIONS["int8"], paths)
-    saved = {
-        module: {
-            name: quantize.quantize_int8_keeping_trits(w)
-            if chosen[f"{module}/{name}"] == "int8"
-            else w
-            for name, w in entries.items()
-        }
-        for module, entries in params.items()
-    }
+
+    def saved(_, kind, w):
+        return quantize.quantize_int8_keeping_trits(w) if kind == "int8" else w
+
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    checkpoint.save(part, saved)
+    params = quantize.apply_rules(model.PRECISIONS["int8"], jax.device_get(params), saved)
+    checkpoint.save(part, params)
     (part / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     (part / tokenizer.FILE).write_bytes(processor.serialized_model_proto())
     (part / "training.json").write_text(json.dumps(about, indent=2) + "\n")

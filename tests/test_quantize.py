@@ -396,3 +396,12 @@ def test_int8_that_keeps_trits():
     # One code more than rounding, of 127 that reach the largest value of a column.
     step = np.abs(w).max(axis=0) / 127
     assert (np.abs(quantize.dequantize(int8) - w) <= 1.6 * step).all()
+
+
+def test_a_table_is_applied_to_each_parameter():
+    rules = ((r"/w$", 2), (r"", 3))
+    params = {"a": {"w": 5, "scale": 7}, "b": {"w": 11}}
+    found = quantize.apply_rules(rules, params, lambda path, value, leaf: (path, value * leaf))
+    assert found == {"a": {"w": ("a/w", 10), "scale": ("a/scale", 21)}, "b": {"w": ("b/w", 22)}}
+    with pytest.raises(ValueError, match="match no parameter"):
+        quantize.apply_rules((*rules, (r"c", 1)), params, lambda *_: None)
