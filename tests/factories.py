@@ -64,27 +64,22 @@ def random_params(config: LanguageModelConfig, weights: str = "float", groups: i
     the number of scale groups of int8 matrices, where it divides their inputs.
     """
     random = np.random.default_rng(seed)
-    template = abstract_params(config)
-    paths = [f"{module}/{name}" for module in template for name in template[module]]
     table = PRECISIONS.get(weights, ((r"", "float32"),))
-    kinds = quantize.match_rules(table, paths)
 
-    def one(path, shape):
+    def one(path, kind, abstract):
+        shape = abstract.shape
         if path.endswith("/scale"):
             return jnp.asarray(1 + 0.3 * random.standard_normal(shape), jnp.float32)
         gain = 3 if path.endswith(("query/w", "key/w", "router/w")) else 1
         fan = shape[-1] if path.endswith("embeddings") else shape[-2]
         w = (gain * fan**-0.5 * random.standard_normal(shape)).astype(np.float32)
-        if kinds[path] == "ternary":
+        if kind == "ternary":
             return ternarize(w)
-        if kinds[path] == "int8":
+        if kind == "int8":
             return quantize_int8(w, groups if shape[-2] % groups == 0 else 1)
         return jnp.asarray(w)
 
-    return {
-        module: {name: one(f"{module}/{name}", x.shape) for name, x in entries.items()}
-        for module, entries in template.items()
-    }
+    return quantize.apply_rules(table, abstract_params(config), one)
 
 
 def as_floats(params: dict) -> dict:

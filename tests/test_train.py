@@ -135,17 +135,11 @@ def test_ternary_training_sees_ternary_weights_and_float_training_does_not():
     plain = floats(params, None, tokens).logits
     seen = ternary(params, None, tokens).logits
     assert np.abs(plain - seen).max() > 0.1
-    paths = [f"{module}/{name}" for module in params for name in params[module]]
-    kinds = quantize.match_rules(model.PRECISIONS["ternary"], paths)
-    rounded = {
-        module: {
-            name: quantize.dequantize(quantize.ternarize(w))
-            if kinds[f"{module}/{name}"] == "ternary"
-            else w
-            for name, w in entries.items()
-        }
-        for module, entries in params.items()
-    }
+
+    def rounded_one(_, kind, w):
+        return quantize.dequantize(quantize.ternarize(w)) if kind == "ternary" else w
+
+    rounded = quantize.apply_rules(model.PRECISIONS["ternary"], params, rounded_one)
     by_hand = floats(rounded, None, tokens).logits
     np.testing.assert_allclose(seen, by_hand, atol=1e-5)
 
