@@ -37,19 +37,33 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """Path of the text `name` of `SOURCES` in the cache, fetched when it is not there or damaged.
 
-    Raises OSError when it cannot be fetched, ValueError when the bytes are not the expected ones.
+    Errors of `fetch_file` pass.
     """
     address, expected = SOURCES[name]
     path = cache_folder() / f"{name}.txt"
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == expected:
-        return path
-    cure = f"download it by hand and give its path in place of {name!r}"
+    if not path.exists() or sha256(path) != expected:
+        cure = f"download it by hand and give its path in place of {name!r}"
+        fetch_file(address, expected, path, cure)
+    return path
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch_file(address: str, expected: str, path: Path, cure: str) -> None:
+    """Writes the small file at `address`, whose sha256 must be `expected`, to `path`.
+
+    Raises OSError when it cannot be fetched, ValueError when the bytes are not the expected ones;
+    `cure` ends the message.
+    """
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
             content = answer.read()
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
-            f"cannot fetch {name} from {address}: {error}; it is not in {path} either: {cure}"
+            f"cannot fetch {path.stem} from {address}: {error}; it is not in {path} either: {cure}"
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
@@ -60,7 +74,6 @@ def fetch(name: str) -> Path:
     part = path.with_suffix(f".{os.getpid()}.part")  # a reader never sees half a file
     part.write_bytes(content)
     part.replace(path)
-    return path
 
 
 def load_text(name_or_path: str | os.PathLike) -> str:

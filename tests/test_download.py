@@ -1,0 +1,273 @@
+import hashlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub import Hub
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+
+import data
+import download
+
+ROOT = Path(__file__).parent.parent
+NAMES = [f"tensor{i:05d}_000" for i in range(3)]
+SIZES = 9_001, 120_011, 50_021
+CHUNK = 10_007  # bytes that huggingface_hub hands over at once; a part holds whole ones
+LARGE = "ckpt-0/tensor00001_000"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The release in small, and huggingface_hub pointed to it whatever the environment says."""
+    folder = tmp_path / "published"
+    (folder / "ckpt-0").mkdir(parents=True)
+    rng = np.random.default_rng(5)
+    for name, size in zip(NAMES, SIZES, strict=True):
+        (folder / "ckpt-0" / name).write_bytes(rng.bytes(size))
+    (folder / "README.md").write_text("a card")
+    (folder / "other").mkdir()
+    (folder / "other" / NAMES[0]).write_text("not a tensor")
+    with Hub(folder) as hub:
+        point_to(hub.url, monkeypatch)
+        yield hub
+    close_session()
+
+
+def point_to(url, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", url)  # HF_ENDPOINT was read at import
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    close_session()
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses between tries, noted in place of waiting."""
+    found = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+def files(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def published(hub):
+    return {name: content for name, content in files(hub.folder).items() if "ckpt-0" in name}
+
+
+def test_release_is_all_of_ckpt_0_and_nothing_else(hub, tmp_path, capsys):
+    download.release(tmp_path / "own", NAMES)
+    assert files(tmp_path / "own") == published(hub)
+    assert "179k/179k" in capsys.readouterr().err  # the bar
+    asked = [request for request in hub.requests if request.path.startswith("/store/")]
+    assert [request.range for request in asked] == [None] * 3
+    assert {request.token for request in asked} == {None}  # the store is another host
+
+
+def test_release_keeps_what_is_whole(hub, tmp_path):
+    download.release(tmp_path, NAMES)
+    before = len(hub.requests)
+    download.release(tmp_path, NAMES)
+    assert [request.path for request in hub.requests[before:]] == [
+        "/api/models/xai-org/grok-1/revision/main"
+    ]
+
+
+def test_release_names_a_file_that_the_hub_has_not(hub, tmp_path):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"xai-org/grok-1 at .* main has 3 files .* not tensor00003_000 \(1 of 4 absent\)",
+    ):
+        download.release(tmp_path / "own", [*NAMES, "tensor00003_000"])
+    assert not (tmp_path / "own").exists()
+
+
+def test_release_goes_on_where_the_connection_broke(hub, tmp_path, pauses):
+    own = tmp_path / "own"
+    hub.cut[LARGE] = 5 * CHUNK + 17
+    with pytest.raises(OSError, match=r"^cannot fetch .*tensor00001_000: peer closed .*same comma"):
+        download.release(own, NAMES)
+    assert len(pauses) <= 10
+    part = own / "ckpt-0" / "partial.tensor00001_000"
+    assert part.read_bytes() == published(hub)[LARGE][: 5 * CHUNK]
+    assert LARGE not in files(own)
+    for name in {*NAMES} - {path.name for path in own.rglob("tensor*")} - {Path(LARGE).name}:
+        download.tensor(own, name)  # whatever came too late before the break
+    hub.cut.clear()
+    hub.requests.clear()
+    download.release(own, NAMES)
+    assert files(own) == published(hub)
+    assert hub.ranges(LARGE) == [f"bytes={5 * CHUNK}-"]
+    assert sum(request.path.startswith("/store/") for request in hub.requests) == 1
+
+
+def test_tensor_outlives_one_break(hub, tmp_path, pauses):
+    hub.cut_once[LARGE] = 2 * CHUNK + 1
+    path = download.tensor(tmp_path, NAMES[1])
+    assert path.read_bytes() == published(hub)[LARGE]
+    assert hub.ranges(LARGE) == [None, f"bytes={2 * CHUNK}-"]
+
+
+def test_release_goes_on_after_a_kill(hub, tmp_path):
+    own = tmp_path / "own"
+    hub.stall[LARGE] = 4 * CHUNK + 3
+    code = f"""
+from huggingface_hub import constants
+constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}
+import download
+download.release({str(own)!r}, {NAMES})"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **hub.environment}
+    )
+    part = own / "ckpt-0" / "partial.tensor00001_000"
+    expected = {f"ckpt-0/{part.name}", *published(hub)} - {LARGE}
+    deadline = time.monotonic() + 30
+    while not (own.exists() and set(files(own)) == expected and part.stat().st_size == 4 * CHUNK):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    hub.stall.clear()
+    hub.requests.clear()
+    download.release(own, NAMES)
+    assert files(own) == published(hub)
+    assert hub.ranges(LARGE) == [f"bytes={4 * CHUNK}-"]
+    assert sum(request.path.startswith("/store/") for request in hub.requests) == 1
+
+
+def test_tensor_fetches_one_file_once(hub, tmp_path):
+    for _ in range(2):
+        path = download.tensor(tmp_path / "own", NAMES[2])
+        assert path == tmp_path / "own" / "ckpt-0" / NAMES[2]
+        assert files(tmp_path / "own") == {f"ckpt-0/{NAMES[2]}": path.read_bytes()}
+    assert path.read_bytes() == published(hub)[f"ckpt-0/{NAMES[2]}"]
+    assert hub.ranges(f"ckpt-0/{NAMES[2]}") == [None]
+
+
+def test_tensor_of_a_file_in_git(hub, tmp_path):
+    hub.plain.add(LARGE)
+    assert download.tensor(tmp_path / "own", NAMES[1]).read_bytes() == published(hub)[LARGE]
+
+
+def test_tensor_says_that_the_hub_has_no_such_file(hub, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot find ckpt-0/tensor00009_000 in .*; give a"
+    ):
+        download.tensor(tmp_path / "own", "tensor00009_000")
+    with pytest.raises(FileNotFoundError, match=r"cannot list xai-org/grok-2: 404 .*; give a"):
+        download.release(tmp_path / "own", NAMES, repo="xai-org/grok-2")
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("length", [3 * CHUNK, SIZES[1], SIZES[1] + 1])
+def test_tensor_drops_a_part_of_something_else(hub, tmp_path, length):
+    part = tmp_path / "own" / "ckpt-0" / "partial.tensor00001_000"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(length))
+    with pytest.raises(ValueError, match=rf"gave {max(length, SIZES[1])} bytes with sha256 .* run"):
+        download.tensor(tmp_path / "own", NAMES[1])
+    assert not files(tmp_path / "own")
+    assert download.tensor(tmp_path / "own", NAMES[1]).read_bytes() == published(hub)[LARGE]
+
+
+def test_tensor_leaves_a_file_of_another_size_alone(hub, tmp_path):
+    path = tmp_path / "ckpt-0" / NAMES[1]
+    path.parent.mkdir()
+    path.write_bytes(b"mine")
+    for fetch in (
+        lambda: download.tensor(tmp_path, NAMES[1]),
+        lambda: download.release(tmp_path, NAMES),
+    ):
+        with pytest.raises(ValueError, match=rf"has 4 bytes, the hub's has {SIZES[1]}: remove it"):
+            fetch()
+    assert files(tmp_path / "ckpt-0") == {NAMES[1]: b"mine"}
+
+
+def test_a_full_disk_is_noticed_first(hub, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 99_000})
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"has 99,000 bytes free, 179,033 are missing: make room"):
+        download.release(tmp_path / "own", NAMES)
+    assert not files(tmp_path / "own")
+
+
+def test_an_unreachable_hub_is_one_line_soon(tmp_path, monkeypatch, pauses):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        point_to(f"http://127.0.0.1:{free.getsockname()[1]}", monkeypatch)
+    with pytest.raises(OSError, match=r"^cannot list xai-org/grok-1: [^\n]*; run the same comm"):
+        download.release(tmp_path / "own", NAMES)
+    assert sum(pauses) == 0
+    with pytest.raises(OSError, match=r"^cannot find ckpt-0/tensor00000_000 [^\n]*; run the same"):
+        download.tensor(tmp_path / "own", NAMES[0])
+    assert 0 < sum(pauses) < 30
+    assert not (tmp_path / "own").exists()
+
+
+def test_something_else_than_a_hub_is_refused(hub, tmp_path, monkeypatch):
+    point_to(f"{hub.url}/store/README.md?", monkeypatch)  # answers all alike, as a login page does
+    with pytest.raises(OSError, match=r"does not answer like the hub"):
+        download.tensor(tmp_path / "own", NAMES[0])
+    with pytest.raises(OSError, match=r"^cannot list xai-org/grok-1: Expecting value"):
+        download.release(tmp_path / "own", NAMES)
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for fetch in (download.tensor, download.release):
+        with pytest.raises(ValueError, match=r"pip install huggingface_hub==") as error:
+            fetch(tmp_path, NAMES[0])
+    required = (ROOT / "requirements.txt").read_text().split()
+    assert re.search(r"huggingface_hub==\S+", str(error.value))[0] in required
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A published tokenizer and, in place of the real sum, its own."""
+    path = tmp_path / "published.model"
+    path.write_bytes(b"pieces")
+    monkeypatch.setattr(download, "TOKENIZER", path.as_uri())
+    monkeypatch.setattr(download, "GROK_1_SHA256", hashlib.sha256(b"pieces").hexdigest())
+    return path
+
+
+def test_tokenizer_is_fetched_once(model, tmp_path):
+    path = download.tokenizer(tmp_path / "own")
+    assert files(tmp_path / "own") == {"tokenizer.model": b"pieces"}
+    model.unlink()
+    assert download.tokenizer(tmp_path / "own") == path
+
+
+def test_tokenizer_refuses_other_bytes(model, tmp_path):
+    model.write_bytes(b"moved")
+    with pytest.raises(ValueError, match=r"gave 5 bytes with sha256 .*: run .* or download it by"):
+        download.tokenizer(tmp_path / "own")
+    model.unlink()
+    with pytest.raises(OSError, match=r"cannot fetch tokenizer from file:.*: run the same command"):
+        download.tokenizer(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_tokenizer_leaves_another_one_alone(model, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"mine")
+    digest = data.sha256(path)
+    with pytest.raises(ValueError, match=rf"not Grok-1's .* sha256 {digest}, .*move it away"):
+        download.tokenizer(tmp_path)
+    assert path.read_bytes() == b"mine"
