@@ -3,7 +3,10 @@
 import hashlib
 import http.server
 import json
+import os
 import re
+import socket
+import struct
 import threading
 import urllib.parse
 from pathlib import Path
@@ -34,6 +37,7 @@ class Hub:
     requests: all that came, in order
     cut: {file: N}: the connection breaks before byte N of the file, whenever it gets there
     cut_once: likewise, the first time only
+    reset: likewise, the first time only, by a TCP reset rather than an early end
     stall: likewise, but the connection stays open and nothing comes, until the hub is closed
     plain: files in git rather than LFS: no sha256 and no redirect
     """
@@ -43,6 +47,7 @@ class Hub:
         self.requests: list[Request] = []
         self.cut: dict[str, int] = {}
         self.cut_once: dict[str, int] = {}
+        self.reset: dict[str, int] = {}
         self.stall: dict[str, int] = {}
         self.plain: set[str] = set()
         self.closing = threading.Event()
@@ -141,12 +146,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         stalls = file in self.hub.stall
         ends = [len(content), self.hub.cut.get(file), self.hub.stall.get(file)]
+        reset = None
         if self.command == "GET":
-            ends.append(self.hub.cut_once.pop(file, None))
+            reset = self.hub.reset.pop(file, None)
+            ends += [reset, self.hub.cut_once.pop(file, None)]
         end = min(end for end in ends if end is not None)
         self._answer(206 if match else 200, headers, content[start:], max(end - start, 0))
         if stalls:
             self.hub.closing.wait()
+        if reset is not None:
+            self.wfile.flush()
+            self.hub.closing.wait(0.3)  # what the other side has not read yet is lost with a reset
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            os.close(self.connection.detach())
 
     def _answer(self, status: int, headers: dict, body: bytes = b"", count: int | None = None):
         self.send_response(status)

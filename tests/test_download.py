@@ -45,6 +45,7 @@ def point_to(url, monkeypatch):
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
@@ -78,6 +79,7 @@ def test_release_is_all_of_ckpt_0_and_nothing_else(hub, tmp_path, capsys):
     asked = [request for request in hub.requests if request.path.startswith("/store/")]
     assert [request.range for request in asked] == [None] * 3
     assert {request.token for request in asked} == {None}  # the store is another host
+    assert "Bearer secret" in {request.token for request in hub.requests}
 
 
 def test_release_keeps_what_is_whole(hub, tmp_path):
@@ -122,6 +124,33 @@ def test_tensor_outlives_one_break(hub, tmp_path, pauses):
     path = download.tensor(tmp_path, NAMES[1])
     assert path.read_bytes() == published(hub)[LARGE]
     assert hub.ranges(LARGE) == [None, f"bytes={2 * CHUNK}-"]
+
+
+def test_tensor_outlives_a_reset(hub, tmp_path, pauses):
+    hub.reset[LARGE] = 2 * CHUNK + 1
+    path = download.tensor(tmp_path, NAMES[1])
+    assert path.read_bytes() == published(hub)[LARGE]
+    assert hub.ranges(LARGE) == [None, f"bytes={2 * CHUNK}-"]
+
+
+def test_the_first_error_ends_the_other_downloads(monkeypatch):
+    begun, ended = [], []
+
+    def fetch(file, advance):
+        begun.append(file)
+        if file == 0:
+            while 1 not in begun:
+                time.sleep(0.01)
+            raise OSError("broken")
+        for _ in range(100):
+            time.sleep(0.01)
+            advance(1)
+        ended.append(file)
+
+    monkeypatch.setattr(download, "_fetch", fetch)
+    with pytest.raises(OSError, match="broken"):
+        download._fetch_all(range(100), lambda count: None)
+    assert not ended and len(begun) <= download.WORKERS + 1
 
 
 def test_release_goes_on_after_a_kill(hub, tmp_path):
