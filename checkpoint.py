@@ -1,21 +1,21 @@
-"""Grok-1's `ckpt-0` read onto any mesh, as released or as ternary, and written byte for byte alike.
+"""Checkpoints read onto any mesh, and written: Grok-1's `ckpt-0`, and what it is converted to.
 
-A checkpoint folder holds `ckpt-0/tensor00000_000`, `tensor00001_000`, ...: one pickle for each
-parameter, in the order of a tree with sorted keys (layer 10 before layer 2). `tensor_file.py` knows
-what is in one.
+A released checkpoint holds `ckpt-0/tensor00000_000`, `tensor00001_000`, ...: one pickle for each
+parameter, in the order of a tree with sorted keys (layer 10 before layer 2), which `tensor_file.py`
+reads; it is made ternary on the way. A converted one is ternary already, in files of `shards.py`.
 
 Shapes: I inputs, O outputs, E experts, G scale groups, B packed bytes; `...` is nothing or E.
 """
 
 import concurrent.futures
 import dataclasses
-import json
+import functools
 import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,11 @@ import tqdm
 from jax.experimental import multihost_utils
 
 import quantize
+import shards
+import tensor_file
 from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
-from tensor_file import CheckpointError, check_writable, describe, read_tensor, write_tensor
+from shards import StoredTrits, slices
+from tensor_file import CheckpointError, check_writable, read_tensor, write_tensor
 
 FOLDER = "ckpt-0"
 KINDS = ("ternary", "int8", "float32")
@@ -42,11 +45,12 @@ Params = dict[str, dict[str, Any]]
 def save(folder: str | os.PathLike, params: Params) -> None:
     """Writes `{module: {name: weight}}` to folder/ckpt-0 in the release's format and order.
 
-    Leaves are float32 arrays or QuantizedWeight8bit. All is written to another name first and
+    Leaves are float32 arrays or QuantizedWeight8bit; `save_converted` takes ternary ones. All is
+    written to another name first and
     renamed at the end; a `ckpt-0` that was there is replaced. Raises CheckpointError, before
     anything is written, for a leaf that the format has no form for.
     """
-    leaves = [(f"{module}/{name}", params[module][name]) for module, name in _sorted_keys(params)]
+    leaves = [(f"{module}/{name}", params[module][name]) for module, name in sorted_keys(params)]
     for path, leaf in leaves:
         check_writable(path, leaf)
     target = pathlib.Path(folder) / FOLDER
@@ -65,24 +69,96 @@ def save(folder: str | os.PathLike, params: Params) -> None:
 def read_config(folder: str | os.PathLike) -> dict | None:
     """The checkpoint's `config.json`, None if it has none; CheckpointError if it is no object."""
     path = pathlib.Path(folder) / "config.json"
-    if not path.exists():
-        return None
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}; correct or remove it") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {config!r:.80}; correct it")
-    return config
+    return shards.read_json(path) if path.exists() else None
+
+
+def readable_size(count: float) -> str:
+    """Bytes for reading, such as 78.7 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
 
 
 def file_name(index: int) -> str:
     return f"tensor{index:05d}_000"
 
 
-def _sorted_keys(tree: Params) -> list[tuple[str, str]]:
+def sorted_keys(tree: Params) -> list[tuple[str, str]]:
     """(module, name) of each parameter in the order of the files, that of `jax.tree.leaves`."""
     return [(module, name) for module in sorted(tree) for name in sorted(tree[module])]
+
+
+# --- Converted checkpoints ------------------------------------------------------------------------
+
+
+def save_converted(
+    folder: str | os.PathLike,
+    params: Params,
+    config: dict,
+    files: dict[str, bytes] | None = None,
+    packing: str = "base3",
+) -> None:
+    """Writes `{module: {name: weight}}` to a new folder, in the format of `docs/format.md`.
+
+    Leaves are float32 arrays, QuantizedWeight8bit or QuantizedWeight1_58bit.
+
+    config: of the model, with what `quantization_config` says of the weights
+    files: more files, {name: content}, such as the tokenizer
+    packing: one of shards.PACKINGS
+    """
+    leaves = {f"{module}/{name}": params[module][name] for module, name in sorted_keys(params)}
+    shutil.rmtree(shards.partial_folder(folder), ignore_errors=True)
+
+    def fill(path, stored):
+        leaf = jax.tree.map(np.asarray, leaves[path])
+        if isinstance(leaf, QuantizedWeight1_58bit):
+            matrices = leaf.packed.reshape(-1, *leaf.packed.shape[-2:])
+            outs = stored.trits.reshape(-1, *stored.trits.shape[-2:])
+            for matrix, out in zip(matrices, outs, strict=True):
+                shards.store_trits(matrix, out, packing)
+            stored.scales[...] = leaf.scales
+        else:
+            jax.tree.map(np.copyto, stored, leaf)
+
+    def form(leaf):
+        ternary = isinstance(leaf, QuantizedWeight1_58bit)
+        return shards.stored_form(leaf, packing) if ternary else leaf
+
+    shards.write(folder, {path: form(leaf) for path, leaf in leaves.items()}, fill, config, files)
+
+
+def quantization_config(
+    weights: str, rules: Sequence[tuple[str, str]], packing: str = "base3"
+) -> dict:
+    """What a converted checkpoint's `config.json` says of its weights.
+
+    weights: the name of the precision table, rules: the table
+    """
+    return {
+        "quant_method": "absmean ternary",
+        "format_version": shards.VERSION,
+        "weights": weights,
+        "precision": [list(rule) for rule in rules],
+        "packing": packing,
+    }
+
+
+def default_weights(folder: str | os.PathLike) -> str:
+    """The name of the precision to load a checkpoint in: what it was converted to, or "ternary".
+
+    Raises CheckpointError for a format that is newer than this code.
+    """
+    about = (read_config(folder) or {}).get("quantization_config")
+    if about is None:
+        return "ternary"
+    if about.get("format_version") != shards.VERSION:
+        raise CheckpointError(
+            f"{folder}: format version {about.get('format_version')}, this code reads "
+            f"{shards.VERSION}; update it, or convert the checkpoint again"
+        )
+    return about["weights"]
 
 
 # --- Restoring ------------------------------------------------------------------------------------
@@ -97,21 +173,23 @@ def restore(
     threads: int | None = None,
     progress: bool = False,
 ) -> Params:
-    """The parameters `{module: {name: weight}}` of folder/ckpt-0, on the devices they belong to.
+    """The parameters `{module: {name: weight}}` of a folder, on the devices they belong to.
 
     template: `{module: {name: array or ShapeDtypeStruct}}` of logical shapes
     rules: what each parameter becomes, a table for `quantize.match_rules` of "module/name":
-      "float32" and "int8" as in the file, "ternary" made from an int8 file
+      "float32" and "int8" as in the file, "ternary" as in a converted checkpoint, or made from a
+      released int8 file
     shardings: gives the sharding of every array of a tree like the result, from its shapes, such as
       `functools.partial(sharding.parameter_shardings, mesh)`; None for the default device
     threads: converting one tensor at a time; default: one for each core
     progress: a bar on stderr, of process 0 only
 
-    Host memory in use is that of one restored tensor and a few megabytes for each thread; the files
-    are mapped. Raises CheckpointError, before anything is converted, if a file is missing, left
-    over, damaged, or not what template and rules say.
+    Host memory in use is that of one restored tensor and a few megabytes for each thread. The files
+    are mapped, and each process reads the slices of its devices; what is made ternary on the way is
+    read once by all processes together besides. Raises CheckpointError, before anything is
+    converted, if a file is missing, left over, damaged, or not what template and rules say.
     """
-    entries = _check_files(pathlib.Path(folder), template, rules)
+    entries = check_files(pathlib.Path(folder), template, rules)
     abstract: Params = {module: {} for module in template}
     for entry in entries:
         abstract[entry.module][entry.name] = entry.restored
@@ -120,7 +198,7 @@ def restore(
     _check_placement(entries, placement)
 
     params: Params = {module: {} for module in template}
-    total = sum(entry.path.stat().st_size for entry in entries)
+    total = sum(entry.bytes for entry in entries)
     quiet = not progress or jax.process_index() != 0
     with (
         concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool,
@@ -131,45 +209,79 @@ def restore(
             where = placement[entry.module][entry.name]
             leaf = jax.block_until_ready(_restore_one(entry, where, pool))
             params[entry.module][entry.name] = leaf
-            bar.update(entry.path.stat().st_size)
+            bar.update(entry.bytes)
     return params
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-    """A parameter, its file, and the shapes it is restored to."""
+class Entry:
+    """A parameter, where it is read, and the shapes it is restored to."""
 
     module: str
     name: str
-    path: pathlib.Path
+    file: pathlib.Path
+    read: Callable  # () -> the tensor, mapped
     kind: str
     restored: Any
+    bytes: int
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}/{self.name}"
 
     @property
     def title(self) -> str:
-        return f"{self.path}: {self.module}/{self.name}"
+        return f"{self.file}: {self.path}"
 
 
-def _check_files(folder: pathlib.Path, template: Params, rules) -> list[_Entry]:
-    """Reads the header of every file; CheckpointError for the first few that do not fit."""
-    keys = _sorted_keys(template)
+def check_files(folder: pathlib.Path, template: Params, rules) -> list[Entry]:
+    """All parameters of a checkpoint, in order; CheckpointError for the first few that do not fit.
+
+    Reads the header of every file. Arguments as in `restore`.
+    """
+    keys = sorted_keys(template)
     kinds = quantize.match_rules(rules, [f"{module}/{name}" for module, name in keys])
     unknown = sorted(set(kinds.values()) - set(KINDS))
     if unknown:
         raise CheckpointError(f"unknown precision {unknown[0]!r} in the rules; use one of {KINDS}")
-    _check_names(folder, keys)
+    files = _converted_files(folder, keys) if shards.exists(folder) else _released(folder, keys)
     entries, problems = [], []
-    for i, (module, name) in enumerate(keys):
-        path, kind = folder / FOLDER / file_name(i), kinds[f"{module}/{name}"]
+    for (module, name), (file, read) in zip(keys, files, strict=True):
+        kind = kinds[f"{module}/{name}"]
         try:
-            tensor = read_tensor(path)
-            restored = _restored_shapes(tensor, tuple(template[module][name].shape), kind)
-            entries.append(_Entry(module, name, path, kind, restored))
+            tensor = read()
+            restored = restored_shapes(tensor, tuple(template[module][name].shape), kind)
+            size = shards.stored_bytes(tensor)
+            entries.append(Entry(module, name, file, read, kind, restored, size))
         except CheckpointError as error:
-            text = str(error).removeprefix(f"{path}: ")
-            problems.append(f"{path}: {module}/{name}: {text}")
+            text = str(error).removeprefix(f"{file}: ")
+            problems.append(f"{file}: {module}/{name}: {text}")
     _raise_any(problems)
     return entries
+
+
+def _converted_files(folder: pathlib.Path, keys) -> list[tuple[pathlib.Path, Callable]]:
+    """The file of each parameter of a converted checkpoint, and how to read it."""
+    found = shards.open_shards(folder)
+    expected = {f"{module}/{name}" for module, name in keys}
+    missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    problems = [f"{folder}: {path} is missing" for path in missing]
+    problems += [f"{folder}: {path} belongs to no parameter" for path in extra]
+    if problems:
+        problems[0] = (
+            f"{folder} has {len(found)} parameters, this model has {len(keys)}; choose the preset "
+            f"that the checkpoint was made for\n{problems[0]}"
+        )
+    _raise_any(problems)
+    files = (found[f"{module}/{name}"] for module, name in keys)
+    return [(file, lambda leaf=leaf: leaf) for file, leaf in files]
+
+
+def _released(folder: pathlib.Path, keys) -> list[tuple[pathlib.Path, Callable]]:
+    """The file of each parameter of a released checkpoint, and how to read it."""
+    _check_names(folder, keys)
+    files = [folder / FOLDER / file_name(i) for i in range(len(keys))]
+    return [(file, functools.partial(read_tensor, file)) for file in files]
 
 
 def _check_names(folder: pathlib.Path, keys: list[tuple[str, str]]) -> None:
@@ -200,20 +312,24 @@ def _raise_any(problems: list[str], shown: int = 5) -> None:
         raise CheckpointError("\n".join(problems[:shown] + more))
 
 
-def _restored_shapes(tensor, shape: tuple[int, ...], kind: str):
+def restored_shapes(tensor, shape: tuple[int, ...], kind: str):
     """The ShapeDtypeStructs that a tensor is restored to; CheckpointError if it does not fit."""
-    quantized = isinstance(tensor, QuantizedWeight8bit)
+    if isinstance(tensor, StoredTrits) and kind != "ternary":
+        raise CheckpointError(
+            f"expected {_wanted(kind)}, found ternary {list(tensor.shape)}: this checkpoint was "
+            "converted, its weights are what they are; leave the choice of weights to it"
+        )
+    quantized = not isinstance(tensor, np.ndarray)
     if quantized == (kind == "float32"):
-        wanted = "an int8 weight with scales" if kind != "float32" else "a float32 array"
         use = "'ternary' or 'int8'" if quantized else "'float32'"
         raise CheckpointError(
-            f"expected {wanted}, to restore it as {kind!r}, found {describe(tensor)}; choose a "
-            f"precision table that says {use} of this parameter"
+            f"expected {_wanted(kind)}, to restore it as {kind!r}, found {_describe(tensor)}; "
+            f"choose a precision table that says {use} of this parameter"
         )
     expected = _expected(tensor, shape)
-    if describe(tensor) != expected:
+    if _describe(tensor) != expected:
         raise CheckpointError(
-            f"expected {expected}, found {describe(tensor)}; choose the preset that the "
+            f"expected {expected}, found {_describe(tensor)}; choose the preset that the "
             "checkpoint was made for"
         )
     if kind == "float32":
@@ -221,24 +337,41 @@ def _restored_shapes(tensor, shape: tuple[int, ...], kind: str):
     *lead, inputs, outputs = shape
     if kind == "int8":
         return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tensor)
-    packed = (*lead, outputs, -(-inputs // 4))
+    return ternary_shapes(shape)
+
+
+def ternary_shapes(shape: tuple[int, ...]) -> QuantizedWeight1_58bit:
+    """The ShapeDtypeStructs of a ternary weight of logical shape [..., I, O]."""
+    *lead, inputs, outputs = shape
     return QuantizedWeight1_58bit(
-        jax.ShapeDtypeStruct(packed, np.uint8),
+        jax.ShapeDtypeStruct((*lead, outputs, -(-inputs // 4)), np.uint8),
         jax.ShapeDtypeStruct((*lead, 1, 1), np.float32),
         quantize.packing_block(inputs),
         -inputs % 4,
     )
 
 
+def _wanted(kind: str) -> str:
+    return "a float32 array" if kind == "float32" else "an int8 weight with scales"
+
+
+def _describe(tensor) -> str:
+    if isinstance(tensor, StoredTrits):
+        return f"ternary {list(tensor.shape)} in blocks of {tensor.block}"
+    return tensor_file.describe(tensor)
+
+
 def _expected(tensor, shape: tuple[int, ...]) -> str:
-    """What `describe` says of a sound tensor of this kind and logical shape.
+    """What `_describe` says of a sound tensor of this kind and logical shape.
 
     G belongs to the file: where the one found divides I it is expected, else any is.
     """
-    if not isinstance(tensor, QuantizedWeight8bit):
+    if isinstance(tensor, np.ndarray):
         return f"float32 {list(shape)}"
     if len(shape) not in (2, 3):
-        return f"no int8 weight, but an array {list(shape)}"
+        return f"no matrix, but an array {list(shape)}"
+    if isinstance(tensor, StoredTrits):
+        return f"ternary {list(shape)} in blocks of {quantize.packing_block(shape[-2])}"
     *lead, inputs, outputs = shape
     groups: Any = tensor.scales.shape[-2] if tensor.scales.ndim > 1 else 0
     if groups == 0 or inputs % groups:
@@ -247,7 +380,7 @@ def _expected(tensor, shape: tuple[int, ...]) -> str:
     return f"int8 {list(shape)} with scales bfloat16 [{scales}]"
 
 
-def _check_placement(entries: list[_Entry], placement: Params) -> None:
+def _check_placement(entries: list[Entry], placement: Params) -> None:
     for entry in entries:
         where = placement[entry.module][entry.name]
         try:
@@ -263,15 +396,39 @@ def _check_placement(entries: list[_Entry], placement: Params) -> None:
             )
 
 
-def _restore_one(entry: _Entry, where, pool):
-    tensor = read_tensor(entry.path)
-    if entry.kind == "ternary":
-        return _restore_ternary(entry, tensor, where, pool)
-    return jax.tree.map(
-        lambda array, sharding: _place(array.shape, sharding, lambda i: _aligned_copy(array[i])),
-        tensor,
-        where,
-    )
+def _restore_one(entry: Entry, where, pool):
+    tensor = entry.read()
+    if entry.kind != "ternary":
+        restored = jax.tree.map(
+            lambda array, sharding: _place(
+                array.shape, sharding, lambda i: _aligned_copy(array[i])
+            ),
+            tensor,
+            where,
+        )
+    elif isinstance(tensor, StoredTrits):
+        restored = _restore_stored(entry, tensor, where, pool)
+    else:
+        restored = _restore_ternary(entry, tensor, where, pool)
+    for leaf in shards.parts("", tensor).values():
+        tensor_file.release(leaf)
+    return restored
+
+
+def _restore_stored(entry: Entry, stored: StoredTrits, where, pool) -> QuantizedWeight1_58bit:
+    """Trits as they are in the file, in the packing of memory."""
+
+    def packed_slice(index):
+        out = _aligned_empty([s.stop - s.start for s in index], np.uint8)
+        try:
+            shards.load_trits(stored, index, out, pool.map)
+        except CheckpointError as error:
+            raise CheckpointError(f"{entry.title}: {error}") from None
+        return out
+
+    packed = _place(entry.restored.packed.shape, where.packed, packed_slice)
+    scales = _place(stored.scales.shape, where.scales, lambda i: _aligned_copy(stored.scales[i]))
+    return dataclasses.replace(entry.restored, packed=packed, scales=scales)
 
 
 def _place(shape, sharding, make: Callable) -> jax.Array:
@@ -303,31 +460,37 @@ def _aligned_copy(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def _restore_ternary(entry: _Entry, tensor, where, pool) -> QuantizedWeight1_58bit:
-    """Two passes over the file: sums of |code| for the scale, then trits of the slices held here.
+def _restore_ternary(entry: Entry, tensor, where, pool) -> QuantizedWeight1_58bit:
+    gamma, pack = ternarize(tensor, entry.title, pool)
 
-    gamma must not depend on the mesh or on the number of processes: the sums are exact integers.
+    def packed_slice(index):
+        packed = pack(index if len(index) == 3 else (slice(0, 1), *index), entry.restored.block)
+        return packed.reshape(packed.shape[-len(index) :])
+
+    gamma = gamma.reshape(entry.restored.scales.shape)
+    packed = _place(entry.restored.packed.shape, where.packed, packed_slice)
+    scales = _place(gamma.shape, where.scales, gamma.__getitem__)
+    return dataclasses.replace(entry.restored, packed=packed, scales=scales)
+
+
+def ternarize(tensor: QuantizedWeight8bit, title: str, pool):
+    """gamma of an int8 weight, float32 [E, 1, 1], and a function that packs a slice of its trits.
+
+    `pack(index, block)` takes slices of [E, O, B], whole blocks of B, and returns these packed
+    bytes. An E of 1 stands for none. The file is read twice: for the sums of |code| that gamma
+    is made of, which must not depend on the mesh or the number of processes (they are exact
+    integers, and each process sums its part), and for the trits.
     """
-    restored = entry.restored
     stack = jax.tree.map(lambda array: array[None] if array.ndim == 2 else array, tensor)
     scales = stack.scales.astype(np.float32)
     if not (np.isfinite(scales) & (scales >= 0)).all():
         raise CheckpointError(
-            f"{entry.title}: negative or non-finite scales; copy or download the file again"
+            f"{title}: negative or non-finite scales; copy or download the file again"
         )
     sums = _absolute_sums(stack, pool)
     gamma = quantize.absmean_of_sums(sums, scales, stack.shape[-2])
     limits = quantize.zero_limits(scales, gamma)
-
-    def packed_slice(index):
-        experts, outputs, width = index if len(index) == 3 else (slice(0, 1), *index)
-        packed = _pack_slice(stack.weight, limits, (experts, outputs, width), restored.block, pool)
-        return packed.reshape(packed.shape[-len(index) :])
-
-    gamma = gamma.reshape(restored.scales.shape)
-    packed = _place(restored.packed.shape, where.packed, packed_slice)
-    scales = _place(gamma.shape, where.scales, gamma.__getitem__)
-    return QuantizedWeight1_58bit(packed, scales, restored.block, restored.padding)
+    return gamma, lambda index, block: _pack_slice(stack.weight, limits, index, block, pool)
 
 
 def _absolute_sums(stack: QuantizedWeight8bit, pool) -> np.ndarray:
@@ -343,7 +506,7 @@ def _absolute_sums(stack: QuantizedWeight8bit, pool) -> np.ndarray:
         (e, g, rows)
         for e in range(experts)
         for g in range(groups)
-        for rows in _chunks(g * size, (g + 1) * size, max(1, CHUNK // outputs))
+        for rows in slices(g * size, (g + 1) * size, max(1, CHUNK // outputs))
     ]
     chunks = chunks[jax.process_index() :: jax.process_count()]
     partial = pool.map(lambda at: quantize.absolute_sums(stack.weight[at[0], at[2]]), chunks)
@@ -363,7 +526,7 @@ def _pack_slice(weight, limits, index, block: int, pool) -> np.ndarray:
     def convert(at):
         expert, taken = at  # `taken` bytes of each output, whole blocks
         rows = slice(4 * taken.start, min(4 * taken.stop, weight.shape[1]))
-        for columns in _chunks(outputs.start, outputs.stop, COLUMNS):
+        for columns in slices(outputs.start, outputs.stop, COLUMNS):
             codes = weight[expert, rows, columns]
             trits = np.empty(codes.shape, np.int8)
             for start in range(rows.start // per_row * per_row, rows.stop, per_row):
@@ -378,11 +541,7 @@ def _pack_slice(weight, limits, index, block: int, pool) -> np.ndarray:
     chunks = [
         (expert, taken)
         for expert in range(experts.start, experts.stop)
-        for taken in _chunks(width.start, width.stop, per_chunk)
+        for taken in slices(width.start, width.stop, per_chunk)
     ]
     list(pool.map(convert, chunks))
     return out
-
-
-def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
-    return (slice(at, min(at + size, stop)) for at in range(start, stop, size))

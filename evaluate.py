@@ -123,7 +123,7 @@ def main(argv=None):
         help="part of --data: its last tenth (default), or all of it",
     )
     parser.add_argument(
-        "--weights", choices=model.PRECISIONS, default="ternary", help="default: ternary"
+        "--weights", choices=model.PRECISIONS, help="in memory (as converted, else ternary)"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of activations (default: the model's)"

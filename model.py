@@ -121,9 +121,10 @@ PRESETS = {
     ),
 }
 
-# Fields of the reference's configuration files that say nothing about the architecture, or that
-# follow from other fields.
+# Fields of configuration files, the reference's and those of converted checkpoints, that say nothing
+# about the architecture, or that follow from other fields.
 IGNORED_KEYS = {"case", "checkpoint", "ffn_size", "mesh", "pad_token", "shard_activations"}
+IGNORED_KEYS |= {"preset", "quantization_config"}
 OPTIONAL_KEYS = {"activations", "embedding_init_scale", "eos_token", "fprop_dtype"}
 
 _MATRICES = r"/(query|key|value|linear|linear_v|linear_1)/w$"

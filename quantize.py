@@ -231,6 +231,52 @@ def unpack(w: QuantizedWeight1_58bit):
     return trits[..., : w.shape[-2]].swapaxes(-1, -2)
 
 
+def to_base3(packed: np.ndarray) -> np.ndarray:
+    """Packed bytes [..., B] at five trits to a byte: uint8 [..., 4 ceil(B / 5)], 0 to 242.
+
+    Of every five bytes, the last gives one of its trits to each of the others: their own four are
+    the low digits of a number in base 3, that one is its highest. Zeros (trits) fill up B.
+
+    >>> to_base3(np.array([0b10_00_10_01, 0, 0b10_10_10_10, 0, 0b01_00_10_00], np.uint8))
+    array([ 61, 162,  80,  81], dtype=uint8)
+    """
+    *lead, width = packed.shape
+    fives = np.full((*lead, -(-width // 5) * 5), 0b01_01_01_01, np.uint8)
+    fives[..., :width] = packed
+    p = _first_fours(fives).copy().view(np.uint8)
+    # Worth 1, 4, 16 and 64 in a packed byte, its trits become worth 1, 3, 9 and 27.
+    digits = p - (p >> np.uint8(2))
+    digits -= np.uint8(3) * (p >> np.uint8(4))
+    digits -= np.uint8(9) * (p >> np.uint8(6))
+    fifth = fives.reshape(-1)[4::5].astype("<u4")
+    fifth = (fifth | fifth << 6 | fifth << 12 | fifth << 18) & 0x03030303  # a trit to each byte
+    digits += np.uint8(81) * fifth.view(np.uint8)
+    return digits.reshape(*lead, -(-width // 5) * 4)
+
+
+def from_base3(digits: np.ndarray) -> np.ndarray:
+    """The packed bytes [..., 5 G] that `to_base3` turned into digits [..., 4 G]."""
+    *lead, width = digits.shape
+    d = np.ascontiguousarray(digits).reshape(-1)
+    # With its quotients by 3, 9 and so on added, the trits of d are worth 1, 4, 16, 64 and 256:
+    # the fifth leaves the byte by itself. (Multiplied, for NumPy shifts bytes left slowly.)
+    fifth = d // np.uint8(81)
+    p = np.uint8(4) * fifth + d // np.uint8(27)
+    p = np.uint8(4) * p + d // np.uint8(9)
+    p = np.uint8(4) * p + d // np.uint8(3) + d
+    packed = np.empty((*lead, width // 4 * 5), np.uint8)
+    _first_fours(packed)[...] = p.view("<u4")
+    # The highest byte of the product: fifth[0] + 4 fifth[1] + 16 fifth[2] + 64 fifth[3].
+    gathered = fifth.view("<u4") * np.uint32(1 << 24 | 1 << 18 | 1 << 12 | 1 << 6)
+    packed.reshape(-1)[4::5] = gathered.view(np.uint8)[3::4]
+    return packed
+
+
+def _first_fours(fives: np.ndarray) -> np.ndarray:
+    """A view of the first four of every five bytes, as one uint32 each."""
+    return np.ndarray(fives.size // 5, "<u4", fives, strides=5)
+
+
 # --- int8 to ternary, blockwise -------------------------------------------------------------------
 #
 # NumPy, for weights too large to be float32 all at once. The result is exactly that of

@@ -21,6 +21,7 @@ import model
 import runners
 import sharding
 import tokenizer
+from checkpoint import readable_size
 
 MAX_SLOTS = 8  # unless --slots asks for more
 
@@ -33,10 +34,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         type=Path,
         default=Path("checkpoints/demo"),
         metavar="FOLDER",
-        help="folder with ckpt-0/, and config.json and tokenizer.model if any (%(default)s)",
+        help="folder with ckpt-0/, and config.json and tokenizer.model if any, or what convert.py "
+        "made of it (%(default)s)",
     )
     add("--preset", choices=model.PRESETS, help="configuration (config.json, else grok-1)")
-    add("--weights", choices=model.PRECISIONS, default="ternary", help="in memory (%(default)s)")
+    add("--weights", choices=model.PRECISIONS, help="in memory (as converted, else ternary)")
     add("--dtype", choices=("float32", "bfloat16"), help="of activations and cache (the model's)")
     add("--activations", choices=("float", "int8"), help="in products (the model's)")
 
@@ -133,15 +135,6 @@ def memory_limit(mesh: jax.sharding.Mesh) -> int:
     return stats.get("bytes_limit", host)
 
 
-def size(count: float) -> str:
-    """Bytes for reading, such as 78.7 GB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
 def report(**lines: str) -> None:
     """Aligned lines on stderr, from one process only."""
     if jax.process_index() == 0:
@@ -166,8 +159,8 @@ def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
         weights=f"{weights}, {c.activations} activations in {c.fprop_dtype}",
         mesh=f"{data} data x {heads} model, {mesh.devices.flat[0].device_kind}",
         slots=f"{slots} of {c.sequence_len} tokens, vocabulary {c.vocab_size}",
-        memory=" + ".join(f"{name} {size(count)}" for name, count in needed.items()),
-        total=f"{size(total)} of {size(limit)} on each device",
+        memory=" + ".join(f"{name} {readable_size(count)}" for name, count in needed.items()),
+        total=f"{readable_size(total)} of {readable_size(limit)} on each device",
     )
     if total > limit:
         cures = ["a larger model axis in --mesh"] if heads < c.num_kv_heads else []
@@ -178,7 +171,7 @@ def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
         if mesh.devices.flat[0].platform == "gpu":  # JAX takes three quarters of it by default
             cures += ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 in the environment"]
         raise ValueError(
-            f"this needs {size(total)} on each device, which has {size(limit)}; "
+            f"this needs {readable_size(total)} on each device, which has {readable_size(limit)}; "
             f"try {', '.join(cures or ['devices with more memory'])}"
         )
 
@@ -258,7 +251,8 @@ def run(args: argparse.Namespace) -> None:
         slots = -(-min(max(len(prompts), 1), MAX_SLOTS) // data) * data
     runners.check_slots(slots, runner.mesh)
     processor = tokenizer.load(args.checkpoint, config.vocab_size)
-    plan(runner, args.weights, slots)
+    weights = args.weights or checkpoint.default_weights(args.checkpoint)
+    plan(runner, weights, slots)
 
     inference = runners.InferenceRunner(runner, processor, slots)
     request = runners.Request(
@@ -268,9 +262,9 @@ def run(args: argparse.Namespace) -> None:
     requests = [dataclasses.replace(r, prompt=inference.prompt_tokens(r)) for r in requests]
 
     begin = time.perf_counter()
-    runner.load(args.checkpoint, args.weights, progress=sys.stderr.isatty())
+    runner.load(args.checkpoint, weights, progress=sys.stderr.isatty())
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
-    report(load=f"{size(weights)} in {time.perf_counter() - begin:.1f} s")
+    report(load=f"{readable_size(weights)} in {time.perf_counter() - begin:.1f} s")
 
     if not requests:
         converse(inference, request)

@@ -61,15 +61,16 @@ class ModelRunner:
             init = jax.jit(self.model.init, out_shardings=shardings)
             self.params = init(jax.random.key(seed), tokens)
 
-    def load(self, folder, weights: str = "ternary", progress: bool = False) -> None:
+    def load(self, folder, weights: str | None = None, progress: bool = False) -> None:
         """The parameters of a checkpoint folder, in the form that `weights` names in PRECISIONS.
 
+        By default in the form that the checkpoint was converted to, and a released one as ternary.
         Raises checkpoint.CheckpointError.
         """
         params = checkpoint.restore(
             folder,
             abstract_params(self.config),
-            PRECISIONS[weights],
+            PRECISIONS[weights or checkpoint.default_weights(folder)],
             functools.partial(sharding.parameter_shardings, self.mesh),
             progress=progress,
         )

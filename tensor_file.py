@@ -239,6 +239,17 @@ def read_tensor(path: str | os.PathLike) -> np.ndarray | QuantizedWeight8bit:
         ) from None
 
 
+def release(mapped: np.ndarray | mmap.mmap) -> None:
+    """Takes the pages of a mapped file out of this process's memory; reading brings them back.
+
+    Arrays that are not mapped are left alone.
+    """
+    while isinstance(mapped, np.ndarray | memoryview):
+        mapped = mapped.base if isinstance(mapped, np.ndarray) else mapped.obj
+    if isinstance(mapped, mmap.mmap):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def describe(tensor) -> str:
     if isinstance(tensor, QuantizedWeight8bit):
         return f"{describe(tensor.weight)} with scales {describe(tensor.scales)}"

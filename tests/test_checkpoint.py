@@ -115,7 +115,7 @@ def test_golden_trits_and_scales(case):
 def test_golden_int8_and_floats(case):
     params = checkpoint.restore(GOLDEN / case, golden_template(case), INT8)
     ternary = {(module, name) for module, name, _ in golden_ternary(case)}
-    for i, (module, name) in enumerate(checkpoint._sorted_keys(params)):
+    for i, (module, name) in enumerate(checkpoint.sorted_keys(params)):
         leaf = params[module][name]
         assert isinstance(leaf, QuantizedWeight8bit) == ((module, name) in ternary)
         file = GOLDEN / case / "ckpt-0" / checkpoint.file_name(i)
@@ -141,7 +141,7 @@ def test_every_mesh_restores_the_same_bits(rules, mesh):
 
 def test_files_are_in_the_order_of_jax_trees():
     template = {f"layer_{i}/linear": {"w": i, "b": -i} for i in range(12)}
-    keys = checkpoint._sorted_keys(template)
+    keys = checkpoint.sorted_keys(template)
     assert [template[module][name] for module, name in keys] == jax.tree.leaves(template)
     assert keys.index(("layer_10/linear", "w")) < keys.index(("layer_2/linear", "w"))
 
@@ -345,7 +345,7 @@ def test_damage_is_one_clear_error(tmp_path_factory, at, patch, cut):
     try:
         found = tensor_file.read_tensor(path)
         assert found.shape and tensor_file.describe(found)
-        checkpoint._restored_shapes(found, (96, 16), "ternary")
+        checkpoint.restored_shapes(found, (96, 16), "ternary")
     except CheckpointError:
         pass
 

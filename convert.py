@@ -1,0 +1,548 @@
+"""Convert the released weights once, to a checkpoint a fifth the size that loads in seconds.
+
+    python convert.py --download checkpoints/grok-1
+    python convert.py checkpoints/grok-1 checkpoints/grok-1-ternary
+    python convert.py --verify checkpoints/grok-1-ternary
+    python convert.py --inspect checkpoints/grok-1-ternary --source checkpoints/grok-1
+
+Or all at once, where there is no room for the release: each file is fetched, converted and deleted.
+
+    python convert.py --stream checkpoints/grok-1-ternary
+
+Run again after an interruption, each goes on where it stopped.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+import checkpoint
+import download
+import model
+import quantize
+import shards
+import tokenizer
+from checkpoint import CheckpointError, readable_size
+from quantize import QuantizedWeight8bit
+from shards import StoredTrits, slices
+from tensor_file import read_tensor, release
+
+COPY = 1 << 25  # bytes that are copied at a time
+TILE = 1 << 21  # weights that are compared with their source at a time
+GROUPS = 8  # scale groups of the release where it sharded the inputs, 8 ways
+
+byte_bar = functools.partial(tqdm.tqdm, unit="B", unit_scale=True)
+
+
+# --- Converting -----------------------------------------------------------------------------------
+
+
+def convert(
+    entries: Sequence[checkpoint.Entry],
+    output: Path,
+    config: dict,
+    files: dict[str, bytes],
+    *,
+    source: str,
+    packing: str = "base3",
+    shard_size: int = shards.SHARD_SIZE,
+    threads: int | None = None,
+    progress: bool = False,
+    sealed: Callable[[shards.Shard], None] = lambda shard: None,
+) -> None:
+    """Writes released parameters to a converted checkpoint, one after the other; resumes.
+
+    entries: of all parameters, from `checkpoint.check_files`
+    config, files, source, shard_size, sealed: as in `shards.write`
+    packing: one of shards.PACKINGS
+    threads: at work on a tensor; default: one for each core
+    progress: a bar on stderr
+
+    Host memory in use is a few dozen megabytes for each thread; files are mapped both ways, and
+    their pages given back as they are done with.
+    """
+    by_path = {entry.path: entry for entry in entries}
+    number = {path: i + 1 for i, path in enumerate(by_path)}
+    leaves = {path: stored_form(entry, packing) for path, entry in by_path.items()}
+    filled, written = set(), 0
+    with (
+        concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool,
+        byte_bar(total=sum(e.bytes for e in entries), disable=not progress) as bar,
+    ):
+
+        def fill(path, stored):
+            nonlocal written
+            bar.set_description(f"tensor {number[path]}/{len(number)}", refresh=False)
+            entry = by_path[path]
+            tensor = entry.read()
+            if entry.kind == "ternary":
+                _fill_ternary(entry, tensor, stored, packing, pool, bar.update)
+            else:
+                jax.tree.map(functools.partial(_copy, update=bar.update), tensor, stored)
+            filled.add(path)
+            written += shards.stored_bytes(stored)
+            bar.set_postfix_str(f"{readable_size(written)} written", refresh=False)
+
+        def done(shard):
+            bar.update(sum(by_path[path].bytes for path in shard.leaves if path not in filled))
+            sealed(shard)
+
+        shards.write(
+            output, leaves, fill, config, files, source=source, shard_size=shard_size, sealed=done
+        )
+
+
+def stored_form(entry: checkpoint.Entry, packing: str):
+    """The abstract leaf that a parameter is stored as."""
+    ternary = entry.kind == "ternary"
+    return shards.stored_form(entry.restored, packing) if ternary else entry.restored
+
+
+def _fill_ternary(entry, tensor, stored: StoredTrits, packing: str, pool, update) -> None:
+    gamma, pack = checkpoint.ternarize(tensor, entry.title, pool)
+    outputs, width = entry.restored.packed.shape[-2:]
+    matrices = stored.trits.reshape(-1, *stored.trits.shape[-2:])
+    for e, out in enumerate(matrices):
+        index = slice(e, e + 1), slice(0, outputs), slice(0, width)
+        (packed,) = pack(index, stored.block)
+        shards.store_trits(packed, out, packing, pool.map)
+        release(tensor.weight)
+        release(out)
+        update(entry.bytes // len(matrices))
+    stored.scales[...] = gamma.reshape(stored.scales.shape)
+    update(entry.bytes % len(matrices))
+
+
+def _copy(source: np.ndarray, out: np.ndarray, update) -> None:
+    rows = max(1, COPY // max(1, source[:1].nbytes))
+    for piece in slices(0, len(source), rows):
+        out[piece] = source[piece]
+        release(source)
+        release(out)
+        update(source[piece].nbytes)
+
+
+# --- Sources --------------------------------------------------------------------------------------
+
+
+class Stream:
+    """The release on the hub, a file at a time: fetched ahead, and deleted once it is stored."""
+
+    def __init__(self, folder: Path, repo: str, template: dict, rules):
+        """Files are kept in folder/ckpt-0 as long as they are needed."""
+        self.folder, self.repo = folder, repo
+        self.keys = checkpoint.sorted_keys(template)
+        self.names = {"/".join(key): checkpoint.file_name(i) for i, key in enumerate(self.keys)}
+        self.ahead = concurrent.futures.ThreadPoolExecutor(1)
+        self.fetching: dict[str, concurrent.futures.Future] = {}
+        kinds = quantize.match_rules(rules, self.names)
+        self.entries = [
+            self._entry(module, name, template[module][name].shape, kinds[f"{module}/{name}"])
+            for module, name in self.keys
+        ]
+
+    def _entry(self, module, name, shape, kind) -> checkpoint.Entry:
+        file = self.folder / checkpoint.FOLDER / self.names[f"{module}/{name}"]
+        expected = _released_form(module, shape, kind)
+        restored = checkpoint.ternary_shapes(shape) if kind == "ternary" else expected
+
+        def read():
+            self.fetch(file.name)
+            following = int(file.name[6:11]) + 1
+            tensor = read_tensor(self.fetching.pop(file.name).result())
+            if following < len(self.keys):
+                self.fetch(checkpoint.file_name(following))
+            found = checkpoint.restored_shapes(tensor, shape, kind)
+            if found != restored:
+                raise CheckpointError(
+                    f"{file}: {module}/{name}: found {found}, expected {restored}; --download the "
+                    "release, then convert it"
+                )
+            return tensor
+
+        return checkpoint.Entry(
+            module, name, file, read, kind, restored, shards.stored_bytes(expected)
+        )
+
+    def fetch(self, name: str) -> None:
+        if name not in self.fetching:
+            get = functools.partial(download.tensor, self.folder, name, self.repo)
+            self.fetching[name] = self.ahead.submit(get)
+
+    def delete(self, shard: shards.Shard) -> None:
+        for path in shard.leaves:
+            (self.folder / checkpoint.FOLDER / self.names[path]).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.ahead.shutdown(cancel_futures=True)
+
+
+def _released_form(module: str, shape: tuple[int, ...], kind: str):
+    """Shapes of a tensor in the release; it shares out the inputs of output projections, 8 ways."""
+    if kind == "float32":
+        return jax.ShapeDtypeStruct(shape, np.float32)
+    *lead, inputs, outputs = shape
+    groups = GROUPS if re.search(r"moe/linear_1$|attention/linear$", module) else 1
+    return QuantizedWeight8bit(
+        jax.ShapeDtypeStruct(shape, np.int8),
+        jax.ShapeDtypeStruct((*lead, groups, outputs), jnp.bfloat16),
+    )
+
+
+# --- Inspecting -----------------------------------------------------------------------------------
+
+FAMILIES = (  # of parameters, by path; first match wins
+    (r"/multi_head_attention/", "attention"),
+    (r"/moe/", "experts"),
+    (r"/linear", "feed-forward"),
+    (r"/router/", "router"),
+    (r"norm", "norms"),
+    (r"", "embeddings"),
+)
+
+
+class Measure(NamedTuple):
+    """What `inspect` tells of a parameter, and in sums of a family.
+
+    nonzero: of its trits, None if it has none
+    error, energy: sums of |W - W'|^2 and |W|^2 over the source's W, None without one
+    """
+
+    weights: int
+    bytes: int
+    nonzero: int | None = None
+    error: float | None = None
+    energy: float | None = None
+
+    @property
+    def density(self) -> str:
+        return "" if self.nonzero is None else f"{self.nonzero / self.weights:.4f}"
+
+    @property
+    def relative_error(self) -> str:
+        return "" if self.error is None else f"{self.error / max(self.energy, 1e-30):.4f}"
+
+
+def measure(stored, original, pool, update=lambda count: None) -> Measure:
+    """Reads a stored parameter, and the source's where there is one, None where there is not."""
+    weights, size = math.prod(stored.shape), shards.stored_bytes(stored)
+    if not isinstance(stored, StoredTrits):
+        error = energy = None
+        if original is not None:
+            error, energy = _difference(stored, original)
+        update(size)
+        return Measure(weights, size, None, error, energy)
+    *_, inputs, outputs = stored.shape
+    width = -(-inputs // 4)
+    matrices = stored.trits.reshape(-1, *stored.trits.shape[-2:])
+    tiles = [
+        (e, columns)
+        for e in range(len(matrices))
+        for columns in slices(0, outputs, max(1, TILE // inputs))
+    ]
+    gammas = stored.scales.reshape(-1)
+
+    def one(tile):
+        e, columns = tile
+        packed = np.empty((columns.stop - columns.start, width), np.uint8)
+        index = slice(e, e + 1), columns, slice(0, width)
+        shards.load_trits(stored, index, packed[None])
+        zeros = int(np.bitwise_count(packed & np.uint8(0b01_01_01_01)).sum())  # codes 01
+        found = [packed.size * 4 - zeros, 0.0, 0.0]
+        if original is not None:
+            weight = quantize.QuantizedWeight1_58bit(
+                packed, gammas[e], stored.block, 4 * width - inputs
+            )
+            w = _columns(original, e, columns)
+            ternary = quantize.unpack(weight).astype(np.float32) * gammas[e]
+            found[1:] = np.square(w - ternary).sum(dtype=float), np.square(w).sum(dtype=float)
+        update(size // len(tiles))
+        return found
+
+    nonzero, error, energy = map(sum, zip(*pool.map(one, tiles), strict=True))
+    for array in shards.parts("", stored).values():
+        release(array)
+    if original is None:
+        return Measure(weights, size, nonzero)
+    release(original.weight)
+    return Measure(weights, size, nonzero, error, energy)
+
+
+def _columns(weight: QuantizedWeight8bit, expert: int, columns: slice) -> np.ndarray:
+    """Columns of one matrix of an int8 weight, float32 [I, O]."""
+    matrix = jax.tree.map(lambda array: array if array.ndim == 2 else array[expert], weight)
+    codes, scales = matrix.weight[:, columns], matrix.scales[:, columns].astype(np.float32)
+    grouped = codes.reshape(len(scales), -1, codes.shape[-1]) * scales[:, None]
+    return grouped.reshape(codes.shape)
+
+
+def _difference(stored, original) -> tuple[float, float]:
+    """Sums of |W - W'|^2 and |W|^2 for a parameter that is kept as it was: of what is not, if so."""
+    kept, was = (shards.parts("", leaf) for leaf in (stored, original))
+    error = energy = 0.0
+    for name, array in was.items():
+        for rows in slices(0, len(array), max(1, TILE // max(1, array[:1].size))):
+            a, b = (x[rows].astype(np.float32) for x in (array, kept[name]))
+            error += np.square(a - b).sum(dtype=float)
+            energy += np.square(a).sum(dtype=float)
+        release(array)
+        release(kept[name])
+    return error, energy
+
+
+def inspect(folder: Path, source: Path | None, progress: bool) -> None:
+    """Prints a table of a converted checkpoint's parameters, and one of their families."""
+    stored = shards.open_shards(folder)
+    originals: dict[str, Any] = {}
+    if source is not None:
+        template = model.abstract_params(resolve_config(source))
+        rules = model.PRECISIONS[checkpoint.default_weights(folder)]
+        originals = {e.path: e for e in checkpoint.check_files(source, template, rules)}
+        if originals.keys() != stored.keys():
+            raise CheckpointError(f"{folder} was not made from {source}: they differ in parameters")
+    row = f"{{:{max(map(len, stored))}}} {{:>16}} {{:>8}} {{:>11}} {{:>15}} {{:>7}}".format
+    print(row("parameter", "shape", "density", "scale", "bytes", "error"))
+    families: dict[str, list[Measure]] = {}
+    with (
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        byte_bar(
+            total=sum(shards.stored_bytes(leaf) for _, leaf in stored.values()),
+            disable=not progress,
+        ) as bar,
+    ):
+        for path, (file, leaf) in stored.items():
+            original = originals[path].read() if originals else None
+            try:
+                found = measure(leaf, original, pool, bar.update)
+            except CheckpointError as error:
+                raise CheckpointError(f"{file}: {path}: {error}") from None
+            ternary = isinstance(leaf, StoredTrits)
+            scale = f"{leaf.scales.mean():.5g}" if ternary else ""
+            shape = " x ".join(map(str, leaf.shape))
+            bar.write(
+                row(path, shape, found.density, scale, f"{found.bytes:,}", found.relative_error),
+                file=sys.stdout,
+            )
+            family = next(name for pattern, name in FAMILIES if re.search(pattern, path))
+            families.setdefault(family, []).append(found)
+    row = "{:12} {:>16} {:>17} {:>12} {:>8} {:>7}".format
+    print("\n" + row("family", "weights", "bytes", "bits/weight", "density", "error"))
+    total = [found for group in families.values() for found in group]
+    for name, group in [*families.items(), ("all", total)]:
+        found = summed(group)
+        bits = f"{8 * found.bytes / found.weights:.3f}"
+        print(
+            row(
+                name,
+                f"{found.weights:,}",
+                f"{found.bytes:,}",
+                bits,
+                found.density,
+                found.relative_error,
+            )
+        )
+
+
+def summed(group: Sequence[Measure]) -> Measure:
+    """The measure of several parameters; None where one of them has none."""
+    columns = zip(*group, strict=True)
+    return Measure(*(None if None in column else sum(column) for column in columns))
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folders", nargs="*", type=Path, metavar="FOLDER", help="released, and converted to write")
+    action = parser.add_mutually_exclusive_group()
+    do = action.add_argument
+    do("--download", type=Path, metavar="FOLDER", help="fetch the release and the tokenizer")
+    do("--stream", type=Path, metavar="FOLDER", help="fetch and convert, file by file")
+    do("--verify", type=Path, metavar="FOLDER", help="compare all of a checkpoint with its sums")
+    do("--inspect", type=Path, metavar="FOLDER", help="table of a converted checkpoint")
+    add("--source", type=Path, metavar="FOLDER", help="released: --inspect tells the error too")
+    add("--preset", choices=model.PRESETS, help="configuration (config.json, else grok-1)")
+    add(
+        "--weights",
+        choices=model.PRECISIONS,
+        default="ternary",
+        help="precision of the converted weights (%(default)s)",
+    )
+    add(
+        "--packing",
+        choices=shards.PACKINGS,
+        default="base3",
+        help="of trits in the files: five to a byte, or four, which load faster (%(default)s)",
+    )
+    add("--shard-size", type=float, default=2.0, metavar="GB", help="of a file (%(default)s)")
+    add("--threads", type=int, help="at work on a tensor (one for each core)")
+    add("--repo", default=download.REPO, help="on the hub, to fetch from (%(default)s)")
+    args = parser.parse_args(argv)
+    chosen = args.download or args.stream or args.verify or args.inspect
+    if len(args.folders) != (0 if chosen else 2):
+        parser.error("give SOURCE and OUTPUT folders, or one of the flags with its own")
+    return args
+
+
+def read_config(folder: Path | None, preset: str | None = None) -> model.LanguageModelConfig:
+    if preset:
+        return model.PRESETS[preset]
+    return model.config_from_dict(folder and checkpoint.read_config(folder))
+
+
+def report(**lines: str) -> None:
+    for name, value in lines.items():
+        print(f"{name:<12}{value}", file=sys.stderr)
+
+
+def resolve_config(folder: Path | None, preset: str | None = None) -> model.LanguageModelConfig:
+    """The preset, or the configuration of a checkpoint folder, if any, or else Grok-1's."""
+    if preset:
+        return model.PRESETS[preset]
+    return model.config_from_dict(folder and checkpoint.read_config(folder))
+
+
+def find_tokenizer(folder: Path | None, vocab_size: int) -> dict[str, bytes]:
+    """The tokenizer to put beside the converted weights, {name: content}, if there is one."""
+    try:
+        processor = tokenizer.load(folder, vocab_size)
+    except ValueError as error:
+        report(note=f"no tokenizer beside the weights: {error}")
+        return {}
+    return {tokenizer.FILE: processor.serialized_model_proto()}
+
+
+def check_space(output: Path, entries: Sequence[checkpoint.Entry], packing: str) -> None:
+    """OSError if the disk has no room for what is still to be written."""
+    needed = sum(shards.stored_bytes(stored_form(entry, packing)) for entry in entries)
+    partial = shards.partial_folder(output)
+    done = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
+    where = next(path for path in output.absolute().parents if path.exists())
+    free = shutil.disk_usage(where).free
+    if needed - done > free:
+        raise OSError(
+            f"{output} needs {readable_size(needed - done)}, {where} has {readable_size(free)} "
+            "free; make room, or choose a folder on another disk"
+        )
+
+
+def convert_command(args: argparse.Namespace) -> None:
+    source, output = (None, args.stream) if args.stream else args.folders
+    config = resolve_config(source, args.preset)
+    rules, template = model.PRECISIONS[args.weights], model.abstract_params(config)
+    about = dataclasses.asdict(config) | {
+        "preset": next((name for name, c in model.PRESETS.items() if c == config), None),
+        "quantization_config": checkpoint.quantization_config(args.weights, rules, args.packing),
+    }
+    if output.exists():
+        if checkpoint.read_config(output) != json.loads(json.dumps(about)):
+            raise CheckpointError(
+                f"{output} exists and is something else; remove it, or choose another folder"
+            )
+        shards.open_shards(output)
+        report(done=f"{output} is complete already; --verify compares it with its checksums")
+        return
+
+    scratch = output.with_name(f"{output.name}.download")
+    stream = None
+    if args.stream:
+        fetch_tokenizer(scratch, config)
+        stream = Stream(scratch, args.repo, template, rules)
+        entries = stream.entries
+    else:
+        entries = checkpoint.check_files(source, template, rules)
+    check_space(output, entries, args.packing)
+    begin = time.perf_counter()
+    try:
+        convert(
+            entries,
+            output,
+            about,
+            find_tokenizer(scratch if stream else source, config.vocab_size),
+            source=args.repo if stream else str(source.resolve()),
+            packing=args.packing,
+            shard_size=round(args.shard_size * 1e9),
+            threads=args.threads,
+            progress=sys.stderr.isatty(),
+            sealed=stream.delete if stream else lambda shard: None,
+        )
+    finally:
+        if stream:
+            stream.close()
+    if stream:
+        shutil.rmtree(scratch, ignore_errors=True)
+    seconds = time.perf_counter() - begin
+    read = sum(entry.bytes for entry in entries)
+    written = sum(file.stat().st_size for file in output.iterdir())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report(
+        read=f"{readable_size(read)} in {seconds:.1f} s, {read / seconds / 1e9:.2f} GB/s",
+        written=f"{readable_size(written)} to {output}",
+        memory=f"{readable_size(peak)} at the peak, mapped pages of files included",
+    )
+
+
+def fetch_tokenizer(folder: Path, config: model.LanguageModelConfig) -> None:
+    """Grok-1's, for a model of its vocabulary; others have none to fetch."""
+    if config.vocab_size == tokenizer.GROK_1_SIZE:
+        download.tokenizer(folder)
+
+
+def download_command(args: argparse.Namespace) -> None:
+    config = resolve_config(None, args.preset)
+    count = len(checkpoint.sorted_keys(model.abstract_params(config)))
+    names = [checkpoint.file_name(i) for i in range(count)]
+    fetch_tokenizer(args.download, config)
+    download.release(args.download, names, args.repo)
+    report(done=f"{args.download} has all {count} files")
+
+
+def verify_command(folder: Path) -> None:
+    sizes = [sums["bytes"] for sums in shards.read_checksums(folder).values()]
+    with byte_bar(total=sum(sizes), disable=not sys.stderr.isatty()) as bar:
+        problems = shards.verify(folder, bar.update)
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    print(f"{folder}: {len(sizes)} files, {readable_size(sum(sizes))}, all as they were written")
+
+
+def main(argv=None) -> None:
+    args = parse_arguments(argv)
+    try:
+        if args.verify:
+            verify_command(args.verify)
+        elif args.inspect:
+            inspect(args.inspect, args.source, sys.stderr.isatty())
+        elif args.download:
+            download_command(args)
+        else:
+            convert_command(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; run the same command again, it goes on where it stopped")
+
+
+if __name__ == "__main__":
+    main()
