@@ -32,7 +32,7 @@ REPO = "xai-org/grok-1"
 TOKENIZER = "https://raw.githubusercontent.com/xai-org/grok-1/main/tokenizer.model"
 LIBRARY = "huggingface_hub==2.4.0"
 WORKERS = 8  # files at a time
-TIMEOUT = 30  # seconds without an answer
+TIMEOUT = 10  # seconds without an answer
 AGAIN = "run the same command again: it goes on where it stopped"
 
 
@@ -53,7 +53,7 @@ def tensor(folder: str | os.PathLike, name: str, repo: str = REPO, revision: str
     hub = _library()
     url = hub.hf_hub_url(repo, f"{FOLDER}/{name}", revision=revision)
     with _one_line(f"cannot find {FOLDER}/{name} in {repo}"):
-        # Waits 23 seconds in all for a hub that is away: a long conversion outlives a hiccup.
+        # Tries again for 23 seconds when the hub is away, so that a long conversion goes on.
         about = hub.get_hf_file_metadata(url, timeout=TIMEOUT, retry_on_errors=True)
         if about.commit_hash is None or about.size is None:
             raise OSError(f"{url} does not answer like the hub (a proxy or a login page?)")
@@ -229,7 +229,8 @@ class _Bar:
 def _fetch(file: _File, advance: Callable[[int], None] = lambda count: None) -> None:
     """Completes the partial file, checks it and gives it its name.
 
-    Two processes may do so at once: they write the same bytes to the same places.
+    Two processes that do so at once harm nothing, for they write the same bytes to the same places;
+    the later one fails at the end and finds the file when it is run again.
     """
     import httpx2
     from huggingface_hub.file_download import http_get

@@ -96,7 +96,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.hub.requests.append(Request(self.command, path, *asked))
         repo = re.escape(self.hub.repo)
         if match := re.fullmatch(rf"/api/models/{repo}(/revision/[^/]+)?", path):
-            self._list()
+            self._list("blobs" in self.path)
         elif (match := re.fullmatch(rf"/{repo}/resolve/[^/]+/(.+)", path)) and self._has(match[1]):
             self._resolve(match[1])
         elif (match := re.fullmatch(r"/store/(.+)", path)) and self._has(match[1]):
@@ -109,12 +109,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _has(self, file: str) -> bool:
         return file in self.hub.files()
 
-    def _list(self):
+    def _list(self, sizes: bool):
         siblings = []
         for file in self.hub.files():
             content = (self.hub.folder / file).read_bytes()
-            entry = {"rfilename": file, "size": len(content), "blobId": _git(content)}
-            if file not in self.hub.plain:
+            entry = {"rfilename": file}
+            if sizes:
+                entry |= {"size": len(content), "blobId": _git(content)}
+            if sizes and file not in self.hub.plain:
                 sha256 = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"size": len(content), "sha256": sha256, "pointerSize": 134}
             siblings.append(entry)

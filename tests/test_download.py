@@ -249,6 +249,17 @@ def test_an_unreachable_hub_is_one_line_soon(tmp_path, monkeypatch, pauses):
     assert not (tmp_path / "own").exists()
 
 
+def test_a_silent_hub_is_one_line_soon(tmp_path, monkeypatch, pauses):
+    monkeypatch.setattr(download, "TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects and never answers
+        point_to(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
+        with pytest.raises(OSError, match=r"^cannot list xai-org/grok-1: timed out; run the same"):
+            download.release(tmp_path, NAMES)
+        with pytest.raises(OSError, match=r"^cannot find ckpt-0/tensor00000_000 .*: timed out; r"):
+            download.tensor(tmp_path, NAMES[0])
+    assert 0 < sum(pauses) < 30
+
+
 def test_something_else_than_a_hub_is_refused(hub, tmp_path, monkeypatch):
     point_to(f"{hub.url}/store/README.md?", monkeypatch)  # answers all alike, as a login page does
     with pytest.raises(OSError, match=r"does not answer like the hub"):
