@@ -14,13 +14,11 @@ Run again after an interruption, each goes on where it stopped.
 
 import argparse
 import concurrent.futures
-import dataclasses
 import functools
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import sys
 import time
@@ -123,9 +121,9 @@ def _fill_ternary(entry, tensor, stored: StoredTrits, packing: str, pool, update
         index = slice(e, e + 1), slice(0, outputs), slice(0, width)
         (packed,) = pack(index, stored.block)
         shards.store_trits(packed, out, packing, pool.map)
-        release(tensor.weight)
         release(out)
         update(entry.bytes // len(matrices))
+    release(tensor.weight)
     stored.scales[...] = gamma.reshape(stored.scales.shape)
     update(entry.bytes % len(matrices))
 
@@ -294,7 +292,7 @@ def _columns(weight: QuantizedWeight8bit, expert: int, columns: slice) -> np.nda
 
 
 def _difference(stored, original) -> tuple[float, float]:
-    """Sums of |W - W'|^2 and |W|^2 for a parameter that is kept as it was: of what is not, if so."""
+    """Sums of |W - W'|^2 and |W|^2 over the numbers of a parameter that is stored as it was."""
     kept, was = (shards.parts("", leaf) for leaf in (stored, original))
     error = energy = 0.0
     for name, array in was.items():
@@ -416,6 +414,12 @@ def report(**lines: str) -> None:
         print(f"{name:<12}{value}", file=sys.stderr)
 
 
+def peak_memory() -> int:
+    """Bytes that this process has had in memory at most, mapped pages of files included."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024  # getrusage's is that of the parent, if larger
+
+
 def resolve_config(folder: Path | None, preset: str | None = None) -> model.LanguageModelConfig:
     """The preset, or the configuration of a checkpoint folder, if any, or else Grok-1's."""
     if preset:
@@ -451,10 +455,9 @@ def convert_command(args: argparse.Namespace) -> None:
     source, output = (None, args.stream) if args.stream else args.folders
     config = resolve_config(source, args.preset)
     rules, template = model.PRECISIONS[args.weights], model.abstract_params(config)
-    about = dataclasses.asdict(config) | {
-        "preset": next((name for name, c in model.PRESETS.items() if c == config), None),
-        "quantization_config": checkpoint.quantization_config(args.weights, rules, args.packing),
-    }
+    about = model.config_to_dict(config) | checkpoint.quantization(
+        args.weights, rules, args.packing
+    )
     if output.exists():
         if checkpoint.read_config(output) != json.loads(json.dumps(about)):
             raise CheckpointError(
@@ -495,11 +498,10 @@ def convert_command(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - begin
     read = sum(entry.bytes for entry in entries)
     written = sum(file.stat().st_size for file in output.iterdir())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report(
         read=f"{readable_size(read)} in {seconds:.1f} s, {read / seconds / 1e9:.2f} GB/s",
         written=f"{readable_size(written)} to {output}",
-        memory=f"{readable_size(peak)} at the peak, mapped pages of files included",
+        memory=f"{readable_size(peak_memory())} at the peak, mapped pages of files included",
     )
 
 

@@ -121,8 +121,8 @@ PRESETS = {
     ),
 }
 
-# Fields of configuration files, the reference's and those of converted checkpoints, that say nothing
-# about the architecture, or that follow from other fields.
+# Fields of configuration files, the reference's and those of converted checkpoints, that say
+# nothing about the architecture, or that follow from other fields.
 IGNORED_KEYS = {"case", "checkpoint", "ffn_size", "mesh", "pad_token", "shard_activations"}
 IGNORED_KEYS |= {"preset", "quantization_config"}
 OPTIONAL_KEYS = {"activations", "embedding_init_scale", "eos_token", "fprop_dtype"}
@@ -131,7 +131,7 @@ _MATRICES = r"/(query|key|value|linear|linear_v|linear_1)/w$"
 
 # For each choice of weights, what a parameter becomes in memory: ordered tables of path patterns,
 # first match wins. "ternary-experts" keeps attention, 1.8 % of the parameters, at the release's
-# precision: absmean there is what changes the routing most.
+# precision: absmean there is what changes the routing most. "float" is for models trained so.
 PRECISIONS = {
     "ternary": ((_MATRICES, "ternary"), (r"", "float32")),
     "ternary-experts": (
@@ -140,6 +140,7 @@ PRECISIONS = {
         (r"", "float32"),
     ),
     "int8": ((_MATRICES, "int8"), (r"", "float32")),
+    "float": ((r"", "float32"),),
 }
 
 
@@ -158,6 +159,12 @@ def config_from_dict(values: dict | None) -> LanguageModelConfig:
     if missing:
         raise ValueError(f"the configuration lacks {sorted(missing)}; add them to config.json")
     return LanguageModelConfig(**{key: values[key] for key in known & set(values)})
+
+
+def config_to_dict(config: LanguageModelConfig) -> dict:
+    """What `config_from_dict` reads, and the name of the preset if it is one."""
+    preset = next((name for name, known in PRESETS.items() if known == config), None)
+    return dataclasses.asdict(config) | {"preset": preset}
 
 
 # --- State ----------------------------------------------------------------------------------------

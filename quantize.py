@@ -197,7 +197,7 @@ def packing_block(inputs: int) -> int:
 
 def pack(trits, scales, block: int | None = None) -> QuantizedWeight1_58bit:
     """int8 trits [..., I, O] and their scales to the packed form; NumPy in, NumPy out."""
-    *lead, inputs, outputs = trits.shape
+    *lead, inputs, _ = trits.shape
     block = block or packing_block(inputs)
     padding = -inputs % 4
     codes = (trits.astype(np.int8, copy=False) + np.int8(1)).view(np.uint8)  # [..., I, O]
@@ -205,12 +205,21 @@ def pack(trits, scales, block: int | None = None) -> QuantizedWeight1_58bit:
         xp = np if isinstance(trits, np.ndarray) else jnp
         rows = [(0, 0)] * len(lead) + [(0, padding), (0, 0)]
         codes = xp.pad(codes, rows, constant_values=1)
-    codes = codes.reshape(*lead, -1, 4, block, outputs)
-    packed = codes[..., 0, :, :]
-    for position in range(1, 4):
-        packed = packed | codes[..., position, :, :] * np.uint8(4**position)
-    packed = packed.reshape(*lead, -1, outputs).swapaxes(-1, -2)  # packed rows, then transposed
+    packed = pack_codes(codes, block).swapaxes(-1, -2)
     return QuantizedWeight1_58bit(packed, scales, block, padding)
+
+
+def pack_codes(codes, block: int):  # [..., 4 B, O] -> [..., B, O]
+    """Packed rows, not transposed yet, of codes trit + 1, uint8; NumPy in, NumPy out."""
+    *lead, _, outputs = codes.shape
+    codes = codes.reshape(*lead, -1, 4, block, outputs)
+    packed = codes[..., 3, :, :] * np.uint8(4)
+    packed += codes[..., 2, :, :]
+    packed *= np.uint8(4)
+    packed += codes[..., 1, :, :]
+    packed *= np.uint8(4)
+    packed += codes[..., 0, :, :]
+    return packed.reshape(*lead, -1, outputs)
 
 
 def _trits_at(packed, shift):
@@ -303,24 +312,23 @@ def absmean_of_sums(sums: np.ndarray, scales: np.ndarray, inputs: int) -> np.nda
     return np.array(means, np.float32).reshape(-1, 1, 1)
 
 
-def zero_limits(scales: np.ndarray, gamma: np.ndarray) -> np.ndarray:
-    """The largest code, 0 to 128, that rounds to 0 under each scale: int16 [E, G, O].
+def zero_range(scales: np.ndarray, gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest code that round to 0 under each scale: int8 [E, G, O] each.
 
     scales: float32 [E, G, O], none negative; gamma: float32 [E, 1, 1]. A binary search that asks
     `round_to_trits` itself, which is monotonic in the code and symmetric about 0.
     """
-    limits = np.zeros(scales.shape, np.int16)
+    limits = np.zeros(scales.shape, np.int16)  # 0 to 128
     for step in (64, 32, 16, 8, 4, 2, 1, 1):
         w = (limits + np.int16(step)).astype(np.float32) * scales
         limits += np.int16(step) * (round_to_trits(w, gamma) == 0)
-    return limits
+    return (-limits).astype(np.int8), np.minimum(limits, 127).astype(np.int8)
 
 
-def int8_to_trits(weight: np.ndarray, limits: np.ndarray, out: np.ndarray) -> None:
-    """Writes the trits of codes int8 [R, O] to `out`, int8 [R, O]; `limits` int16 [O]."""
-    above = np.greater(weight, np.minimum(limits, 127).astype(np.int8))
-    below = np.less(weight, (-limits).astype(np.int8))
-    np.subtract(above.view(np.int8), below.view(np.int8), out=out)
+def int8_to_codes(weight: np.ndarray, lowest, highest, out: np.ndarray) -> None:
+    """Writes trit + 1 of weights int8 [R, O] to `out`, uint8 [R, O]; the range of 0 is int8 [O]."""
+    np.greater(weight, highest, out=out.view(bool))
+    out += np.greater_equal(weight, lowest).view(np.uint8)
 
 
 # --- Products -------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@
 
 Latent weights are float32. The forward pass is that of `model.py` with absmean ternary values in
 their place; the backward pass goes straight through the rounding. The run folder gets a log, a plot
-of the loss, a state to resume from, and `checkpoint/` in the released format, whose weights
-turn ternary on load into those that the forward pass saw.
+of the loss, a state to resume from, and `checkpoint/` with the weights that the forward pass saw.
 """
 
 import argparse
@@ -78,9 +77,8 @@ class TrainState(NamedTuple):
 
 def training_model(config: model.LanguageModelConfig, weights: str) -> hk.Transformed:
     """The model on latent float weights; "ternary" ones are seen through `fake_ternarize`."""
-    table = model.PRECISIONS["ternary"] if weights == "ternary" else ((r"", "float32"),)
     params = model.abstract_params(config)
-    kinds = quantize.apply_rules(table, params, lambda _, kind, w: kind)
+    kinds = quantize.apply_rules(model.PRECISIONS[weights], params, lambda _, kind, w: kind)
 
     def getter(next_getter, value, context):
         w = next_getter(value)
@@ -189,23 +187,39 @@ def load_state(path: Path, like: TrainState) -> TrainState:
     return jax.tree.unflatten(structure, [jnp.asarray(arrays[key]) for key in expected])
 
 
-def export(folder: Path, config, params, processor, about: dict) -> None:
-    """Writes a checkpoint in the released format: latent weights as int8, keeping their trits.
+def export(folder: Path, config, params, weights: str, form: str, processor, about: dict) -> None:
+    """Writes a checkpoint folder, in place of one that is there.
 
-    `about` (the command, the settings, the loss) goes to `training.json` beside it.
+    form: "converted" is the format of `docs/format.md`, with the trits and scales that the forward
+      pass sees (or, where it sees them, the floats); "released" is Grok-1's, with the latent weights
+      as int8, which turn into these trits on load
+    about: the command, the settings, the loss; for `training.json`
     """
-
-    def saved(_, kind, w):
-        return quantize.quantize_int8_keeping_trits(w) if kind == "int8" else w
-
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    params = quantize.apply_rules(model.PRECISIONS["int8"], jax.device_get(params), saved)
-    checkpoint.save(part, params)
-    (part / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    (part / tokenizer.FILE).write_bytes(processor.serialized_model_proto())
-    (part / "training.json").write_text(json.dumps(about, indent=2) + "\n")
+    files = {
+        tokenizer.FILE: processor.serialized_model_proto(),
+        "training.json": (json.dumps(about, indent=2) + "\n").encode(),
+    }
+    described = model.config_to_dict(config)
+    params = jax.device_get(params)
+    if form == "converted":
+        rules = model.PRECISIONS[weights]
+        saved = quantize.apply_rules(
+            rules, params, lambda _, kind, w: quantize.ternarize(w) if kind == "ternary" else w
+        )
+        described |= checkpoint.quantization(weights, rules)
+        checkpoint.save_converted(part, saved, described, files)
+    else:
+        saved = quantize.apply_rules(
+            model.PRECISIONS["int8"],
+            params,
+            lambda _, kind, w: quantize.quantize_int8_keeping_trits(w) if kind == "int8" else w,
+        )
+        checkpoint.save(part, saved)
+        files["config.json"] = (json.dumps(described, indent=2) + "\n").encode()
+        for name, content in files.items():
+            (part / name).write_bytes(content)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -259,8 +273,19 @@ class Texts:
         return data.batch(self.tokens, s.batch_size, self.length, s.seed, step)
 
 
-def run(config, settings: Settings, weights: str, text: str, output: Path, about: dict) -> dict:
-    """Trains, or goes on where the run folder's state ends; returns the last line of the log."""
+def run(
+    config,
+    settings: Settings,
+    weights: str,
+    text: str,
+    output: Path,
+    about: dict,
+    form: str = "converted",
+) -> dict:
+    """Trains, or goes on where the run folder's state ends; returns the last line of the log.
+
+    about, form: of the exported checkpoint, see `export`
+    """
     processor = tokenizer.load(None, config.vocab_size)
     training, validation = data.split(text)
     texts = Texts(processor, training, settings, config.sequence_len)
@@ -312,7 +337,8 @@ def run(config, settings: Settings, weights: str, text: str, output: Path, about
             file.write(json.dumps(row) + "\n")
         if loss.per_character < best:
             best = loss.per_character
-            export(output / "checkpoint", config, state.params, processor, about | row)
+            folder, described = output / "checkpoint", about | row
+            export(folder, config, state.params, weights, form, processor, described)
         save_state(state_file, state)
         plot(output / "loss.png", log)
         since, recent = time.perf_counter(), []
@@ -331,6 +357,12 @@ def main(argv=None):
         choices=("ternary", "float"),
         help="that the forward pass sees; with float, activations are float too (ternary)",
     )
+    parser.add_argument(
+        "--format",
+        default="converted",
+        choices=("converted", "released"),
+        help="of the checkpoint: as convert.py writes it, or Grok-1's own, in int8 (converted)",
+    )
     for field in dataclasses.fields(Settings):
         flag = "--" + field.name.replace("_", "-")
         text = field.metadata["help"]
@@ -341,6 +373,7 @@ def main(argv=None):
     except ValueError as error:
         parser.error(str(error))
     command = ["--data", args.data, "--preset", args.preset, "--weights", args.weights]
+    command += ["--format", args.format]
     for field in dataclasses.fields(Settings):
         command += ["--" + field.name.replace("_", "-"), str(getattr(settings, field.name))]
     about = {"command": " ".join(["python train.py", *command])}
@@ -361,7 +394,8 @@ def main(argv=None):
                 "ones, or another --output"
             )
         settings_file.write_text(json.dumps(about) + "\n")
-        last = run(config, settings, args.weights, data.load_text(args.data), args.output, about)
+        text = data.load_text(args.data)
+        last = run(config, settings, args.weights, text, args.output, about, args.format)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

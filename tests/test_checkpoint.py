@@ -181,10 +181,10 @@ def test_limits_are_where_the_formula_turns(gamma, scales):
     scales = np.array(scales, ml_dtypes.bfloat16).astype(np.float32)
     codes = np.arange(-128, 128).astype(np.int8)[:, None].repeat(len(scales), 1)
     expected = quantize.round_to_trits(codes.astype(np.float32) * scales, gamma[0])
-    found = np.empty_like(codes)
-    limits = quantize.zero_limits(scales[None, None], gamma)
-    quantize.int8_to_trits(codes, limits[0, 0], out=found)
-    np.testing.assert_array_equal(found, expected)
+    found = np.empty(codes.shape, np.uint8)
+    lowest, highest = quantize.zero_range(scales[None, None], gamma)
+    quantize.int8_to_codes(codes, lowest[0, 0], highest[0, 0], out=found)
+    np.testing.assert_array_equal(found, expected + 1)
 
 
 def test_sums_of_all_codes_are_exact():
