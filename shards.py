@@ -459,6 +459,21 @@ def open_shards(folder: str | os.PathLike) -> dict[str, tuple[pathlib.Path, Any]
     another size than noted, or whose header is damaged.
     """
     folder = pathlib.Path(folder)
+    found = {}
+    for file, (names, noted) in _listed(folder).items():
+        path = folder / file
+        mapped = _open_shard(path, noted)
+        if mapped.offsets.keys() != names:
+            other = sorted(mapped.offsets.keys() ^ names)[0]
+            raise CheckpointError(
+                f"{path}: {INDEX} and its header differ in {other}; copy both again"
+            )
+        found |= {key: (path, leaf) for key, leaf in mapped.leaves.items()}
+    return found
+
+
+def _listed(folder: pathlib.Path) -> dict[str, tuple[set[str], dict | None]]:
+    """{file: (names of its tensors, its sums)}; CheckpointError if it is not complete."""
     if (folder / SOURCE).exists():
         raise CheckpointError(
             f"{folder}: the conversion was not finished; run the same convert.py again, it goes on "
@@ -468,17 +483,7 @@ def open_shards(folder: str | os.PathLike) -> dict[str, tuple[pathlib.Path, Any]
     names: dict[str, set[str]] = {}
     for name, file in index.get("weight_map", {}).items():
         names.setdefault(file, set()).add(name)
-    found = {}
-    for file in sorted(names):
-        path = folder / file
-        mapped = _open_shard(path, sums.get(file))
-        if mapped.offsets.keys() != names[file]:
-            other = sorted(mapped.offsets.keys() ^ names[file])[0]
-            raise CheckpointError(
-                f"{path}: {INDEX} and its header differ in {other}; copy both again"
-            )
-        found |= {key: (path, leaf) for key, leaf in mapped.leaves.items()}
-    return found
+    return {file: (names[file], sums.get(file)) for file in sorted(names)}
 
 
 def _open_shard(path: pathlib.Path, noted: dict | None) -> _Mapped:
@@ -505,11 +510,9 @@ def verify(folder: str | os.PathLike, progress=lambda count: None) -> list[str]:
     progress: called with the number of bytes read since the last call
     Raises CheckpointError where `open_shards` does for the index and the sums.
     """
-    folder = pathlib.Path(folder)
-    index, sums = read_json(folder / INDEX), read_checksums(folder)
     problems = []
-    for file in sorted(set(index.get("weight_map", {}).values())):
-        path, noted = folder / file, sums.get(file)
+    for file, (_, noted) in _listed(pathlib.Path(folder)).items():
+        path = pathlib.Path(folder) / file
         try:
             _open_shard(path, noted)
             found = _checksums(path, progress)

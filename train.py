@@ -190,8 +190,8 @@ def load_state(path: Path, like: TrainState) -> TrainState:
 def export(folder: Path, config, params, weights: str, form: str, processor, about: dict) -> None:
     """Writes a checkpoint folder, in place of one that is there.
 
-    form: "converted" is the format of `docs/format.md`, with the trits and scales that the forward
-      pass sees (or, where it sees them, the floats); "released" is Grok-1's, with the latent weights
+    form: "converted" is that of `docs/format.md`, with the trits and scales that the forward pass
+      sees (or the floats, if it does); "released" is Grok-1's, with the latent weights
       as int8, which turn into these trits on load
     about: the command, the settings, the loss; for `training.json`
     """

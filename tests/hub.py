@@ -12,7 +12,24 @@ import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+
 COMMIT = "7" * 40
+CHUNK = 10_007  # bytes that huggingface_hub hands over at once; a part holds whole ones
+
+
+def point_to(url, monkeypatch):
+    """Lets huggingface_hub ask the stand-in, whatever the environment says."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)  # HF_ENDPOINT was read at import
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    close_session()
 
 
 class Request(NamedTuple):

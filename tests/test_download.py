@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub import Hub
-from huggingface_hub import constants
+from hub import CHUNK, Hub, point_to
 from huggingface_hub.utils import close_session
 
 import data
@@ -19,7 +18,6 @@ import download
 ROOT = Path(__file__).parent.parent
 NAMES = [f"tensor{i:05d}_000" for i in range(3)]
 SIZES = 9_001, 120_011, 50_021
-CHUNK = 10_007  # bytes that huggingface_hub hands over at once; a part holds whole ones
 LARGE = "ckpt-0/tensor00001_000"
 
 
@@ -37,18 +35,6 @@ def hub(tmp_path, monkeypatch):
     with Hub(folder) as hub:
         point_to(hub.url, monkeypatch)
         yield hub
-    close_session()
-
-
-def point_to(url, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", url)  # HF_ENDPOINT was read at import
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     close_session()
 
 

@@ -1,0 +1,465 @@
+"""The command, from the release to a converted checkpoint, through every interruption."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from factories import CASES, GOLDEN, golden_config, random_params
+from hub import Hub, point_to
+from huggingface_hub.utils import close_session
+from test_shards import contents, flip
+
+import checkpoint
+import convert
+import model
+import quantize
+import run
+import runners
+import sharding
+import shards
+import tensor_file
+import tokenizer
+
+ROOT = Path(convert.__file__).parent
+DEMO = ROOT / "checkpoints/demo"
+SHARD = ["--shard-size", "0.0005"]  # GB: the demo in five shards
+PRECISIONS = [name for name in model.PRECISIONS if name != "float"]
+
+
+def converted(source, output, *flags):
+    convert.main([str(source), str(output), *flags])
+    return output
+
+
+def refused(*arguments):
+    with pytest.raises(SystemExit) as exit_:
+        convert.main([str(argument) for argument in arguments])
+    return str(exit_.value.code)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo, converted in one go."""
+    return converted(DEMO, tmp_path_factory.mktemp("demo") / "ternary", *SHARD)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+# --- Exactness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", shards.PACKINGS)
+@pytest.mark.parametrize("weights", PRECISIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_restoring_either_gives_the_same_bits(tmp_path, case, weights, packing):
+    folder = converted(
+        GOLDEN / case,
+        tmp_path / "out",
+        "--weights",
+        weights,
+        "--packing",
+        packing,
+        "--threads",
+        "3",
+    )
+    assert checkpoint.default_weights(folder) == weights
+    template, rules = model.abstract_params(golden_config(case)), model.PRECISIONS[weights]
+    before = checkpoint.restore(GOLDEN / case, template, rules)
+    assert_same(checkpoint.restore(folder, template, rules), before)
+
+
+@pytest.mark.parametrize("packing", shards.PACKINGS)
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (8, 1)])
+def test_every_mesh_restores_the_same_bits(tmp_path, mesh, packing):
+    folder = converted(GOLDEN / "released_layout", tmp_path / "out", "--packing", packing)
+    template = model.abstract_params(golden_config("released_layout"))
+    args = template, model.PRECISIONS["ternary"]
+    shardings = functools.partial(sharding.parameter_shardings, sharding.make_mesh(*mesh))
+    found = checkpoint.restore(folder, *args, shardings)
+    assert_same(found, checkpoint.restore(GOLDEN / "released_layout", *args))
+    leaf = found["transformer/decoder_layer_0/moe/linear_1"]["w"].packed
+    assert leaf.sharding.is_fully_replicated == (mesh == (8, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_those_of_converting_on_load(tmp_path, dtype):
+    case = GOLDEN / "released_layout"
+    config = golden_config("released_layout", fprop_dtype=dtype)
+    tokens = np.random.default_rng(0).integers(4, 128, (2, 33)).astype(np.int32)
+
+    def logits(folder):
+        runner = runners.ModelRunner(config)
+        runner.load(folder)
+        return runner.logits(tokens)
+
+    np.testing.assert_array_equal(logits(converted(case, tmp_path / "out")), logits(case))
+
+
+def test_run_recognises_it(tmp_path, capsys):
+    config = dataclasses.replace(model.PRESETS["tiny"], num_layers=1)
+    source = tmp_path / "source"
+    checkpoint.save(source, random_params(config, "int8"))
+    (source / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    folder = converted(source, tmp_path / "out", "--weights", "ternary-experts")
+    flags = ["--prompt", "ROMEO:", "--max-len", "12", "--mesh", "1,1"]
+    capsys.readouterr()
+    run.main(["--checkpoint", str(folder), *flags])
+    found = capsys.readouterr()
+    assert "weights     ternary-experts" in found.err
+    run.main(["--checkpoint", str(source), "--weights", "ternary-experts", *flags])
+    assert capsys.readouterr().out == found.out and len(found.out) > 20
+    with pytest.raises(SystemExit, match="converted, its weights are what they are"):
+        run.main(["--checkpoint", str(folder), "--weights", "int8", *flags])
+
+
+# --- What is written ------------------------------------------------------------------------------
+
+
+def test_a_converted_folder_has_all_that_people_know_from_hubs(demo):
+    names = [f"model-{i:05d}-of-00005.safetensors" for i in range(1, 6)]
+    others = {"config.json", shards.INDEX, shards.CHECKSUMS, tokenizer.FILE}
+    assert set(contents(demo)) == {*names, *others}
+    config = json.loads((demo / "config.json").read_text())
+    assert config["preset"] == "demo" and config["emb_size"] == 256
+    about = config["quantization_config"]
+    assert about["format_version"] == 1 and about["packing"] == "base3"
+    assert about["precision"] == [list(rule) for rule in model.PRECISIONS["ternary"]]
+    assert (demo / tokenizer.FILE).read_bytes() == tokenizer.DEMO.read_bytes()
+
+
+def test_five_trits_take_a_byte(demo, tmp_path):
+    def experts(folder):
+        found = shards.open_shards(folder).items()
+        return [leaf for path, (_, leaf) in found if "/moe/" in path]
+
+    for folder, bits in ((demo, 1.6), (converted(DEMO, tmp_path / "o", "--packing", "2bit"), 2)):
+        (found,) = {8 * leaf.trits.size / np.prod(leaf.shape) for leaf in experts(folder)}
+        assert bits <= found < 1.02 * bits
+
+
+def test_no_tokenizer_is_a_note(tmp_path, capsys):
+    config = dataclasses.replace(model.PRESETS["tiny"], vocab_size=999, num_layers=1)
+    source = tmp_path / "source"
+    checkpoint.save(source, random_params(config, "int8"))
+    (source / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    folder = converted(source, tmp_path / "out")
+    assert "note        no tokenizer beside the weights" in capsys.readouterr().err
+    assert tokenizer.FILE not in contents(folder)
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path):
+    """Of the heap; what is mapped is the benchmark's to measure."""
+    random = np.random.default_rng(0)
+    codes = np.repeat(random.integers(-128, 128, (1, 1024, 2048), np.int8), 16, axis=0)
+    scales = np.ones((16, 1, 2048), jax.numpy.bfloat16)
+    params = {"moe/linear": {"w": quantize.QuantizedWeight8bit(codes, scales)}}
+    checkpoint.save(tmp_path, params)
+    size = codes.nbytes
+    del codes, params
+    template = {"moe/linear": {"w": jax.ShapeDtypeStruct((16, 1024, 2048), np.float32)}}
+    entries = checkpoint.check_files(tmp_path, template, [("w", "ternary")])
+    tracemalloc.start()
+    try:
+        convert.convert(entries, tmp_path / "out", {}, {}, source="", threads=2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < size / 2  # two threads, each with some MB; converted it is a fifth
+
+
+# --- Interruptions --------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time, convert
+fill = convert._fill_ternary
+def slow(*args):
+    print("filling", flush=True)
+    time.sleep(0.02)
+    fill(*args)
+convert._fill_ternary = slow
+convert.main(sys.argv[1:])
+"""
+
+
+def start_slowly(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.mark.parametrize("how, after", [("KILL", 2), ("KILL", 13), ("INT", 20), ("TERM", 27)])
+def test_killed_and_run_again_it_ends_with_the_same_files(demo, tmp_path, how, after):
+    output = tmp_path / "out"
+    process = start_slowly(DEMO, output, *SHARD)
+    for _ in range(after):
+        assert process.stdout.readline() == "filling\n"
+    process.send_signal(getattr(signal, f"SIG{how}"))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert not output.exists()
+    partial = shards.partial_folder(output)
+    finished = [path for path in partial.glob("*.safetensors")]
+    assert len(finished) >= (after > 13)
+    if how == "INT":
+        assert "run the same command again, it goes on where it stopped" in errors
+        assert "Traceback" not in errors
+    assert "was not finished" in refused("--verify", partial)
+    stamps = {path.name: path.stat().st_mtime_ns for path in finished}
+    sums = shards.read_checksums(partial)
+    converted(DEMO, output, *SHARD)
+    assert contents(output) == contents(demo)
+    kept = {name: (output / name).stat().st_mtime_ns for name in stamps if name in sums}
+    assert kept == {name: stamps[name] for name in kept}
+
+
+def test_a_file_that_cannot_grow_is_one_error(demo, tmp_path):
+    """The system's own error for a full disk, or the nearest that can be had: a limit."""
+    output = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 900; exec "$0" "$@"', sys.executable, "convert.py"]
+        + [DEMO, output, "--shard-size", "0.002"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: [Errno 27] File too large")
+    assert done.stderr.count("\n") == 1
+    assert not output.exists()
+    converted(DEMO, output, "--shard-size", "0.002")
+    assert shards.verify(output) == []
+
+
+def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = refused(DEMO, tmp_path / "new/out")
+    assert re.search(r"out needs 2.54 MB, .* has 1 MB free; make room, or choose", message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_options_do_not_go_on(demo, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "_copy", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
+        assert refused(DEMO, output) == "error: no"
+    message = refused(DEMO, output, "--packing", "2bit")
+    assert "was begun with another quantization_config" in message
+    shutil.copytree(DEMO, tmp_path / "copy")
+    assert "was begun with another source" in refused(tmp_path / "copy", output)
+    converted(DEMO, output)
+    assert shards.verify(output) == []
+
+
+def test_a_complete_output_is_left_alone(demo, capsys):
+    before = contents(demo)
+    converted(DEMO, demo, *SHARD)
+    assert "is complete already" in capsys.readouterr().err
+    assert "exists and is something else" in refused(DEMO, demo, "--packing", "2bit")
+    assert "exists and is something else" in refused(DEMO, DEMO)
+    assert contents(demo) == before
+
+
+# --- Verify and inspect ---------------------------------------------------------------------------
+
+
+def test_verify(demo, tmp_path, capsys):
+    convert.main(["--verify", str(demo)])
+    assert re.search(r"5 files, 2.5\d MB, all as they were written", capsys.readouterr().out)
+    folder = tmp_path / "copy"
+    shutil.copytree(demo, folder)
+    file = folder / "model-00003-of-00005.safetensors"
+    flip(file, -1)
+    message = refused("--verify", folder)
+    assert re.search(rf"error: {file}: transformer/decoder_layer_\d/\S+: damaged", message)
+
+
+def test_verify_what_is_no_converted_checkpoint(tmp_path):
+    assert "index.json: cannot be read: No such file" in refused("--verify", DEMO)
+
+
+def test_inspect(demo, capsys):
+    """Densities and errors are those of the arrays themselves."""
+    convert.main(["--inspect", str(demo), "--source", str(DEMO)])
+    lines = capsys.readouterr().out.splitlines()
+    template = model.abstract_params(model.PRESETS["demo"])
+    ternary, int8 = (
+        checkpoint.restore(DEMO, template, model.PRECISIONS[name]) for name in ("ternary", "int8")
+    )
+    rows = {line.split()[0]: line.split() for line in lines if "/" in line.split(" ")[0]}
+    assert len(rows) == sum(map(len, template.values()))
+    for module in (
+        "transformer/decoder_layer_2/moe/linear_1",
+        "transformer/decoder_layer_0/router",
+    ):
+        row, w, t = rows[f"{module}/w"], int8[module]["w"], ternary[module]["w"]
+        exact = np.asarray(quantize.dequantize(w), float)
+        error = ((exact - np.asarray(quantize.dequantize(t))) ** 2).sum() / (exact**2).sum()
+        assert row[-1] == f"{error:.4f}"
+        if "moe" in module:
+            density = np.mean(np.asarray(quantize.unpack(t)) != 0)
+            size = f"{8 * 256 * 52 + 32:,}"
+            assert row[1:-1] == ["8", "x", "256", "x", "256", f"{density:.4f}",
+                                 f"{np.mean(t.scales):.5g}", size]  # fmt: skip
+    families = {line.split()[0]: line.split() for line in lines[len(rows) + 2 :]}
+    assert list(families) == [
+        "family",
+        "embeddings",
+        "norms",
+        "router",
+        "experts",
+        "attention",
+        "all",
+    ]
+    assert families["experts"][1:4] == ["6,291,456", "1,278,336", "1.625"]
+    assert families["all"][1] == "7,352,576"
+    assert families["router"][-1] == "0.0000"
+
+
+def test_inspect_without_a_source_and_with_another(demo, tmp_path, capsys):
+    convert.main(["--inspect", str(demo)])
+    out = capsys.readouterr().out
+    assert "embeddings" in out and "32.000" in out
+    message = refused("--inspect", demo, "--source", GOLDEN / "dense")
+    assert "was not made from" in message
+
+
+def test_measures_add_up():
+    a, b = convert.Measure(10, 4, 5, 1.0, 2.0), convert.Measure(20, 6, 7, 0.5, 2.0)
+    assert convert.summed([a, b]) == convert.Measure(30, 10, 12, 1.5, 4.0)
+    assert convert.summed([a, b]).density == "0.4000"
+    assert convert.summed([a, b]).relative_error == "0.3750"
+    assert convert.summed([a, convert.Measure(1, 4)]) == convert.Measure(11, 8)
+
+
+# --- From the hub ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with Hub(DEMO) as hub:
+        point_to(hub.url, monkeypatch)
+        yield hub
+    close_session()
+
+
+def stream(output, *flags):
+    convert.main(["--stream", str(output), "--preset", "demo", *SHARD, *flags])
+    return output
+
+
+@pytest.mark.parametrize("weights", ["ternary", "ternary-experts"])
+def test_a_stream_ends_with_the_same_weights(hub, tmp_path, weights):
+    """And with none of the release's files; not all of them were here at once."""
+    groups = golden_config("released_layout")  # a release that was sharded 8 ways
+    hub.folder = GOLDEN / "released_layout"
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setitem(model.PRESETS, "demo", groups)
+        output = stream(tmp_path / "out", "--weights", weights)
+    expected = converted(GOLDEN / "released_layout", tmp_path / "two", "--weights", weights, *SHARD)
+    found, expected = contents(output), contents(expected)
+    about = json.loads(found.pop("config.json")), json.loads(expected.pop("config.json"))
+    assert about[0] | {"preset": None} == about[1]
+    assert found == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "two"}
+
+
+def test_a_stream_keeps_few_files(hub, tmp_path, monkeypatch, demo):
+    counts = []
+    fetch = convert.download.tensor
+
+    def counted(folder, name, repo):
+        counts.append(len(list((folder / "ckpt-0").glob("*"))) if folder.exists() else 0)
+        return fetch(folder, name, repo)
+
+    monkeypatch.setattr(convert.download, "tensor", counted)
+    output = stream(tmp_path / "out")
+    assert contents(output) == contents(demo)
+    assert len(counts) == len(hub.files()) - 3  # each once; config.json and others are not its
+    assert max(counts) < len(counts) / 2
+    assert not (tmp_path / "out.download").exists()
+
+
+def test_a_stream_interrupted_in_the_middle_goes_on(hub, tmp_path, demo):
+    output, name = tmp_path / "out", "ckpt-0/tensor00030_000"
+    size = (DEMO / name).stat().st_size
+    hub.cut_once[name] = size // 2
+    hub.plain.add(name)
+    shutil.copytree(DEMO, tmp_path / "published")
+    (tmp_path / "published" / name).rename(tmp_path / "away")
+    hub.folder = tmp_path / "published"
+    assert "cannot find ckpt-0/tensor00030_000" in refused(
+        "--stream", output, "--preset", "demo", *SHARD
+    )
+    finished = len(list(shards.partial_folder(output).glob("*.safetensors")))
+    assert 0 < finished < 5
+    asked = len(hub.requests)
+    (tmp_path / "away").rename(tmp_path / "published" / name)
+    stream(output)
+    assert contents(output) == contents(demo)
+    again = {r.path for r in hub.requests[asked:] if r.path.startswith("/store/")}
+    assert not any(path.endswith("tensor00000_000") for path in again)
+
+
+def test_download(hub, tmp_path, capsys):
+    convert.main(["--download", str(tmp_path / "release"), "--preset", "demo"])
+    assert "has all" in capsys.readouterr().err
+    fetched = {path.name: path.read_bytes() for path in (tmp_path / "release/ckpt-0").iterdir()}
+    assert fetched == contents(DEMO / "ckpt-0")
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["a"], ["a", "b", "c"], ["--verify", "a", "b"], ["--verify", "a", "--inspect", "b"]],
+)
+def test_arguments_that_mean_nothing(arguments, capsys):
+    with pytest.raises(SystemExit):
+        convert.main(arguments)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_no_source(tmp_path):
+    assert "no checkpoint here, expected a folder ckpt-0" in refused(
+        tmp_path / "a", tmp_path / "b", "--preset", "tiny"
+    )
+    assert not (tmp_path / "b.incomplete").exists()
+
+
+def test_pages_are_given_back(tmp_path):
+    tensor_file.write_tensor(tmp_path / "t", np.ones((1 << 20,), np.float32))
+    array = tensor_file.read_tensor(tmp_path / "t")
+
+    def resident():
+        lines = Path("/proc/self/smaps").read_text().split("\n")
+        at = next(i for i, line in enumerate(lines) if line.endswith(str(tmp_path / "t")))
+        return int(next(line for line in lines[at:] if line.startswith("Rss")).split()[1])
+
+    assert array.sum() == 1 << 20 and resident() >= 4096
+    tensor_file.release(array[5:])
+    assert resident() == 0
+    assert array.sum() == 1 << 20
+    tensor_file.release(np.ones(3))  # not mapped: nothing to do

@@ -1,0 +1,468 @@
+import concurrent.futures
+import json
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import hypothesis
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import strategies as st
+
+import checkpoint
+import model
+import quantize
+import shards
+from checkpoint import CheckpointError
+from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
+
+PAGE = Path(shards.__file__).with_name("docs") / "format.md"
+RULES = ((r"/t$", "ternary"), (r"/q$", "int8"), (r"", "float32"))
+CONFIG = checkpoint.quantization("mixed", RULES)
+
+
+def matrix(shape, seed=0):
+    random = np.random.default_rng(seed)
+    trits = random.integers(-1, 2, shape, dtype=np.int8)
+    gamma = random.random((*shape[:-2], 1, 1), np.float32)
+    return quantize.pack(trits, gamma)
+
+
+def mixed(shapes=((3, 7), (2, 21, 5), (1, 1), (8, 64, 9))):
+    """Parameters of every form."""
+    random = np.random.default_rng(1)
+    params = {}
+    for i, shape in enumerate(shapes):
+        codes = random.integers(-128, 128, shape, dtype=np.int8)
+        scales = random.random((*shape[:-2], 1, shape[-1])).astype(ml_dtypes.bfloat16)
+        params[f"layer_{i}/linear"] = {
+            "q": QuantizedWeight8bit(codes, scales),
+            "t": matrix(shape, i),
+            "f": random.standard_normal(shape).astype(np.float32),
+        }
+    return params
+
+
+def template(params):
+    return jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct(w.shape, np.float32),
+        params,
+        is_leaf=lambda x: isinstance(x, QuantizedWeight8bit | QuantizedWeight1_58bit),
+    )
+
+
+def save(folder, params, packing="base3", **options):
+    checkpoint.save_converted(folder, params, CONFIG, packing=packing, **options)
+    return folder
+
+
+def restore(folder, params):
+    return checkpoint.restore(folder, template(params), RULES)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- The files ------------------------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1, 9)),
+        min_size=1,
+        max_size=3,
+    ),
+    st.sampled_from(shards.PACKINGS),
+)
+def test_every_shape_comes_back(tmp_path_factory, shapes, packing):
+    params = mixed([(e, i, o) if e else (i, o) for e, i, o in shapes])
+    folder = save(tmp_path_factory.mktemp("shapes") / "saved", params, packing)
+    assert_same(restore(folder, params), jax.tree.map(jax.numpy.asarray, params))
+
+
+@pytest.mark.parametrize("packing", shards.PACKINGS)
+def test_the_reader_on_the_page_reads_it(tmp_path, packing):
+    """Written from the page alone, in NumPy; it shares no code with ours."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    params = mixed()
+    found = scope["read_checkpoint"](save(tmp_path / "saved", params, packing))
+    expected = {f"{m}/{n}": quantize.dequantize(w) for m in params for n, w in params[m].items()}
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, expected[name])
+
+
+def test_the_examples_on_the_page():
+    trits = np.array([[1, 0, -1, 1, 0, 0, 1, -1]], np.int8).T
+    np.testing.assert_array_equal(quantize.pack(trits, None, 2).packed, [[146, 25]])
+    packed = np.array([137, 0, 170, 0, 72], np.uint8)
+    np.testing.assert_array_equal(quantize.to_base3(packed), [61, 162, 80, 81])
+    assert all(word in PAGE.read_text() for word in ("= 146", "= 25", "= 61", "= 162", "= 80"))
+
+
+def test_the_safetensors_library_reads_it(tmp_path):
+    params = mixed()
+    folder = save(tmp_path / "saved", params, "2bit")
+    (file,) = folder.glob("*.safetensors")
+    arrays = safetensors.numpy.load_file(file)
+    np.testing.assert_array_equal(
+        arrays["layer_1/linear/t.trits"], params["layer_1/linear"]["t"].packed
+    )
+    np.testing.assert_array_equal(arrays["layer_1/linear/f"], params["layer_1/linear"]["f"])
+    index = json.loads((folder / shards.INDEX).read_text())
+    assert index["weight_map"] == dict.fromkeys(arrays, file.name)
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in arrays.values())
+    with safetensors.safe_open(file, "np") as opened:
+        about = json.loads(opened.metadata()["layer_3/linear/t"])
+    assert about == {"shape": [8, 64, 9], "packing": "2bit", "block": 2}
+
+
+def test_tensors_are_aligned(tmp_path):
+    (file,) = save(tmp_path / "saved", mixed()).glob("*.safetensors")
+    data = file.read_bytes()
+    begin = 8 + struct.unpack("<Q", data[:8])[0]
+    assert begin % 8 == 0
+    for name, entry in json.loads(data[8:begin]).items():
+        if name != "__metadata__":
+            assert entry["data_offsets"][0] % shards.DTYPES[entry["dtype"]].itemsize == 0
+
+
+def test_a_plan_fills_shards_in_order_and_divides_no_parameter():
+    leaves = {f"p{i}": np.zeros(n, np.float32) for i, n in enumerate([10, 10, 30, 5, 5, 5, 5])}
+    plan = shards.plan(leaves, shard_size=80)
+    assert [list(shard.leaves) for shard in plan] == [
+        ["p0", "p1"],
+        ["p2"],
+        ["p3", "p4", "p5", "p6"],
+    ]
+    assert [shard.name for shard in plan] == [
+        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+    ]
+
+
+# --- Slices ---------------------------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(st.data(), st.sampled_from(shards.PACKINGS))
+def test_a_slice_reads_its_own_bytes_only(data, packing):
+    """All other bytes of the file are set to 0 and to 242; the slice must not notice."""
+    experts, inputs, outputs = (data.draw(st.integers(1, n)) for n in (3, 90, 6))
+    weight = matrix((experts, inputs, outputs))
+    form = shards.stored_form(weight, packing)
+    stored = np.empty(form.trits.shape, np.uint8)
+    for packed, out in zip(weight.packed, stored, strict=True):
+        shards.store_trits(packed, out, packing)
+
+    def draw(size):
+        start = data.draw(st.integers(0, size - 1))
+        return slice(start, data.draw(st.integers(start + 1, size)))
+
+    index = tuple(draw(size) for size in weight.packed.shape)
+    width = index[2]
+    if packing == "base3":
+        width = slice(width.start // 5 * 4, -(-width.stop // 5) * 4)
+    for poison in (0, 242):
+        other = np.full_like(stored, poison)
+        other[index[0], index[1], width] = stored[index[0], index[1], width]
+        leaf = shards.StoredTrits(other, weight.scales, weight.shape, packing, weight.block)
+        out = np.empty([s.stop - s.start for s in index], np.uint8)
+        shards.load_trits(leaf, index, out)
+        np.testing.assert_array_equal(out, weight.packed[index])
+
+
+@pytest.mark.parametrize("packing", shards.PACKINGS)
+def test_pieces_and_threads_change_nothing(monkeypatch, packing):
+    weight = matrix((2, 50, 40))
+    monkeypatch.setattr(shards, "PIECE", 64)
+    form = shards.stored_form(weight, packing)
+    stored = np.empty(form.trits.shape, np.uint8)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for packed, out in zip(weight.packed, stored, strict=True):
+            shards.store_trits(packed, out, packing, pool.map)
+        leaf = shards.StoredTrits(stored, weight.scales, weight.shape, packing, weight.block)
+        out = np.empty(weight.packed.shape, np.uint8)
+        index = tuple(slice(0, size) for size in out.shape)
+        shards.load_trits(leaf, index, out, pool.map)
+    np.testing.assert_array_equal(out, weight.packed)
+
+
+# --- Damage ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    params = mixed()
+    leaves = sum(3 for _ in params)
+    folder = save(tmp_path / "saved", params)
+    assert len(shards.open_shards(folder)) == leaves
+    (file,) = folder.glob("*.safetensors")
+    return folder, file, params
+
+
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+def test_verify_finds_nothing_wrong(saved):
+    folder, file, _ = saved
+    seen = []
+    assert shards.verify(folder, seen.append) == []
+    assert sum(seen) == file.stat().st_size
+
+
+def test_verify_names_file_and_tensor(saved):
+    folder, file, _ = saved
+    data = file.read_bytes()
+    begin = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:begin])
+    name = "layer_1/linear/t.trits"
+    flip(file, begin + header[name]["data_offsets"][1] - 1)
+    shards.open_shards(folder)  # sizes and headers are as they were
+    assert shards.verify(folder) == [f"{file}: {name}: damaged; copy the file again"]
+
+
+def test_verify_compares_the_sum_of_the_whole_file(saved):
+    folder, file, _ = saved
+    sums = json.loads((folder / shards.CHECKSUMS).read_text())
+    sums[file.name]["sha256"] = "0" * 64
+    (folder / shards.CHECKSUMS).write_text(json.dumps(sums))
+    (problem,) = shards.verify(folder)
+    assert re.search(rf"{file}: sha256 is [0-9a-f]{{64}}, not 0000", problem)
+
+
+@pytest.mark.parametrize("at", [0, 8, 30])
+def test_a_damaged_header_is_seen_on_load(saved, at):
+    folder, file, params = saved
+    flip(file, at)
+    with pytest.raises(CheckpointError, match=rf"{file}: the header is damaged; copy the file"):
+        restore(folder, params)
+    (problem,) = shards.verify(folder)
+    assert "the header is damaged" in problem
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_another_size_is_seen_on_load(saved, change):
+    folder, file, params = saved
+    size = file.stat().st_size
+    data = file.read_bytes() + b"x"
+    file.write_bytes(data[: size + change])
+    match = rf"{file}: {size + change} bytes, it should have {size}; copy it again"
+    with pytest.raises(CheckpointError, match=match):
+        restore(folder, params)
+    assert re.search(match, shards.verify(folder)[0])
+
+
+def test_a_missing_shard(saved):
+    folder, file, params = saved
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"{file}: missing"):
+        restore(folder, params)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (shards.INDEX, "{", r"index.json: not JSON.*copy it again"),
+        (shards.CHECKSUMS, "[]", r"checksums.json: expected a JSON object"),
+        (shards.CHECKSUMS, "{}", r"checksums.json does not know it"),
+        (shards.INDEX, '{"weight_map": {"x": "FILE"}}', r"and its header differ in layer_0"),
+    ],
+)
+def test_damaged_small_files(saved, name, content, message):
+    folder, file, params = saved
+    (folder / name).write_text(content.replace("FILE", file.name))
+    with pytest.raises(CheckpointError, match=message):
+        restore(folder, params)
+
+
+def test_other_parameters_than_the_model_has(saved):
+    folder, _, params = saved
+    with pytest.raises(
+        CheckpointError, match=r"has 12 parameters.*has 13.*\n.*layer_9/linear/t is miss"
+    ):
+        restore(folder, params | {"layer_9/linear": {"t": matrix((4, 4))}})
+    with pytest.raises(CheckpointError, match=r"belongs to no parameter"):
+        restore(folder, dict(list(params.items())[:3]))
+
+
+def test_another_shape_or_precision(saved):
+    folder, _, params = saved
+    wrong = params | {"layer_0/linear": params["layer_0/linear"] | {"t": matrix((3, 8))}}
+    with pytest.raises(
+        CheckpointError, match=r"ternary \[3, 8\].*found ternary \[3, 7\].*choose the"
+    ):
+        restore(folder, wrong)
+    int8 = ((r"/(t|q)$", "int8"), (r"", "float32"))
+    with pytest.raises(
+        CheckpointError, match="this checkpoint was converted, its weights are what"
+    ):
+        checkpoint.restore(folder, template(params), int8)
+    floats = ((r"/q$", "int8"), (r"", "float32"))
+    with pytest.raises(
+        CheckpointError, match="this checkpoint was converted, its weights are what"
+    ):
+        checkpoint.restore(folder, template(params), floats)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    about = checkpoint.quantization("ternary", RULES)
+    about["quantization_config"]["format_version"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match="format version 2, this code reads 1; update it"):
+        checkpoint.default_weights(tmp_path)
+
+
+# --- Interruptions --------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def write(folder, stop=None, filled=None, **options):
+    """Writes six parameters to three shards; raises in the middle of parameter `stop`."""
+    leaves = {f"layer/p{i}": np.full((5, 4), i, np.float32) for i in range(6)}
+    filled = [] if filled is None else filled
+
+    def fill(path, out):
+        filled.append(path)
+        out[:2] = leaves[path][:2]
+        if path == stop:
+            raise Interrupted
+        out[2:] = leaves[path][2:]
+
+    options = {"shard_size": 160, "source": "here"} | options
+    shards.write(folder, leaves, fill, {"a": 1}, {"notes": b"x"}, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    write(folder)
+    found = contents(folder)
+    assert len(found) == 3 + 4
+    return found
+
+
+@pytest.mark.parametrize("stop", range(6))
+def test_an_interrupted_write_goes_on_after_the_last_shard(tmp_path, whole, stop):
+    folder, filled, sealed = tmp_path / "out", [], []
+    with pytest.raises(Interrupted):
+        write(folder, f"layer/p{stop}")
+    partial = shards.partial_folder(folder)
+    assert not folder.exists()
+    with pytest.raises(CheckpointError, match="was not finished; run the same convert.py again"):
+        shards.open_shards(partial)
+    write(folder, filled=filled, sealed=lambda shard: sealed.append(list(shard.leaves)))
+    assert filled == [f"layer/p{i}" for i in range(stop // 2 * 2, 6)]
+    assert sealed == [[f"layer/p{i}", f"layer/p{i + 1}"] for i in (0, 2, 4)]
+    assert contents(folder) == whole
+    assert not partial.exists()
+
+
+def test_a_shard_without_its_sum_is_made_again(tmp_path, whole):
+    """As if the process had been killed between the shard's last byte and its sum."""
+    folder, filled = tmp_path / "out", []
+    with pytest.raises(Interrupted):
+        write(folder, "layer/p4")
+    partial = shards.partial_folder(folder)
+    sums = json.loads((partial / shards.CHECKSUMS).read_text())
+    del sums["model-00002-of-00003.safetensors"]
+    (partial / shards.CHECKSUMS).write_text(json.dumps(sums))
+    (partial / "model-00001-of-00003.safetensors").unlink()
+    write(folder, filled=filled)
+    assert len(filled) == 6
+    assert contents(folder) == whole
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"source": "there"}, "begun with another source, 'here', not 'there'"),
+        ({"shard_size": 400}, "begun with another weight_map"),
+    ],
+)
+def test_going_on_with_something_else_is_an_error(tmp_path, options, message):
+    with pytest.raises(Interrupted):
+        write(tmp_path / "out", "layer/p3")
+    with pytest.raises(CheckpointError, match=f"{message}.*same source and options, or remove it"):
+        write(tmp_path / "out", **options)
+
+
+def test_a_finished_folder_is_not_overwritten(tmp_path, whole):
+    folder = tmp_path / "out"
+    write(folder)
+    with pytest.raises(CheckpointError, match="exists; remove it, or choose another folder"):
+        write(folder)
+    assert contents(folder) == whole
+
+
+def test_two_writers_of_one_folder(tmp_path):
+    def second(path, out):
+        with pytest.raises(CheckpointError, match="another process is writing it"):
+            write(tmp_path / "out")
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        shards.write(tmp_path / "out", {"a": np.zeros(3, np.float32)}, second, {})
+
+
+def test_a_full_disk_is_an_error_that_can_be_resumed(tmp_path, whole, monkeypatch):
+    folder, allocate = tmp_path / "out", shards.os.posix_fallocate
+    calls = []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        allocate(*args)
+
+    monkeypatch.setattr(shards.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(folder)
+    assert not folder.exists()
+    write(folder)
+    assert contents(folder) == whole
+
+
+def test_the_sums_are_those_of_other_programs(tmp_path):
+    import hashlib
+
+    folder = tmp_path / "out"
+    write(folder)
+    for name, sums in json.loads((folder / shards.CHECKSUMS).read_text()).items():
+        data = (folder / name).read_bytes()
+        assert sums["sha256"] == hashlib.sha256(data).hexdigest()
+        assert sums["bytes"] == len(data)
+        begin = 8 + struct.unpack("<Q", data[:8])[0]
+        assert sums["header_crc32"] == f"{zlib.crc32(data[:begin]):08x}"
+        path = sorted(sums["tensor_crc32"])[0]
+        assert sums["tensor_crc32"][path] == f"{zlib.crc32(data[begin : begin + 80]):08x}"
+
+
+# --- On a mesh, and in the model ------------------------------------------------------------------
+
+
+def test_precision_tables_have_a_place_in_the_format():
+    """Every choice of weights can be stored: its kinds are those of the format."""
+    kinds = {kind for table in model.PRECISIONS.values() for _, kind in table}
+    assert kinds == set(checkpoint.KINDS)
