@@ -241,13 +241,19 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 import numpy as np
 sys.path[:0] = sys.argv[3:5]
-import checkpoint, sharding, test_checkpoint as t
+import checkpoint, shards, sharding, test_checkpoint as t
 mesh = sharding.make_mesh(1, 8)
 assert len(mesh.local_devices) == 4
+read, load_trits = 0, shards.load_trits
+def counted(stored, index, out, run):
+    global read
+    read += out.size
+    load_trits(stored, index, out, run)
+shards.load_trits = counted
 params = checkpoint.restore(
-    t.GOLDEN / "released_layout", t.golden_template("released_layout"), t.TERNARY,
+    sys.argv[5], t.golden_template("released_layout"), t.TERNARY,
     functools.partial(sharding.parameter_shardings, mesh), progress=True)
-print(t.local_digests(params, mesh.local_devices))
+print(read, t.local_digests(params, mesh.local_devices))
 """
 
 
@@ -262,7 +268,17 @@ def local_digests(params, devices):
 
 
 @pytest.mark.slow
-def test_two_processes_hold_the_same_bits_as_one():
+@pytest.mark.parametrize("form", ["released", "converted"])
+def test_two_processes_hold_the_same_bits_as_one(tmp_path, form):
+    """And of a converted checkpoint each decodes its own half only."""
+    args = GOLDEN / "released_layout", golden_template("released_layout"), TERNARY
+    params = checkpoint.restore(*args, mesh_shardings(1, 8))
+    folder, packed = args[0], 0
+    if form == "converted":
+        folder = tmp_path / "converted"
+        checkpoint.save_converted(folder, params, {})
+        weights = (w for entries in params.values() for w in entries.values())
+        packed = sum(w.packed.size for w in weights if isinstance(w, QuantizedWeight1_58bit))
     root = Path(checkpoint.__file__).parent
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -270,7 +286,8 @@ def test_two_processes_hold_the_same_bits_as_one():
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(i), str(port), str(root), str(root / "tests")],
+            [sys.executable, "-c", WORKER, str(i), str(port)]
+            + [str(root), str(root / "tests"), str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -279,11 +296,9 @@ def test_two_processes_hold_the_same_bits_as_one():
         for i in range(2)
     ]
     outputs = [worker.communicate(timeout=100) for worker in workers]
-    shardings = mesh_shardings(1, 8)
-    args = GOLDEN / "released_layout", golden_template("released_layout"), TERNARY
-    expected = local_digests(checkpoint.restore(*args, shardings), jax.devices()[:8])
+    expected = local_digests(params, jax.devices()[:8])
     for i, (out, err) in enumerate(outputs):
-        assert out.strip().endswith(str(expected[4 * i : 4 * i + 4])), err
+        assert out.splitlines()[-1] == f"{packed // 2} {expected[4 * i : 4 * i + 4]}", err
         assert ("tensor" in err) == (i == 0)  # the bar is process 0's
 
 

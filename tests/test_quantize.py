@@ -137,6 +137,35 @@ def test_shards_of_the_inputs_hold_whole_blocks(inputs, shards):
         assert np.array_equal(quantize.unpack(part), trits[rows])
 
 
+def test_base3_is_that_of_the_docstring():
+    packed = np.array([0b10_00_10_01, 0, 0b10_10_10_10, 0, 0b01_00_10_00], np.uint8)
+    assert quantize.to_base3(packed).tolist() == [61, 162, 80, 81]
+    assert quantize.from_base3(np.array([61, 162, 80, 81], np.uint8)).tolist() == packed.tolist()
+
+
+def test_every_digit_of_base3():
+    """All 243 bytes at each of the four places, against arithmetic on Python's integers."""
+    digits = np.array(
+        [np.roll([number, 0, 121, 242], i) for number in range(243) for i in range(4)]
+    )
+    found = quantize.from_base3(digits.astype(np.uint8))
+    for row, packed in zip(digits.tolist(), found.tolist(), strict=True):
+        base3 = [[number // 3**k % 3 for k in range(5)] for number in row]
+        assert packed[:4] == [sum(d << 2 * k for k, d in enumerate(ds[:4])) for ds in base3]
+        assert packed[4] == sum(ds[4] << 2 * j for j, ds in enumerate(base3))
+
+
+@given(st.integers(1, 40), st.integers(0, 3), st.integers(0, 99))
+def test_base3_round_trip(width, rows, seed):
+    codes = np.random.default_rng(seed).integers(0, 3, (rows, width, 4), dtype=np.uint8)
+    packed = (codes << np.array([0, 2, 4, 6], np.uint8)).sum(-1, dtype=np.uint8)
+    digits = quantize.to_base3(packed)
+    assert digits.shape == (rows, 4 * -(-width // 5)) and digits.max(initial=0) <= 242
+    back = quantize.from_base3(digits)
+    np.testing.assert_array_equal(back[:, :width], packed)
+    assert (back[:, width:] == 0b01_01_01_01).all()  # trits 0
+
+
 # --- Quantizing -----------------------------------------------------------------------------------
 
 
