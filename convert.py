@@ -437,9 +437,23 @@ def find_tokenizer(folder: Path | None, vocab_size: int) -> dict[str, bytes]:
     return {tokenizer.FILE: processor.serialized_model_proto()}
 
 
-def check_space(output: Path, entries: Sequence[checkpoint.Entry], packing: str) -> None:
-    """OSError if the disk has no room for what is still to be written."""
-    needed = sum(shards.stored_bytes(stored_form(entry, packing)) for entry in entries)
+def check_space(
+    output: Path,
+    entries: Sequence[checkpoint.Entry],
+    packing: str,
+    shard_size: int,
+    streamed: bool,
+) -> None:
+    """OSError if the disk has no room for what is still to be written.
+
+    A stream keeps its sources until their shard is safe: those of two shards, and the next file.
+    """
+    plan = shards.plan({e.path: stored_form(e, packing) for e in entries}, shard_size)
+    sources = {entry.path: entry.bytes for entry in entries}
+    needed = sum(shard.size for shard in plan)
+    if streamed:
+        needed += 2 * max(sum(sources[path] for path in shard.leaves) for shard in plan)
+        needed += max(sources.values())
     partial = shards.partial_folder(output)
     done = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     where = next(path for path in output.absolute().parents if path.exists())
@@ -475,7 +489,8 @@ def convert_command(args: argparse.Namespace) -> None:
         entries = stream.entries
     else:
         entries = checkpoint.check_files(source, template, rules)
-    check_space(output, entries, args.packing)
+    shard_size = round(args.shard_size * 1e9)
+    check_space(output, entries, args.packing, shard_size, streamed=stream is not None)
     begin = time.perf_counter()
     try:
         convert(
@@ -485,7 +500,7 @@ def convert_command(args: argparse.Namespace) -> None:
             find_tokenizer(scratch if stream else source, config.vocab_size),
             source=args.repo if stream else str(source.resolve()),
             packing=args.packing,
-            shard_size=round(args.shard_size * 1e9),
+            shard_size=shard_size,
             threads=args.threads,
             progress=sys.stderr.isatty(),
             sealed=stream.delete if stream else lambda shard: None,

@@ -694,3 +694,11 @@ def test_read_config(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             checkpoint.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [(12, "12 B"), (45_000, "45 kB"), (3_456_000, "3.46 MB"), (78_654_321_000, "78.7 GB")],
+)
+def test_sizes_for_reading(count, text):
+    assert checkpoint.readable_size(count) == text

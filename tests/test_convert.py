@@ -183,35 +183,38 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
 
 # --- Interruptions --------------------------------------------------------------------------------
 
-SLOW = """
+STALLED = """
 import sys, time, convert
-fill = convert._fill_ternary
-def slow(*args):
-    print("filling", flush=True)
-    time.sleep(0.02)
+fill, calls = convert._fill_ternary, []
+def stalled(*args):
+    calls.append(args)
+    if len(calls) == int(sys.argv[1]):
+        print("there", flush=True)
+        time.sleep(60)
     fill(*args)
-convert._fill_ternary = slow
-convert.main(sys.argv[1:])
+convert._fill_ternary = stalled
+convert.main(sys.argv[2:])
 """
 
 
-def start_slowly(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, arguments)],
+def start_and_stall(after, *arguments):
+    """The command in a process that waits before its n-th ternary tensor."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STALLED, str(after), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
+    assert process.stdout.readline() == "there\n"
+    return process
 
 
 @pytest.mark.parametrize("how, after", [("KILL", 2), ("KILL", 13), ("INT", 20), ("TERM", 27)])
 def test_killed_and_run_again_it_ends_with_the_same_files(demo, tmp_path, how, after):
     output = tmp_path / "out"
-    process = start_slowly(DEMO, output, *SHARD)
-    for _ in range(after):
-        assert process.stdout.readline() == "filling\n"
+    process = start_and_stall(after, DEMO, output, *SHARD)
     process.send_signal(getattr(signal, f"SIG{how}"))
     _, errors = process.communicate(timeout=60)
     assert process.returncode not in (0, None)

@@ -125,7 +125,11 @@ def test_a_conversation(folder, expected, capsys, monkeypatch):
         (["--prompt", "x", "--preset", "demo"], "tensor files, this model needs"),
         (["--prompt", "x", "--preset", "grok-1"], "Grok-1's tokenizer is tokenizer.model in"),
         (["--prompt", "x", "--preset", "grok-2"], "invalid choice: 'grok-2'"),
-        (["--prompt", "x", "--weights", "float"], "invalid choice: 'float'"),
+        (["--prompt", "x", "--weights", "half"], "invalid choice: 'half'"),
+        (
+            ["--prompt", "x", "--max-len", "3", "--weights", "float"],
+            "restore it as 'float32', found",
+        ),
         (["--prompt", "x", "--sequence-len", "1"], "--sequence-len must be 2 or more, got 1"),
         (["--prompt", "x", "--distributed", "host"], "error: --distributed is HOST:PORT,N,I"),
         (["--prompts-file", "/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
@@ -183,11 +187,3 @@ def test_flags_change_the_configuration(folder):
 def test_grok_1_is_the_configuration_without_a_file(tmp_path):
     config = run.resolve_config(run.parse_arguments(["--checkpoint", str(tmp_path)]))
     assert config == model.PRESETS["grok-1"]
-
-
-@pytest.mark.parametrize(
-    "count, text",
-    [(12, "12 B"), (45_000, "45 kB"), (3_456_000, "3.46 MB"), (78_654_321_000, "78.7 GB")],
-)
-def test_size(count, text):
-    assert run.size(count) == text
