@@ -184,7 +184,8 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
 # --- Interruptions --------------------------------------------------------------------------------
 
 STALLED = """
-import sys, time, convert
+import signal, sys, time, convert
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
 fill, calls = convert._fill_ternary, []
 def stalled(*args):
     calls.append(args)
