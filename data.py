@@ -30,7 +30,7 @@ class Windows(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Where fetched texts are kept: `$XDG_CACHE_HOME/ternary-grok`, by default under ~/.cache."""
+    """What is fetched or compiled: `$XDG_CACHE_HOME/ternary-grok`, by default under ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternary-grok"
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import model
+import quantize
 import runners
 import sharding
 import tokenizer
@@ -129,7 +130,7 @@ def main(argv=None):
         "--dtype", choices=("float32", "bfloat16"), help="of activations (default: the model's)"
     )
     parser.add_argument(
-        "--activations", choices=("float", "int8"), help="in products (default: the model's)"
+        "--activations", choices=quantize.ACTIVATIONS, help="in products (default: the model's)"
     )
     parser.add_argument("--mesh", default="1,1", metavar="D,M", help="devices: data,model axes")
     args = parser.parse_args(argv)

@@ -29,8 +29,8 @@ class LanguageModelConfig:
     """Architecture and arithmetic of a model; the defaults are Grok-1's.
 
     fprop_dtype: dtype of activations and cache; norms, softmax and routing are always float32
-    activations: what the ternary and int8 matrices are multiplied with: "float", or "int8" for
-      BitNet's rounding of each token to 8 bits
+    activations: what the ternary and int8 matrices are multiplied with, see
+      `quantize.quantize_rows`: "float", "int15", or "int8" for BitNet's rounding to 8 bits
     """
 
     vocab_size: int = 131072
@@ -79,8 +79,8 @@ class LanguageModelConfig:
             f"fprop_dtype must be 'float32' or 'bfloat16', got {self.fprop_dtype!r}",
         )
         require(
-            self.activations in ("float", "int8"),
-            f"activations must be 'float' or 'int8', got {self.activations!r}",
+            self.activations in quantize.ACTIVATIONS,
+            f"activations must be one of {quantize.ACTIVATIONS}, got {self.activations!r}",
         )
 
     @property
@@ -296,6 +296,11 @@ def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> Exp
     blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
     rows = blocks * block
     flat = jnp.where(valid[:, None], index, num_experts).reshape(pairs)
+    if block == 1:  # one token: nothing to sort
+        used, pair = flat < num_experts, jnp.arange(pairs)
+        row_of_pair = jnp.where(used, pair, pairs).reshape(tokens, selected)
+        token_of_row = jnp.where(used, pair // selected, tokens)
+        return ExpertBlocks(row_of_pair, token_of_row, jnp.where(used, flat, -1))
 
     counts = jnp.bincount(flat, length=num_experts + 1)
     last_block = jnp.cumsum(-(-counts[:num_experts] // block))
@@ -312,12 +317,14 @@ def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> Exp
 
 
 def expert_block(pairs: int, num_experts: int) -> int:
-    """Rows in a block: four times an expert's fair share, so that few experts need two, up to 128.
+    """Rows in a block: an expert's fair share, or four times as many, up to 16, so that with few
+    tokens few experts need two blocks; at most 128, as many as are worth unpacking a matrix for.
 
-    Two of eight experts: 1 for one token, 8 for eight, 64 for 64; from then on 128, as many as are
-    worth unpacking a matrix for.
+    Two of eight experts: 1 for one token, 8 for eight, 16 for 64, 32 for 128, 128 for 512 and more.
     """
-    return min(128, 1 << max(0, math.ceil(math.log2(4 * pairs / num_experts))))
+    share = pairs / num_experts
+    rows = max(share, min(4 * share, 16))
+    return min(128, 1 << max(0, math.ceil(math.log2(rows))))
 
 
 def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str) -> jax.Array:
@@ -530,7 +537,13 @@ class InOutEmbed(hk.Module):
         return (rows * self.config.embedding_multiplier_scale).astype(dtype)
 
     def decode(self, h: jax.Array) -> jax.Array:  # [..., D] -> float32 [..., V]
-        logits = einsum("...d,vd->...v", h, self.embeddings.astype(h.dtype))
+        table = self.embeddings.astype(h.dtype)
+        if h.ndim == 2:  # the last tokens, in decoding
+            rows, whole = ("batch", None), ("vocab", None)
+            dot = sharding.shard_map(quantize.table_dot, (rows, whole), ("batch", "vocab"))
+            logits = dot(h, table)
+        else:
+            logits = einsum("...d,vd->...v", h, table)
         return logits * self.config.output_multiplier_scale
 
 

@@ -25,6 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import kernels
+
+ACTIVATIONS = ("float", "int15", "int8")  # what quantized matrices are multiplied with
 EPSILON = 1e-5  # added to gamma, so that an all-zero matrix divides by something
 MAX_BLOCK = 64  # bytes: 256 weights, one tile of a kernel
 SHARDS = 8  # a block is small enough that this many shards of I each hold whole blocks
@@ -154,18 +157,30 @@ def _toward_trits(int8: QuantizedWeight8bit, w: jax.Array):
     return dataclasses.replace(int8, weight=weight), jnp.any(found != wanted)
 
 
-def quantize_rows(x: jax.Array, axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
-    """BitNet's activations: x [R, I] to int8 [R, I] and a float32 step [R, 1], x ~ int8 * step.
+def quantize_rows(
+    x: jax.Array, axis_name: str | None = None, activations: str = "int8"
+) -> tuple[jax.Array, jax.Array]:
+    """Rows x [R, I] as integers [R, I] and a float32 step [R, 1], x ~ integers * step.
 
-    `axis_name` is the mesh axis that I is split over, if any: the maximum is that of the whole row.
-    (BitNet b1.58, section 2: per-token absmax to [-127, 127].)
+    "int8" is BitNet's: int8, to 127 times the step (BitNet b1.58, section 2). "int15" is fixed
+    point in int16, to 16256 = 127 * 128 times the step: finer than bfloat16, and two planes of
+    int8 (`planes`), so that kernels for int8 multiply it.
+
+    axis_name: the mesh axis that I is split over, if any: the maximum is that of the whole row
     """
+    levels, dtype = (127, jnp.int8) if activations == "int8" else (127 * 128, jnp.int16)
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     if axis_name is not None:
         largest = lax.pmax(lax.stop_gradient(largest), axis_name)
-    step = jnp.maximum(largest, 1e-30) / 127
-    return jnp.round(x / step).astype(jnp.int8), step
+    step = jnp.maximum(largest, 1e-30) / levels
+    return jnp.round(x / step).astype(dtype), step
+
+
+def planes(integers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int15 as two of int8: integers = 128 * high + low."""
+    high = (integers + 64) >> 7
+    return high.astype(jnp.int8), (integers - (high << 7)).astype(jnp.int8)
 
 
 def dequantize(w: Weight) -> jax.Array:
@@ -339,8 +354,8 @@ def dot(
 ) -> jax.Array:  # [..., I] -> [..., O]
     """x @ w for a weight [I, O] of any format, in the dtype of x.
 
-    activations: "float" multiplies x as it is; "int8" rounds each row to BitNet's int8 first, and
-      then ternary products are exact integer sums.
+    activations: one of ACTIVATIONS. "float" multiplies x as it is; "int8" and "int15" round each
+      row first, see `quantize_rows`, and then ternary products are exact integer sums.
     axis_name: inside `shard_map`, the mesh axis that I is split over; the result is the whole sum
     """
     stack = jax.tree.map(lambda leaf: leaf[None], w)
@@ -364,9 +379,11 @@ def grouped_dot(
     w: [E, I, O]
     experts: int32 [blocks]; a block whose expert is -1 is skipped, and its rows are zeros
     """
-    if activations not in ("float", "int8"):
-        raise ValueError(f"activations must be 'float' or 'int8', got {activations!r}")
-    rows, step = (x, None) if activations == "float" else _round_rows(x, w, axis_name)
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
+    rows, step = x, None
+    if activations != "float":
+        rows, step = _round_rows(x, w, axis_name, activations)
     blocks = experts.shape[0]
     y = _block_products(rows.reshape(blocks, -1, x.shape[-1]), w, experts)
     y = y.reshape(x.shape[0], -1)
@@ -380,9 +397,9 @@ def grouped_dot(
     return y.astype(x.dtype)
 
 
-def _round_rows(x, w, axis_name):
-    """int8 rows and their steps; for float weights, in training, rounded rows and no step."""
-    rounded, step = quantize_rows(x, axis_name)
+def _round_rows(x, w, axis_name, activations):
+    """Integer rows and their steps; for float weights, in training, rounded rows and no step."""
+    rounded, step = quantize_rows(x, axis_name, activations)
     if isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
         return rounded, step
     return straight_through(x, (rounded * step).astype(x.dtype)), None
@@ -393,9 +410,16 @@ def _block_products(x, w, experts):
     if not isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
         # One batched product: gradients through a loop cost twice as much.
         return jnp.where(experts[:, None, None] < 0, 0, _float_products(x, w, experts))
-    product = _ternary_product if isinstance(w, QuantizedWeight1_58bit) else _int8_product
+    if x.dtype == jnp.int16:  # both planes in one product: the weights are read once
+        rows = x.shape[1]
+        both = _block_products(jnp.concatenate(planes(x), axis=1), w, experts)
+        return 128 * both[:, :rows] + both[:, rows:]  # at most 32768 * 16256, in int32
+    ternary = isinstance(w, QuantizedWeight1_58bit)
+    if ternary and x.dtype == jnp.int8 and kernels.on_cpu():
+        return kernels.ternary_sums(x, w.packed, experts, w.block)
+    product = _ternary_product if ternary else _int8_product
     if len(experts) == 1:
-        return jnp.where(experts < 0, 0, product(x[0], w, experts[0]))
+        return jnp.where(experts < 0, 0, product(x[0], w, experts[0])[None])
 
     def one(block):
         expert, rows = block
@@ -481,6 +505,16 @@ def _by_column_tiles(columns, x, shape):
     result = jax.eval_shape(functools.partial(columns, 0, size))
     y = jnp.zeros((result.shape[0], outputs), result.dtype)
     return lax.fori_loop(0, -(-outputs // size), body, y)
+
+
+def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Rows x [R, D] times each row of a table [V, D]: float32 [R, V].
+
+    With few rows on a CPU the order of the sums does not depend on R or V.
+    """
+    if kernels.takes_table(x.shape[0], table):
+        return kernels.table_dot(x.astype(jnp.float32), table)
+    return _matmul(x, table, (((1,), (1,)), ((), ())))
 
 
 # --- Tables of choices ----------------------------------------------------------------------------

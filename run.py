@@ -18,6 +18,7 @@ import jax
 
 import checkpoint
 import model
+import quantize
 import runners
 import sharding
 import tokenizer
@@ -40,7 +41,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--preset", choices=model.PRESETS, help="configuration (config.json, else grok-1)")
     add("--weights", choices=model.PRECISIONS, help="in memory (as converted, else ternary)")
     add("--dtype", choices=("float32", "bfloat16"), help="of activations and cache (the model's)")
-    add("--activations", choices=("float", "int8"), help="in products (the model's)")
+    add("--activations", choices=quantize.ACTIVATIONS, help="in products (the model's)")
 
     add = parser.add_argument_group("devices").add_argument
     add("--mesh", metavar="D,M", help="data,model axes (1, as many devices as divide the heads)")

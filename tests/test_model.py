@@ -121,7 +121,7 @@ def test_unknown_configuration_keys():
         ({"num_selected_experts": 6}, "6 is not between 1 and num_experts 5"),
         ({"num_selected_experts": 0}, "0 is not between 1 and num_experts 5"),
         ({"fprop_dtype": "float16"}, "'float32' or 'bfloat16', got 'float16'"),
-        ({"activations": "int4"}, "'float' or 'int8', got 'int4'"),
+        ({"activations": "int4"}, "one of .*'int15'.*, got 'int4'"),
     ],
 )
 def test_bad_configurations(changes, message):
@@ -343,7 +343,10 @@ def test_grouping_is_that_of_the_docstring(monkeypatch):
     assert blocks.expert_of_block.tolist() == [0, 1, 1]
 
 
-@pytest.mark.parametrize("pairs, block", [(2, 1), (16, 8), (17, 16), (258, 128), (10**6, 128)])
+@pytest.mark.parametrize(
+    "pairs, block",
+    [(2, 1), (16, 8), (17, 16), (128, 16), (129, 32), (256, 32), (1024, 128), (10**6, 128)],
+)
 def test_expert_block(pairs, block):
     assert model.expert_block(pairs, 8) == block
 

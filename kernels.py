@@ -1,0 +1,107 @@
+"""Fast versions of functions in `quantize.py`, each with a predicate for what it takes.
+
+On a CPU they are C++, `cpu_kernels.cc`, compiled on first use with the system's compiler and kept
+in a cache folder. Without a compiler plain JAX does the same, to the same integers, more slowly.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data import cache_folder
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cc")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
+DISABLE = "TERNARY_GROK_NATIVE"  # environment variable; 0: plain JAX
+
+
+# --- The library ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, registered with JAX; None, after a note on stderr, without them."""
+    if os.environ.get(DISABLE) == "0":
+        return None
+    try:
+        loaded = ctypes.CDLL(str(build()))
+        jax.devices("cpu")  # a library that the backend refuses must not be there when it starts
+        for name in ("TernarySums", "TableDot"):
+            handler = jax.ffi.pycapsule(getattr(loaded, f"{name}Handler"))
+            jax.ffi.register_ffi_target(f"ternary_grok_{name}", handler, platform="cpu")
+        return loaded
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        text = " ".join(str(error).split())
+        print(f"note: no native kernels, several times slower: {text:.300}", file=sys.stderr)
+        return None
+
+
+def build(folder: Path | None = None) -> Path:
+    """Compiles the kernels unless that was done before; the path of the library.
+
+    folder: by default `cache_folder()`
+    Raises OSError without a compiler, subprocess.SubprocessError if it fails.
+    """
+    include = jax.ffi.include_dir()
+    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    compiler = next((path for name in compilers if name and (path := shutil.which(name))), None)
+    known = (SOURCE.read_bytes(), jax.lib.__version__, platform.machine(), FLAGS, sys.platform)
+    key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+    path = (folder or cache_folder()) / f"kernels-{key}.so"
+    if path.exists():
+        return path
+    if compiler is None:
+        raise OSError("no C++ compiler; install g++ or clang++, or set CXX")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    command = [compiler, *FLAGS, f"-I{include}", str(SOURCE), "-o", str(part)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise OSError(f"{compiler} failed: {done.stderr}")
+    os.replace(part, path)
+    return path
+
+
+def on_cpu() -> bool:
+    """Whether computations run on a CPU by default, and the compiled kernels are there."""
+    return jax.default_backend() == "cpu" and library() is not None
+
+
+# --- Products -------------------------------------------------------------------------------------
+
+
+def ternary_sums(x: jax.Array, packed: jax.Array, experts: jax.Array, block: int, path: int = -1):
+    """Exact sums int32 [blocks, R, O] of rows x int8 [blocks, R, I] times each block's expert.
+
+    packed: uint8 [E, O, B], B >= I / 4, in blocks of `block` bytes, see `quantize.py`
+    experts: int32 [blocks]; -1 gives zeros
+    path: the best way to take, 0 plain C++, 1 AVX2, 2 AVX-512 VNNI, 3 AMX; -1 for any
+    Needs `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct((*x.shape[:2], packed.shape[1]), jnp.int32)
+    call = jax.ffi.ffi_call("ternary_grok_TernarySums", out)
+    return call(x, packed, experts, block=np.int64(block), path=np.int64(path))
+
+
+def takes_table(rows: int, table: jax.Array) -> bool:
+    """Whether `table_dot` is for a product of so many rows."""
+    return on_cpu() and rows <= 8 and table.dtype in (jnp.float32, jnp.bfloat16)
+
+
+def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
+    """x float32 [R, D] times a table [V, D], float32 or bfloat16: float32 [R, V].
+
+    The order of the sums depends on D only. Needs `takes_table`.
+    """
+    out = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call("ternary_grok_TableDot", out)(x, table)
