@@ -1,4 +1,4 @@
-"""Ternary products on NVIDIA GPUs: Pallas kernels, written for the Triton backend.
+"""Kernels for NVIDIA GPUs, in Pallas for its Triton backend: ternary products, attention, norm.
 
 Shapes: I inputs (the contracted axis), O outputs, E experts, R rows of a block, B bytes of packed
 weights for one output, I = 4 B. How weights are packed: see `quantize.py`. Slab j of a packing
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+# --- Ternary products -----------------------------------------------------------------------------
 
 BLOCK = 64  # bytes of a packing block, which is what a kernel takes at a time
 SMALLEST = 8  # rows of the smallest tensor core operand; fewer are filled up with zeros
@@ -199,3 +201,160 @@ def _shifted(codes, slab: int, interpret: bool):
         result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int8)],
     )
     return w
+
+
+# --- Attention ------------------------------------------------------------------------------------
+
+SLOTS = 64  # of the cache, that a program takes at a time
+ATTENTION_PROGRAMS = 128  # the cache is split into parts until there are about this many programs
+LARGEST_CAP = 40  # exp(-2 * 40) is still a normal float32
+
+
+def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...], cap: float) -> bool:
+    """Whether `decode_attention` has a kernel for q [B, N, H] and a cache [B, K, S, H]."""
+    (_, heads, size), (_, kv_heads, slots, _) = q_shape, k_shape
+    return (
+        heads % kv_heads == 0
+        and size in (16, 32, 64, 128, 256)
+        and slots % SLOTS == 0
+        and 0 < cap <= LARGEST_CAP
+    )
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    multiplier: float,
+    cap: float,
+    *,
+    interpret: bool = False,
+) -> jax.Array:  # [B, N, H], in the dtype of q
+    """Soft-capped attention of one query a row, q [B, N, H], over the cache k, v [B, K, S, H].
+
+    Row b sees slots 0 to lengths[b] - 1, and without any it is zeros; little of the cache beyond
+    is read. Query heads g G to g G + G - 1, where G = N / K, share key/value head g.
+
+    No logit is above the cap, so the softmax needs no maximum: parts of the cache sum
+    exp(logit - cap) and exp(logit - cap) v by themselves, in float32, and their sums are added.
+    """
+    if not takes_attention(q.shape, k.shape, cap):
+        raise ValueError(f"no kernel for q {q.shape}, cache {k.shape} and cap {cap}")
+    batch, heads, size = q.shape
+    kv_heads, slots = k.shape[1:3]
+    group = heads // kv_heads
+    parts = min(max(1, ATTENTION_PROGRAMS // (batch * kv_heads)), slots // SLOTS)
+    kernel = functools.partial(
+        _attention_kernel,
+        tile_rows=max(16, pl.next_power_of_2(group)),
+        multiplier=multiplier,
+        cap=cap,
+    )
+    sums, weights = pl.pallas_call(
+        kernel,
+        grid=(batch, kv_heads, parts),
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, kv_heads, parts, group, size), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, parts, group, 1), jnp.float32),
+        ),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="decode_attention",
+    )(lengths.astype(jnp.int32), q.reshape(batch, kv_heads, group, size), k, v)
+    weights = jnp.sum(weights, axis=2)
+    y = jnp.sum(sums, axis=2) / jnp.where(weights > 0, weights, 1)
+    return y.reshape(q.shape).astype(q.dtype)
+
+
+def _attention_kernel(
+    lengths_ref, q_ref, k_ref, v_ref, sums_ref, weights_ref, *, tile_rows, multiplier, cap
+):
+    """One row's query heads of one key/value head, over an equal part of the row's own slots."""
+    row, head, part = (pl.program_id(axis) for axis in range(3))
+    group, size = q_ref.shape[2:]
+    query, column = _indices(0, tile_rows, 0, size)
+    q = triton.load(q_ref.at[row, head, query, column], mask=query < group, other=0)
+    length = jnp.minimum(lengths_ref[row], k_ref.shape[2])
+    tiles = pl.cdiv(length, SLOTS)
+    share = pl.cdiv(tiles, pl.num_programs(2))
+    dot = functools.partial(
+        lax.dot_general, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+
+    def add_tile(i, state):
+        sums, weights = state
+        seen = pl.ds(i * SLOTS, SLOTS)
+        logits = dot(q, k_ref[row, head, seen, :], (((1,), (1,)), ((), ()))) * multiplier
+        exponents = cap * jnp.tanh(logits / cap) - cap
+        _, slot = _indices(0, tile_rows, i * SLOTS, SLOTS)
+        w = jnp.where(slot < length, jnp.exp(exponents), 0)
+        v = v_ref[row, head, seen, :]
+        sums += dot(w.astype(v.dtype), v, (((1,), (0,)), ((), ())))
+        return sums, weights + jnp.sum(w, axis=1, keepdims=True)
+
+    start = (
+        jnp.zeros((tile_rows, size), jnp.float32),
+        jnp.zeros((tile_rows, 1), jnp.float32),
+    )
+    end = jnp.minimum((part + 1) * share, tiles)
+    sums, weights = lax.fori_loop(part * share, end, add_tile, start)
+    triton.store(sums_ref.at[row, head, part, query, column], sums, mask=query < group)
+    query, column = _indices(0, tile_rows, 0, 1)
+    triton.store(weights_ref.at[row, head, part, query, column], weights, mask=query < group)
+
+
+# --- Norm -----------------------------------------------------------------------------------------
+
+
+def rms_norm_quantize(
+    x: jax.Array, scale: jax.Array, eps: float, *, planes: int = 1, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """RMS norm of x [R, D] and its rounding to integers, row by row, in one pass.
+
+    Returns y [R, D], the norm in the dtype of x; int8 [R, planes, D]; the step, float32 [R, 1].
+    One plane is BitNet's int8, y ~ plane * step. Two are 15 bits, y ~ (128 high + low) * step:
+    closer than bfloat16, and as many rows more for the tensor cores.
+    """
+    if planes not in (1, 2):
+        raise ValueError(f"planes must be 1 or 2, got {planes}")
+    rows, size = x.shape
+    return pl.pallas_call(
+        functools.partial(_norm_kernel, eps=eps, planes=planes),
+        grid=(rows,),
+        out_shape=(
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((rows, planes, size), jnp.int8),
+            jax.ShapeDtypeStruct((rows, 1), jnp.float32),
+        ),
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name="rms_norm_quantize",
+    )(x, scale)
+
+
+def _norm_kernel(x_ref, scale_ref, y_ref, planes_ref, step_ref, *, eps: float, planes: int):
+    """One row."""
+    row, size = pl.program_id(0), x_ref.shape[1]
+    column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
+    here = column < size
+    x = triton.load(x_ref.at[row, column], mask=here, other=0).astype(jnp.float32)
+    scale = triton.load(scale_ref.at[column], mask=here, other=0).astype(jnp.float32)
+    y = scale * x * lax.rsqrt(jnp.sum(x * x) / size + eps)
+    y = y.astype(y_ref.dtype)
+    triton.store(y_ref.at[row, column], y, mask=here)
+    y = y.astype(jnp.float32)
+    step = jnp.maximum(jnp.max(jnp.abs(y)), 1e-30) / (127 if planes == 1 else 127 * 128)
+    step_ref[row, 0] = step
+    rounded = _round(y / step).astype(jnp.int32)
+    high = rounded if planes == 1 else (rounded + 64) >> 7  # low is -64 to 63
+    for plane, values in enumerate((high, rounded - (high << 7))[:planes]):
+        triton.store(planes_ref.at[row, plane, column], values.astype(jnp.int8), mask=here)
+
+
+def _round(x):
+    """`jnp.round`, halves to even, which this backend lacks."""
+    low = jnp.floor(x)
+    above = x - low
+    odd = low != 2 * jnp.floor(low / 2)
+    return low + jnp.where((above > 0.5) | ((above == 0.5) & odd), 1.0, 0.0)
