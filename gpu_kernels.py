@@ -54,13 +54,11 @@ def takes(x_shape: tuple[int, ...], packed_shape: tuple[int, ...], block: int) -
     if len(x_shape) != 3 or len(packed_shape) != 3 or 0 in (*x_shape, *packed_shape):
         return False
     (_, rows, inputs), (_, outputs, width) = x_shape, packed_shape
-    tile = tile_for(rows)
     return (
         block == BLOCK
         and width % BLOCK == 0
         and inputs == 4 * width  # no padding
-        and outputs % tile.outputs == 0
-        and outputs // tile.outputs < 1 << 16  # the second axis of a CUDA grid
+        and outputs % tile_for(rows).outputs == 0
     )
 
 
@@ -90,8 +88,8 @@ def ternary_sums(
         raise ValueError(f"no kernel for {x.shape} times {packed.shape} in blocks of {block} bytes")
     tile = tile or tile_for(x.shape[1])
     parts = _code_sums(x, packed, experts.astype(jnp.int32), tile, interpret)
-    sums = jnp.sum(parts, axis=1) - _offsets(x, tile.shift)
-    return jnp.where(experts[:, None, None] < 0, 0, sums)
+    offsets = jnp.where(experts[:, None, None] < 0, 0, _offsets(x, tile.shift))
+    return jnp.sum(parts, axis=1) - offsets
 
 
 def _offsets(x, shift: bool):  # [blocks, R, I] -> [blocks, R, 1]
@@ -347,7 +345,7 @@ def _norm_kernel(x_ref, scale_ref, y_ref, planes_ref, step_ref, *, eps: float, p
     step = jnp.maximum(jnp.max(jnp.abs(y)), 1e-30) / (127 if planes == 1 else 127 * 128)
     step_ref[row, 0] = step
     rounded = _round(y / step).astype(jnp.int32)
-    high = rounded if planes == 1 else (rounded + 64) >> 7  # low is -64 to 63
+    high = rounded if planes == 1 else rounded >> 7  # low is 0 to 127
     for plane, values in enumerate((high, rounded - (high << 7))[:planes]):
         triton.store(planes_ref.at[row, plane, column], values.astype(jnp.int8), mask=here)
 

@@ -41,7 +41,7 @@ def test_sums_are_exact(rows):
     np.testing.assert_array_equal(interpreted(x, w, experts), expected)
 
 
-@pytest.mark.parametrize("programs", [1, 130, 1000])  # 1, some and 12 parts of 12
+@pytest.mark.parametrize("programs", [1, 1000])  # 1 and 12 parts of 12
 @pytest.mark.parametrize("tile, outputs", [(FEW_ROWS, 64), (MANY_ROWS, 32)])
 def test_tiles_and_parts_change_nothing(tile, outputs, programs):
     x, w, experts, expected = random_case(9, inputs=3072)
@@ -98,7 +98,7 @@ def assert_near(y, expected):
     assert error <= TOLERANCE[y.dtype.name], f"relative error {error:.2g}"
 
 
-def random_attention(dtype: str, lengths=(1, 100, 192, 0), shape=(2, 5, 192, 32), seed=0):
+def random_attention(dtype: str, lengths=(1, 100, 300, 0), shape=(2, 5, 192, 32), seed=0):
     """q, k, v, lengths and soft-capped attention in float64; what must not be seen is huge."""
     rng = np.random.default_rng(seed)
     (kv_heads, group, slots, size), batch = shape, len(lengths)
@@ -142,6 +142,7 @@ def test_attention_shapes_taken():
     assert takes((4, 48, 128), (4, 8, 8192, 128), 30.0)
     assert takes((1, 6, 128), (1, 1, 64, 128), 30.0)
     assert not takes((4, 48, 128), (4, 8, 8200, 128), 30.0), "slots that fill no tile"
+    assert not takes((4, 44, 128), (4, 8, 8192, 128), 30.0), "uneven groups"
     assert not takes((4, 48, 96), (4, 8, 8192, 96), 30.0), "no power of two"
     assert not takes((4, 48, 128), (4, 8, 8192, 128), 50.0), "exp(-100) is no float32"
     with pytest.raises(ValueError, match="cap 50"):
