@@ -87,16 +87,11 @@ def ternary_sums(
     if not takes(x.shape, packed.shape, block):
         raise ValueError(f"no kernel for {x.shape} times {packed.shape} in blocks of {block} bytes")
     tile = tile or tile_for(x.shape[1])
-    parts = _code_sums(x, packed, experts.astype(jnp.int32), tile, interpret)
-    offsets = jnp.where(experts[:, None, None] < 0, 0, _offsets(x, tile.shift))
-    return jnp.sum(parts, axis=1) - offsets
-
-
-def _offsets(x, shift: bool):  # [blocks, R, I] -> [blocks, R, 1]
-    """How far sums of codes lie above sums of trits: slab 3, when masked, holds trit - 1."""
-    signs = jnp.array([1, 1, 1, 1 if shift else -1], jnp.int32)[:, None]
-    slabs = x.reshape(*x.shape[:2], -1, 4, BLOCK).astype(jnp.int32)
-    return jnp.sum(slabs * signs, axis=(2, 3, 4))[..., None]
+    sums = jnp.sum(_partial_sums(x, packed, experts.astype(jnp.int32), tile, interpret), axis=1)
+    if tile.shift:  # so far of trit + 1; in the kernel, that would cost more than the unpacking
+        offsets = jnp.sum(x, axis=2, keepdims=True, dtype=jnp.int32)
+        sums -= jnp.where(experts[:, None, None] < 0, 0, offsets)
+    return sums
 
 
 def _splits(programs: int, steps: int, wanted: int) -> int:
@@ -105,8 +100,8 @@ def _splits(programs: int, steps: int, wanted: int) -> int:
     return next((n for n in divisors if n * programs >= wanted), steps)
 
 
-def _code_sums(x, packed, experts, tile: Tile, interpret: bool):
-    """Sums over the parts that I is split into, int32 [blocks, parts, R, O], offsets included."""
+def _partial_sums(x, packed, experts, tile: Tile, interpret: bool):
+    """Sums over each of the parts that I is split into, int32 [blocks, parts, R, O]."""
     blocks, rows, _ = x.shape
     _, outputs, width = packed.shape
     tile_rows = min(tile.rows, max(SMALLEST, pl.next_power_of_2(rows)))
@@ -153,10 +148,10 @@ def _kernel(
     first_output = pl.program_id(1) * tile_outputs
     expert = experts_ref[block]
 
-    def add_block(i, sums):
+    def add_block(i, state):
+        sums, offsets = list(state[0]), state[1]
         start = (part * steps + i) * BLOCK
         codes = packed_ref[expert, pl.ds(first_output, tile_outputs), pl.ds(start, BLOCK)]
-        sums = list(sums)
         for slab in range(4):
             row, column = _indices(first_row, tile_rows, 4 * start + slab * BLOCK, BLOCK)
             x = triton.load(x_ref.at[block, row, column], mask=row < x_ref.shape[1], other=0)
@@ -164,14 +159,18 @@ def _kernel(
             sums[slab % len(sums)] += lax.dot_general(
                 w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
             )
-        return tuple(sums)
+            if not shift:  # masked codes stand for trit + 1, and in slab 3 for trit - 1
+                offsets += x.astype(jnp.int32) * (-1 if slab == 3 else 1)
+        return tuple(sums), offsets
 
     zeros = jnp.zeros((tile_outputs, tile_rows), jnp.int32)
+    start = ((zeros,) * (1 if shift else 4), jnp.zeros((tile_rows, BLOCK), jnp.int32))
     count = jnp.where(expert < 0, jnp.int32(0), jnp.int32(steps))
-    sums = lax.fori_loop(jnp.int32(0), count, add_block, (zeros,) * (1 if shift else 4))
-    total = functools.reduce(jnp.add, (s >> 2 * slab for slab, s in enumerate(sums)))
+    sums, offsets = lax.fori_loop(jnp.int32(0), count, add_block, start)
+    total = functools.reduce(jnp.add, (s >> 2 * slab for slab, s in enumerate(sums))).T
+    total -= jnp.sum(offsets, axis=1, keepdims=True)
     row, column = _indices(first_row, tile_rows, first_output, tile_outputs)
-    triton.store(sums_ref.at[block, part, row, column], total.T, mask=row < x_ref.shape[1])
+    triton.store(sums_ref.at[block, part, row, column], total, mask=row < x_ref.shape[1])
 
 
 def _indices(first_row, rows: int, first_column, columns: int):
