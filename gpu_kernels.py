@@ -31,6 +31,7 @@ class Tile:
     """What one program computes, and how.
 
     rows, outputs: the most rows of a block, and the columns of O; powers of two
+    warps, stages: what Triton calls so: groups of 32 threads, and loads on their way at a time
     programs: I is split until there are this many programs, so that no part of a GPU idles
     shift: unpack by shifting, with one accumulator, and not by masking with four
     """
@@ -106,6 +107,7 @@ def _partial_sums(x, packed, experts, tile: Tile, interpret: bool):
     _, outputs, width = packed.shape
     tile_rows = min(tile.rows, max(SMALLEST, pl.next_power_of_2(rows)))
     row_tiles = pl.cdiv(rows, tile_rows)
+    assert outputs % tile.outputs == 0, (packed.shape, tile)
     # Programs that share their weights come one after another, and find them in the cache.
     grid = (blocks * row_tiles, outputs // tile.outputs)
     steps = width // BLOCK
@@ -212,7 +214,7 @@ def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...], cap: flo
     (_, heads, size), (_, kv_heads, slots, _) = q_shape, k_shape
     return (
         heads % kv_heads == 0
-        and size in (16, 32, 64, 128, 256)
+        and size in (16, 32, 64, 128)
         and slots % SLOTS == 0
         and 0 < cap <= LARGEST_CAP
     )
@@ -311,7 +313,7 @@ def rms_norm_quantize(
 
     Returns y [R, D], the norm in the dtype of x; int8 [R, planes, D]; the step, float32 [R, 1].
     One plane is BitNet's int8, y ~ plane * step. Two are 15 bits, y ~ (128 high + low) * step:
-    closer than bfloat16, and as many rows more for the tensor cores.
+    closer than bfloat16, for one row more in a product.
     """
     if planes not in (1, 2):
         raise ValueError(f"planes must be 1 or 2, got {planes}")

@@ -145,6 +145,7 @@ def test_attention_shapes_taken():
     assert not takes((4, 48, 128), (4, 8, 8200, 128), 30.0), "slots that fill no tile"
     assert not takes((4, 44, 128), (4, 8, 8192, 128), 30.0), "uneven groups"
     assert not takes((4, 48, 96), (4, 8, 8192, 96), 30.0), "no power of two"
+    assert not takes((4, 48, 256), (4, 8, 8192, 256), 30.0), "more than shared memory holds"
     assert not takes((4, 48, 128), (4, 8, 8192, 128), 50.0), "exp(-100) is no float32"
     with pytest.raises(ValueError, match="cap 50"):
         q, k, v, lengths = random_attention("float32")[0]
