@@ -1,0 +1,359 @@
+"""Kernels for NVIDIA GPUs, in Pallas for its Triton backend: ternary products, attention, norm.
+
+Shapes: I inputs (the contracted axis), O outputs, E experts, R rows of a block, B bytes of packed
+weights for one output, I = 4 B. How weights are packed: see `quantize.py`. Slab j of a packing
+block is its weights at bits 2 j and 2 j + 1: as many, side by side, as the block has bytes.
+
+A GPU that decodes waits for weights, but only if unpacking takes few instructions: an H200 reads
+17e12 packed weights a second, and has time for one integer instruction for each. So nothing is
+unpacked that the tensor cores can take as it lies: bytes masked with 3 << 2 j are int8 operands,
+4 ** j times too large, and as shifts cost more than masks, the sum is shifted instead, once, at
+the end. All sums are integers and exact: no tile and no split of I shows in a result.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+# --- Ternary products -----------------------------------------------------------------------------
+
+BLOCK = 64  # bytes of a packing block, which is what a kernel takes at a time
+SMALLEST = 8  # rows of the smallest tensor core operand; fewer are filled up with zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What one program computes, and how.
+
+    rows, outputs: the most rows of a block, and the columns of O; powers of two
+    warps, stages: what Triton calls so: groups of 32 threads, and loads on their way at a time
+    programs: I is split until there are this many programs, so that no part of a GPU idles
+    shift: unpack by shifting, with one accumulator, and not by masking with four
+    """
+
+    rows: int
+    outputs: int
+    warps: int
+    stages: int
+    programs: int
+    shift: bool
+
+
+# Four accumulators fit with few rows, and then the masks leave the memory as the only limit. With
+# many rows the tensor cores are the limit, and one accumulator leaves room for a larger tile.
+FEW_ROWS = Tile(rows=16, outputs=128, warps=4, stages=4, programs=512, shift=False)
+MANY_ROWS = Tile(rows=128, outputs=128, warps=8, stages=3, programs=264, shift=True)
+
+
+def takes(x_shape: tuple[int, ...], packed_shape: tuple[int, ...], block: int) -> bool:
+    """Whether `ternary_sums` has a kernel for x [blocks, R, I] and packed [E, O, B]."""
+    if len(x_shape) != 3 or len(packed_shape) != 3 or 0 in (*x_shape, *packed_shape):
+        return False
+    (_, rows, inputs), (_, outputs, width) = x_shape, packed_shape
+    return (
+        block == BLOCK
+        and width % BLOCK == 0
+        and inputs == 4 * width  # no padding
+        and outputs % tile_for(rows).outputs == 0
+    )
+
+
+def tile_for(rows: int) -> Tile:
+    """The tile for blocks of R rows."""
+    return FEW_ROWS if rows <= FEW_ROWS.rows else MANY_ROWS
+
+
+def ternary_sums(
+    x: jax.Array,
+    packed: jax.Array,
+    experts: jax.Array,
+    block: int,
+    *,
+    tile: Tile | None = None,
+    interpret: bool = False,
+) -> jax.Array:  # int32 [blocks, R, O]
+    """Exact sums over I of blocks of rows times the trits of each block's expert.
+
+    x: int8 [blocks, R, I]
+    packed: uint8 [E, O, B]; experts are read where they lie
+    experts: int32 [blocks]; a block whose expert is -1 is skipped, and its sums are zeros
+    block: bytes of a packing block; `takes` says which shapes will do
+    interpret: run on any device, slowly
+    """
+    if not takes(x.shape, packed.shape, block):
+        raise ValueError(f"no kernel for {x.shape} times {packed.shape} in blocks of {block} bytes")
+    tile = tile or tile_for(x.shape[1])
+    sums = jnp.sum(_partial_sums(x, packed, experts.astype(jnp.int32), tile, interpret), axis=1)
+    if tile.shift:  # so far of trit + 1; in the kernel, that would cost more than the unpacking
+        offsets = jnp.sum(x, axis=2, keepdims=True, dtype=jnp.int32)
+        sums -= jnp.where(experts[:, None, None] < 0, 0, offsets)
+    return sums
+
+
+def _splits(programs: int, steps: int, wanted: int) -> int:
+    """Into how many equal parts to split `steps`, to make `programs` the number wanted or more."""
+    divisors = [n for n in range(1, steps + 1) if steps % n == 0]
+    return next((n for n in divisors if n * programs >= wanted), steps)
+
+
+def _partial_sums(x, packed, experts, tile: Tile, interpret: bool):
+    """Sums over each of the parts that I is split into, int32 [blocks, parts, R, O]."""
+    blocks, rows, _ = x.shape
+    _, outputs, width = packed.shape
+    tile_rows = min(tile.rows, max(SMALLEST, pl.next_power_of_2(rows)))
+    row_tiles = pl.cdiv(rows, tile_rows)
+    assert outputs % tile.outputs == 0, (packed.shape, tile)
+    # Programs that share their weights come one after another, and find them in the cache.
+    grid = (blocks * row_tiles, outputs // tile.outputs)
+    steps = width // BLOCK
+    splits = _splits(grid[0] * grid[1], steps, tile.programs)
+    kernel = functools.partial(
+        _kernel,
+        row_tiles=row_tiles,
+        tile_rows=tile_rows,
+        tile_outputs=tile.outputs,
+        steps=steps // splits,
+        shift=tile.shift,
+        interpret=interpret,
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(*grid, splits),
+        out_shape=jax.ShapeDtypeStruct((blocks, splits, rows, outputs), jnp.int32),
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="ternary_many_rows" if tile.shift else "ternary_few_rows",
+    )(experts, x, packed)
+
+
+def _kernel(
+    experts_ref,
+    x_ref,
+    packed_ref,
+    sums_ref,
+    *,
+    row_tiles: int,
+    tile_rows: int,
+    tile_outputs: int,
+    steps: int,
+    shift: bool,
+    interpret: bool,
+):
+    """One tile of rows and outputs, one part of I."""
+    block, part = pl.program_id(0) // row_tiles, pl.program_id(2)
+    first_row = pl.program_id(0) % row_tiles * tile_rows
+    first_output = pl.program_id(1) * tile_outputs
+    expert = experts_ref[block]
+
+    def add_block(i, state):
+        sums, offsets = list(state[0]), state[1]
+        start = (part * steps + i) * BLOCK
+        codes = packed_ref[expert, pl.ds(first_output, tile_outputs), pl.ds(start, BLOCK)]
+        for slab in range(4):
+            row, column = _indices(first_row, tile_rows, 4 * start + slab * BLOCK, BLOCK)
+            x = triton.load(x_ref.at[block, row, column], mask=row < x_ref.shape[1], other=0)
+            w = _shifted(codes, slab, interpret) if shift else _masked(codes, slab)
+            sums[slab % len(sums)] += lax.dot_general(
+                w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+            )
+            if not shift:  # masked codes stand for trit + 1, and in slab 3 for trit - 1
+                offsets += x.astype(jnp.int32) * (-1 if slab == 3 else 1)
+        return tuple(sums), offsets
+
+    zeros = jnp.zeros((tile_outputs, tile_rows), jnp.int32)
+    start = ((zeros,) * (1 if shift else 4), jnp.zeros((tile_rows, BLOCK), jnp.int32))
+    count = jnp.where(expert < 0, jnp.int32(0), jnp.int32(steps))
+    sums, offsets = lax.fori_loop(jnp.int32(0), count, add_block, start)
+    total = functools.reduce(jnp.add, (s >> 2 * slab for slab, s in enumerate(sums))).T
+    total -= jnp.sum(offsets, axis=1, keepdims=True)
+    row, column = _indices(first_row, tile_rows, first_output, tile_outputs)
+    triton.store(sums_ref.at[block, part, row, column], total, mask=row < x_ref.shape[1])
+
+
+def _indices(first_row, rows: int, first_column, columns: int):
+    """Row and column numbers, int32 [rows, columns] each."""
+    row, column = (lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
+    return first_row + row, first_column + column
+
+
+def _masked(codes, slab: int):
+    """int8 4 ** slab * (trit + 1); of slab 3, where that may be 128, 64 * (trit - 1)."""
+    w = codes & jnp.uint8(3 << 2 * slab)
+    return (w ^ jnp.uint8(128) if slab == 3 else w).astype(jnp.int8)
+
+
+def _shifted(codes, slab: int, interpret: bool):
+    """int8 trit + 1. In assembly, for four bytes at a time: Triton would shift each alone."""
+    if interpret:
+        return (codes >> jnp.uint8(2 * slab) & jnp.uint8(3)).astype(jnp.int8)
+    assembly = f"{{ .reg .b32 t; shr.u32 t, $1, {2 * slab}; and.b32 $0, t, 0x03030303; }}"
+    (w,) = triton.elementwise_inline_asm(
+        assembly,
+        args=[codes],
+        constraints="=r,r",
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int8)],
+    )
+    return w
+
+
+# --- Attention ------------------------------------------------------------------------------------
+
+SLOTS = 64  # of the cache, that a program takes at a time
+ATTENTION_PROGRAMS = 128  # the cache is split into parts until there are about this many programs
+LARGEST_CAP = 40  # exp(-2 * 40) is still a normal float32
+
+
+def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...], cap: float) -> bool:
+    """Whether `decode_attention` has a kernel for q [B, N, H] and a cache [B, K, S, H]."""
+    (_, heads, size), (_, kv_heads, slots, _) = q_shape, k_shape
+    return (
+        heads % kv_heads == 0
+        and size in (16, 32, 64, 128)
+        and slots % SLOTS == 0
+        and 0 < cap <= LARGEST_CAP
+    )
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    multiplier: float,
+    cap: float,
+    *,
+    interpret: bool = False,
+) -> jax.Array:  # [B, N, H], in the dtype of q
+    """Soft-capped attention of one query a row, q [B, N, H], over the cache k, v [B, K, S, H].
+
+    Row b sees slots 0 to lengths[b] - 1, and without any it is zeros; little of the cache beyond
+    is read. Query heads g G to g G + G - 1, where G = N / K, share key/value head g.
+
+    No logit is above the cap, so the softmax needs no maximum: parts of the cache sum
+    exp(logit - cap) and exp(logit - cap) v by themselves, in float32, and their sums are added.
+    """
+    if not takes_attention(q.shape, k.shape, cap):
+        raise ValueError(f"no kernel for q {q.shape}, cache {k.shape} and cap {cap}")
+    batch, heads, size = q.shape
+    kv_heads, slots = k.shape[1:3]
+    group = heads // kv_heads
+    parts = min(max(1, ATTENTION_PROGRAMS // (batch * kv_heads)), slots // SLOTS)
+    kernel = functools.partial(
+        _attention_kernel,
+        tile_rows=max(16, pl.next_power_of_2(group)),
+        multiplier=multiplier,
+        cap=cap,
+    )
+    sums, weights = pl.pallas_call(
+        kernel,
+        grid=(batch, kv_heads, parts),
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, kv_heads, parts, group, size), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, parts, group, 1), jnp.float32),
+        ),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="decode_attention",
+    )(lengths.astype(jnp.int32), q.reshape(batch, kv_heads, group, size), k, v)
+    weights = jnp.sum(weights, axis=2)
+    y = jnp.sum(sums, axis=2) / jnp.where(weights > 0, weights, 1)
+    return y.reshape(q.shape).astype(q.dtype)
+
+
+def _attention_kernel(
+    lengths_ref, q_ref, k_ref, v_ref, sums_ref, weights_ref, *, tile_rows, multiplier, cap
+):
+    """One row's query heads of one key/value head, over an equal part of the row's own slots."""
+    row, head, part = (pl.program_id(axis) for axis in range(3))
+    group, size = q_ref.shape[2:]
+    query, column = _indices(0, tile_rows, 0, size)
+    q = triton.load(q_ref.at[row, head, query, column], mask=query < group, other=0)
+    length = jnp.minimum(lengths_ref[row], k_ref.shape[2])
+    tiles = pl.cdiv(length, SLOTS)
+    share = pl.cdiv(tiles, pl.num_programs(2))
+    dot = functools.partial(
+        lax.dot_general, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+
+    def add_tile(i, state):
+        sums, weights = state
+        seen = pl.ds(i * SLOTS, SLOTS)
+        logits = dot(q, k_ref[row, head, seen, :], (((1,), (1,)), ((), ()))) * multiplier
+        exponents = cap * jnp.tanh(logits / cap) - cap
+        _, slot = _indices(0, tile_rows, i * SLOTS, SLOTS)
+        w = jnp.where(slot < length, jnp.exp(exponents), 0)
+        v = v_ref[row, head, seen, :]
+        sums += dot(w.astype(v.dtype), v, (((1,), (0,)), ((), ())))
+        return sums, weights + jnp.sum(w, axis=1, keepdims=True)
+
+    start = (
+        jnp.zeros((tile_rows, size), jnp.float32),
+        jnp.zeros((tile_rows, 1), jnp.float32),
+    )
+    end = jnp.minimum((part + 1) * share, tiles)
+    sums, weights = lax.fori_loop(part * share, end, add_tile, start)
+    triton.store(sums_ref.at[row, head, part, query, column], sums, mask=query < group)
+    query, column = _indices(0, tile_rows, 0, 1)
+    triton.store(weights_ref.at[row, head, part, query, column], weights, mask=query < group)
+
+
+# --- Norm -----------------------------------------------------------------------------------------
+
+
+def rms_norm_quantize(
+    x: jax.Array, scale: jax.Array, eps: float, *, planes: int = 1, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """RMS norm of x [R, D] and its rounding to integers, row by row, in one pass.
+
+    Returns y [R, D], the norm in the dtype of x; int8 [R, planes, D]; the step, float32 [R, 1].
+    One plane is BitNet's int8, y ~ plane * step. Two are 15 bits, y ~ (128 high + low) * step:
+    closer than bfloat16, for one row more in a product.
+    """
+    if planes not in (1, 2):
+        raise ValueError(f"planes must be 1 or 2, got {planes}")
+    rows, size = x.shape
+    return pl.pallas_call(
+        functools.partial(_norm_kernel, eps=eps, planes=planes),
+        grid=(rows,),
+        out_shape=(
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((rows, planes, size), jnp.int8),
+            jax.ShapeDtypeStruct((rows, 1), jnp.float32),
+        ),
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name="rms_norm_quantize",
+    )(x, scale)
+
+
+def _norm_kernel(x_ref, scale_ref, y_ref, planes_ref, step_ref, *, eps: float, planes: int):
+    """One row."""
+    row, size = pl.program_id(0), x_ref.shape[1]
+    column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
+    here = column < size
+    x = triton.load(x_ref.at[row, column], mask=here, other=0).astype(jnp.float32)
+    scale = triton.load(scale_ref.at[column], mask=here, other=0).astype(jnp.float32)
+    y = scale * x * lax.rsqrt(jnp.sum(x * x) / size + eps)
+    y = y.astype(y_ref.dtype)
+    triton.store(y_ref.at[row, column], y, mask=here)
+    y = y.astype(jnp.float32)
+    step = jnp.maximum(jnp.max(jnp.abs(y)), 1e-30) / (127 if planes == 1 else 127 * 128)
+    step_ref[row, 0] = step
+    rounded = _round(y / step).astype(jnp.int32)
+    high = rounded if planes == 1 else rounded >> 7  # low is 0 to 127
+    for plane, values in enumerate((high, rounded - (high << 7))[:planes]):
+        triton.store(planes_ref.at[row, plane, column], values.astype(jnp.int8), mask=here)
+
+
+def _round(x):
+    """`jnp.round`, halves to even, which this backend lacks."""
+    low = jnp.floor(x)
+    above = x - low
+    odd = low != 2 * jnp.floor(low / 2)
+    return low + jnp.where((above > 0.5) | ((above == 0.5) & odd), 1.0, 0.0)
