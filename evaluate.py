@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import kernels
 import model
 import quantize
 import runners
@@ -136,6 +137,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.tokens is None) != (args.save_logits is None):
         parser.error("--tokens and --save-logits go together")
+    kernels.keep_compilations()
     try:
         config = model.config_from_dict(checkpoint.read_config(args.checkpoint))
         chosen = {"fprop_dtype": args.dtype, "activations": args.activations}

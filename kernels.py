@@ -1,7 +1,8 @@
-"""Fast versions of functions in `quantize.py`, each with a predicate for what it takes.
+"""Fast versions of functions in `quantize.py`, and what each takes; and the cache of compilations.
 
 On a CPU they are C++, `cpu_kernels.cc`, compiled on first use with the system's compiler and kept
-in a cache folder. Without a compiler plain JAX does the same, to the same integers, more slowly.
+in a cache folder. On an NVIDIA GPU they are those of `gpu_kernels.py`. Without a compiler, or for
+other shapes and devices, plain JAX does the same, to the same integers, more slowly.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -77,7 +79,37 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu" and library() is not None
 
 
+def keep_compilations() -> None:
+    """Lets JAX keep what it compiles in `cache_folder()`, for the next process; for commands.
+
+    JAX's own setting, such as JAX_COMPILATION_CACHE_DIR in the environment, goes first.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        # Code for one processor must not be loaded on another that shares the folder.
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+        known = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+        key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"xla-{key}"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 # --- Products -------------------------------------------------------------------------------------
+
+
+def ternary_kernel(x: jax.Array, packed: jax.Array, block: int, padding: int) -> Callable | None:
+    """The kernel for exact sums of such arrays on this backend, as `ternary_sums`; None: plain JAX.
+
+    padding: of the inputs, see `quantize.QuantizedWeight1_58bit`
+    """
+    if on_cpu():
+        return ternary_sums
+    if jax.default_backend() == "gpu" and not padding:
+        import gpu_kernels  # here, because Pallas takes a while to import
+
+        if gpu_kernels.takes(x.shape, packed.shape, block):
+            return gpu_kernels.ternary_sums
+    return None
 
 
 def ternary_sums(x: jax.Array, packed: jax.Array, experts: jax.Array, block: int, path: int = -1):

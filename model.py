@@ -106,6 +106,15 @@ PRESETS = {
         fprop_dtype="float32",
         activations="int8",
     ),
+    "bench": LanguageModelConfig(  # 1.3 billion parameters, to measure against other programs
+        vocab_size=32768,
+        sequence_len=1024,
+        emb_size=1536,
+        num_layers=4,
+        num_q_heads=12,
+        num_kv_heads=2,
+        activations="int8",
+    ),
     "tiny": LanguageModelConfig(
         vocab_size=1024,
         sequence_len=64,

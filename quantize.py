@@ -415,8 +415,10 @@ def _block_products(x, w, experts):
         both = _block_products(jnp.concatenate(planes(x), axis=1), w, experts)
         return 128 * both[:, :rows] + both[:, rows:]  # at most 32768 * 16256, in int32
     ternary = isinstance(w, QuantizedWeight1_58bit)
-    if ternary and x.dtype == jnp.int8 and kernels.on_cpu():
-        return kernels.ternary_sums(x, w.packed, experts, w.block)
+    if ternary and x.dtype == jnp.int8:
+        kernel = kernels.ternary_kernel(x, w.packed, w.block, w.padding)
+        if kernel is not None:
+            return kernel(x, w.packed, experts, w.block)
     product = _ternary_product if ternary else _int8_product
     if len(experts) == 1:
         return jnp.where(experts < 0, 0, product(x[0], w, experts[0])[None])

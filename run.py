@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 
 import checkpoint
+import kernels
 import model
 import quantize
 import runners
@@ -279,6 +280,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
+    kernels.keep_compilations()
     try:
         run(args)
     except (ValueError, OSError) as error:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import evaluate
+import kernels
 import model
 import quantize
 import tokenizer
@@ -381,6 +382,7 @@ def main(argv=None):
     config = model.PRESETS[args.preset]
     if args.weights == "float":  # full precision all through
         config = dataclasses.replace(config, activations="float")
+    kernels.keep_compilations()
     params = model.abstract_params(config)
     count = sum(w.size for w in jax.tree.leaves(params))
     print(f"{args.preset}: {count:,} parameters, {dataclasses.asdict(config)}")

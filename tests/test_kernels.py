@@ -1,5 +1,6 @@
 """Native kernels: the integers of every path are those of NumPy, and without a compiler too."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gpu_kernels
 import kernels
 import quantize
 
@@ -133,6 +135,44 @@ def test_products_are_those_of_plain_jax(activations, monkeypatch):
     assert is_native and not is_plain_native
     np.testing.assert_array_equal(found, plain)
     assert (found[6:9] == 0).all() and (found[:6] != 0).all()
+
+
+# --- Which kernel ---------------------------------------------------------------------------------
+
+
+def gpu_problem():
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((4, 2048)), jnp.float32)
+    trits = random.integers(-1, 2, (3, 2048, 128)).astype(np.int8)
+    w = quantize.pack(trits, random.random((3, 1, 1), np.float32))
+    return x, jax.tree.map(jnp.asarray, w), jnp.array([2, -1])
+
+
+@pytest.mark.parametrize("activations", ["int8", "int15"])
+def test_gpu_kernels_give_the_products_of_plain_jax(activations, monkeypatch):
+    """Interpreted: to the last bit, through the same `grouped_dot`."""
+    x, w, experts = gpu_problem()
+    call = functools.partial(quantize.grouped_dot, activations=activations)
+    monkeypatch.setattr(kernels, "ternary_kernel", lambda *_: None)
+    plain = jax.jit(lambda x: call(x, w, experts))(x)
+    interpreted = functools.partial(gpu_kernels.ternary_sums, interpret=True)
+    monkeypatch.setattr(kernels, "ternary_kernel", lambda *_: interpreted)
+    text = str(jax.make_jaxpr(lambda x: call(x, w, experts))(x))
+    assert "pallas_call" in text
+    np.testing.assert_array_equal(jax.jit(lambda x: call(x, w, experts))(x), plain)
+
+
+def test_the_kernel_is_that_of_the_device(monkeypatch):
+    x, w, _ = gpu_problem()
+    rows = jax.ShapeDtypeStruct((2, 2, x.shape[1]), jnp.int8)
+    if kernels.on_cpu():
+        assert kernels.ternary_kernel(rows, w.packed, w.block, 0) is kernels.ternary_sums
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert kernels.ternary_kernel(rows, w.packed, w.block, 0) is gpu_kernels.ternary_sums
+    assert kernels.ternary_kernel(rows, w.packed, w.block, 3) is None
+    assert kernels.ternary_kernel(rows, w.packed, 32, 0) is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert kernels.ternary_kernel(rows, w.packed, w.block, 0) is None
 
 
 # --- The output head ------------------------------------------------------------------------------

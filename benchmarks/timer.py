@@ -1,0 +1,72 @@
+"""What every benchmark shares: medians after a warm-up, and the machine's limits, measured."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def median(f: Callable, repeats: int = 7) -> float:
+    """Median seconds of f(), whose result is waited for, after two calls that do not count."""
+    seconds = []
+    for i in range(repeats + 2):
+        begin = time.perf_counter()
+        jax.block_until_ready(f())
+        if i >= 2:
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (s.split(": ")[1] for s in lines if s.startswith("model name")), platform.processor()
+    )
+
+
+def read_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes a second that all cores read from memory together, of an array that no cache holds.
+
+    On other devices, of a sum over an array there.
+    """
+    if jax.default_backend() != "cpu":
+        array, total = jnp.ones(size // 4, jnp.float32), jax.jit(jnp.sum)
+        return size / median(lambda: total(array))
+    array = np.ones(size // 8, np.int64)
+    parts = np.array_split(array, os.cpu_count())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return size / median(lambda: list(pool.map(np.sum, parts)))
+
+
+def peak(dtype) -> float:
+    """Multiplications and additions a second in a large product of this dtype."""
+    n = 2048
+    a = jnp.ones((n, n), dtype)
+    wide = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    product = jax.jit(
+        lambda a: jax.lax.dot_general(a, a, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+    )
+    return 2 * n**3 / median(lambda: product(a))
+
+
+def machine() -> dict:
+    """The machine and its limits, for the head of a report."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": jax.devices()[0].device_kind,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "read_bandwidth_GB_per_s": round(read_bandwidth() / 1e9, 1),
+        "int8_T_per_s": round(peak(jnp.int8) / 1e12, 2),
+        "bfloat16_T_per_s": round(peak(jnp.bfloat16) / 1e12, 2),
+    }
