@@ -15,6 +15,7 @@ Run again after an interruption, each goes on where it stopped.
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import json
 import math
 import os
@@ -146,27 +147,31 @@ class Stream:
     def __init__(self, folder: Path, repo: str, template: dict, rules):
         """Files are kept in folder/ckpt-0 as long as they are needed."""
         self.folder, self.repo = folder, repo
-        self.keys = checkpoint.sorted_keys(template)
-        self.names = {"/".join(key): checkpoint.file_name(i) for i, key in enumerate(self.keys)}
+        keys = checkpoint.sorted_keys(template)
+        self.files = {
+            f"{module}/{name}": folder / checkpoint.FOLDER / checkpoint.file_name(i)
+            for i, (module, name) in enumerate(keys)
+        }
+        self.following = dict(itertools.pairwise(self.files.values()))
         self.ahead = concurrent.futures.ThreadPoolExecutor(1)
-        self.fetching: dict[str, concurrent.futures.Future] = {}
-        kinds = quantize.match_rules(rules, self.names)
+        self.fetching: dict[Path, concurrent.futures.Future] = {}
+        self.closed = False
+        kinds = quantize.match_rules(rules, self.files)
         self.entries = [
             self._entry(module, name, template[module][name].shape, kinds[f"{module}/{name}"])
-            for module, name in self.keys
+            for module, name in keys
         ]
 
     def _entry(self, module, name, shape, kind) -> checkpoint.Entry:
-        file = self.folder / checkpoint.FOLDER / self.names[f"{module}/{name}"]
+        file = self.files[f"{module}/{name}"]
         expected = _released_form(module, shape, kind)
         restored = checkpoint.ternary_shapes(shape) if kind == "ternary" else expected
 
         def read():
-            self.fetch(file.name)
-            following = int(file.name[6:11]) + 1
-            tensor = read_tensor(self.fetching.pop(file.name).result())
-            if following < len(self.keys):
-                self.fetch(checkpoint.file_name(following))
+            self.fetch(file)
+            tensor = read_tensor(self.fetching.pop(file).result())
+            if file in self.following:
+                self.fetch(self.following[file])
             found = checkpoint.restored_shapes(tensor, shape, kind)
             if found != restored:
                 raise CheckpointError(
@@ -179,16 +184,23 @@ class Stream:
             module, name, file, read, kind, restored, shards.stored_bytes(expected)
         )
 
-    def fetch(self, name: str) -> None:
-        if name not in self.fetching:
-            get = functools.partial(download.tensor, self.folder, name, self.repo)
-            self.fetching[name] = self.ahead.submit(get)
+    def fetch(self, file: Path) -> None:
+        def stop_when_closed(count):
+            if self.closed:
+                raise concurrent.futures.CancelledError
+
+        if file not in self.fetching:
+            self.fetching[file] = self.ahead.submit(
+                download.tensor, self.folder, file.name, self.repo, advance=stop_when_closed
+            )
 
     def delete(self, shard: shards.Shard) -> None:
         for path in shard.leaves:
-            (self.folder / checkpoint.FOLDER / self.names[path]).unlink(missing_ok=True)
+            self.files[path].unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Stops what is being fetched; the next time it goes on there."""
+        self.closed = True
         self.ahead.shutdown(cancel_futures=True)
 
 
@@ -311,7 +323,7 @@ def inspect(folder: Path, source: Path | None, progress: bool) -> None:
     originals: dict[str, Any] = {}
     if source is not None:
         template = model.abstract_params(resolve_config(source))
-        rules = model.PRECISIONS[checkpoint.default_weights(folder)]
+        rules = model.precision_table(checkpoint.default_weights(folder))
         originals = {e.path: e for e in checkpoint.check_files(source, template, rules)}
         if originals.keys() != stored.keys():
             raise CheckpointError(f"{folder} was not made from {source}: they differ in parameters")

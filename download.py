@@ -43,9 +43,16 @@ class _File(NamedTuple):
     sha256: str | None  # the hub knows it for files in LFS, that is all large ones
 
 
-def tensor(folder: str | os.PathLike, name: str, repo: str = REPO, revision: str = "main") -> Path:
+def tensor(
+    folder: str | os.PathLike,
+    name: str,
+    repo: str = REPO,
+    revision: str = "main",
+    advance: Callable[[int], None] = lambda count: None,
+) -> Path:
     """Path of the release's `ckpt-0/<name>` in `folder`, fetched or completed if it is not whole.
 
+    `advance` is told of bytes as they come; what it raises stops the fetching, and passes.
     Raises OSError when it cannot be fetched (FileNotFoundError: the hub has no such file), and
     ValueError when huggingface_hub is missing, when the bytes are not those of the hub, or when
     another file has this name.
@@ -61,7 +68,7 @@ def tensor(folder: str | os.PathLike, name: str, repo: str = REPO, revision: str
     file = _File(Path(folder) / FOLDER / name, url, about.size, known)
     if not _is_whole(file):
         _check_space([file])
-        _fetch(file)
+        _fetch(file, advance)
     return file.path
 
 

@@ -153,6 +153,13 @@ PRECISIONS = {
 }
 
 
+def precision_table(weights: str) -> tuple[tuple[str, str], ...]:
+    """The table of PRECISIONS with this name; ValueError if there is none."""
+    if weights not in PRECISIONS:
+        raise ValueError(f"unknown choice of weights {weights!r}; known: {list(PRECISIONS)}")
+    return PRECISIONS[weights]
+
+
 def config_from_dict(values: dict | None) -> LanguageModelConfig:
     """A configuration from a checkpoint's `config.json`; without one it is Grok-1.
 

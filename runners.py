@@ -26,12 +26,12 @@ import quantize
 import sharding
 from model import (
     MEMORY_AXES,
-    PRECISIONS,
     LanguageModelConfig,
     Memory,
     abstract_params,
     init_memory,
     make_model,
+    precision_table,
 )
 
 BOS = 1  # what an empty prompt starts from
@@ -70,7 +70,7 @@ class ModelRunner:
         params = checkpoint.restore(
             folder,
             abstract_params(self.config),
-            PRECISIONS[weights or checkpoint.default_weights(folder)],
+            precision_table(weights or checkpoint.default_weights(folder)),
             functools.partial(sharding.parameter_shardings, self.mesh),
             progress=progress,
         )
@@ -535,7 +535,7 @@ def abstract_weights(config: LanguageModelConfig, weights: str) -> dict:
         "float32": lambda w: w,
     }
     params = quantize.apply_rules(
-        PRECISIONS[weights],
+        precision_table(weights),
         abstract_params(config),
         lambda _, kind, w: jax.eval_shape(forms[kind], w),
     )

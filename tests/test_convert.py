@@ -393,9 +393,9 @@ def test_a_stream_keeps_few_files(hub, tmp_path, monkeypatch, demo):
     counts = []
     fetch = convert.download.tensor
 
-    def counted(folder, name, repo):
+    def counted(folder, name, repo, **options):
         counts.append(len(list((folder / "ckpt-0").glob("*"))) if folder.exists() else 0)
-        return fetch(folder, name, repo)
+        return fetch(folder, name, repo, **options)
 
     monkeypatch.setattr(convert.download, "tensor", counted)
     output = stream(tmp_path / "out")
@@ -424,6 +424,25 @@ def test_a_stream_interrupted_in_the_middle_goes_on(hub, tmp_path, demo):
     assert contents(output) == contents(demo)
     again = {r.path for r in hub.requests[asked:] if r.path.startswith("/store/")}
     assert not any(path.endswith("tensor00000_000") for path in again)
+
+
+def test_a_stream_that_is_closed_stops_fetching(tmp_path, monkeypatch):
+    stopped = []
+
+    def endless(folder, name, repo, advance):
+        try:
+            while True:
+                advance(1)
+        except BaseException as error:
+            stopped.append(error)
+            raise
+
+    monkeypatch.setattr(convert.download, "tensor", endless)
+    template = model.abstract_params(model.PRESETS["demo"])
+    stream = convert.Stream(tmp_path, "repo", template, model.PRECISIONS["ternary"])
+    stream.fetch(next(iter(stream.files.values())))
+    stream.close()  # returns, for one thing
+    assert len(stopped) == 1
 
 
 def test_download(hub, tmp_path, capsys):

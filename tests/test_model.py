@@ -423,3 +423,8 @@ def test_a_decode_step_of_grok_1_unpacks_no_matrix():
     apply = functools.partial(make_model(config).apply, last_only=True)
     largest = factories.largest_array(apply, params, None, token, memory)
     assert largest <= 6144 * 6144 // 4
+
+
+def test_an_unknown_choice_of_weights():
+    with pytest.raises(ValueError, match=r"unknown choice of weights 'half'; known: \['ternary'"):
+        model.precision_table("half")
