@@ -94,6 +94,19 @@ def keep_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+# --- Five trits to a byte -------------------------------------------------------------------------
+
+
+def from_base3(digits: np.ndarray) -> np.ndarray:
+    """`quantize.from_base3`, of contiguous digits; needs `library()`."""
+    packed = np.empty((*digits.shape[:-1], digits.shape[-1] // 4 * 5), np.uint8)
+    size = ctypes.c_int64(digits.size)
+    library().FromBase3(
+        ctypes.c_void_p(digits.ctypes.data), size, ctypes.c_void_p(packed.ctypes.data)
+    )
+    return packed
+
+
 # --- Products -------------------------------------------------------------------------------------
 
 

@@ -280,8 +280,11 @@ def to_base3(packed: np.ndarray) -> np.ndarray:
 
 def from_base3(digits: np.ndarray) -> np.ndarray:
     """The packed bytes [..., 5 G] that `to_base3` turned into digits [..., 4 G]."""
+    digits = np.ascontiguousarray(digits)
+    if kernels.library() is not None:
+        return kernels.from_base3(digits)
     *lead, width = digits.shape
-    d = np.ascontiguousarray(digits).reshape(-1)
+    d = digits.reshape(-1)
     # With its quotients by 3, 9 and so on added, the trits of d are worth 1, 4, 16, 64 and 256:
     # the fifth leaves the byte by itself. (Multiplied, for NumPy shifts bytes left slowly.)
     fifth = d // np.uint8(81)

@@ -258,7 +258,7 @@ def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monke
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = refused(DEMO, tmp_path / "new/out")
-    assert re.search(r"out needs 2.54 MB, .* has 1 MB free; make room, or choose", message)
+    assert re.search(r"out needs 2.55 MB, .* has 1 MB free; make room, or choose", message)
     assert not list(tmp_path.iterdir())
 
 

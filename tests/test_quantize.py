@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import quantize
@@ -143,11 +143,14 @@ def test_base3_is_that_of_the_docstring():
     assert quantize.from_base3(np.array([61, 162, 80, 81], np.uint8)).tolist() == packed.tolist()
 
 
-def test_every_digit_of_base3():
+@pytest.mark.parametrize("native", [True, False])
+def test_every_digit_of_base3(native, monkeypatch):
     """All 243 bytes at each of the four places, against arithmetic on Python's integers."""
     digits = np.array(
         [np.roll([number, 0, 121, 242], i) for number in range(243) for i in range(4)]
     )
+    if not native:
+        monkeypatch.setattr(quantize.kernels, "library", lambda: None)
     found = quantize.from_base3(digits.astype(np.uint8))
     for row, packed in zip(digits.tolist(), found.tolist(), strict=True):
         base3 = [[number // 3**k % 3 for k in range(5)] for number in row]
@@ -155,8 +158,12 @@ def test_every_digit_of_base3():
         assert packed[4] == sum(ds[4] << 2 * j for j, ds in enumerate(base3))
 
 
-@given(st.integers(1, 40), st.integers(0, 3), st.integers(0, 99))
-def test_base3_round_trip(width, rows, seed):
+@pytest.mark.parametrize("native", [True, False])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 700), st.integers(0, 3), st.integers(0, 99))
+def test_base3_round_trip(native, monkeypatch, width, rows, seed):
+    if not native:
+        monkeypatch.setattr(quantize.kernels, "library", lambda: None)
     codes = np.random.default_rng(seed).integers(0, 3, (rows, width, 4), dtype=np.uint8)
     packed = (codes << np.array([0, 2, 4, 6], np.uint8)).sum(-1, dtype=np.uint8)
     digits = quantize.to_base3(packed)
