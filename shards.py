@@ -290,9 +290,9 @@ def write(
         names = {name: shard.name for shard in shards for name in shard.tensors}
         total = sum(map(stored_bytes, leaves.values()))
         index = {"metadata": {"total_size": total}, "weight_map": names}
-        _note(partial / SOURCE, {"source": source}, folder)
-        _note(partial / "config.json", config, folder)
-        _note(partial / INDEX, index, folder)
+        _note(partial / SOURCE, {"source": source})
+        _note(partial / "config.json", config)
+        _note(partial / INDEX, index)
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
         _write_shards(partial, shards, fill, sealed)
@@ -394,7 +394,7 @@ class _lock:
         os.close(self.descriptor)
 
 
-def _note(path: pathlib.Path, content: dict, folder: pathlib.Path) -> None:
+def _note(path: pathlib.Path, content: dict) -> None:
     """Writes JSON, or checks that what an earlier call wrote is the same."""
     content = json.loads(json.dumps(content))  # tuples are lists in JSON
     if path.exists() and read_json(path) != content:

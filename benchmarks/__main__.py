@@ -31,11 +31,6 @@ PROMPTS = (128, 512)
 DECODED = 64
 
 
-def aligned(array: np.ndarray) -> jax.Array:
-    """The array on the device, where JAX on a CPU would put it itself."""
-    return jax.device_put(jnp.asarray(array))
-
-
 def random_ternary(shape: tuple[int, ...], seed: int = 0) -> QuantizedWeight1_58bit:
     """A packed weight of logical shape [..., I, O], every code as likely."""
     *lead, inputs, outputs = shape
@@ -44,7 +39,7 @@ def random_ternary(shape: tuple[int, ...], seed: int = 0) -> QuantizedWeight1_58
     digits = np.array([sum(n // 3**k % 3 << 2 * k for k in range(4)) for n in range(81)], np.uint8)
     gamma = np.full((*lead, 1, 1), inputs**-0.5, np.float32)
     block = quantize.packing_block(inputs)
-    return QuantizedWeight1_58bit(aligned(digits[numbers]), aligned(gamma), block)
+    return QuantizedWeight1_58bit(jnp.asarray(digits[numbers]), jnp.asarray(gamma), block)
 
 
 @contextlib.contextmanager
@@ -133,8 +128,8 @@ def products(report, limits) -> None:
 # --- A model --------------------------------------------------------------------------------------
 
 
-def bench_runner(activations: str, dtype: str) -> runners.ModelRunner:
-    config = dataclasses.replace(model.PRESETS["bench"], activations=activations, fprop_dtype=dtype)
+def random_params(config: model.LanguageModelConfig) -> dict:
+    """Ternary parameters of a model, at random, as they are in memory."""
     random = np.random.default_rng(0)
 
     def one(path, kind, weight):
@@ -146,9 +141,7 @@ def bench_runner(activations: str, dtype: str) -> runners.ModelRunner:
         return jnp.asarray(values)
 
     params = quantize.apply_rules(model.PRECISIONS["ternary"], model.abstract_params(config), one)
-    runner = runners.ModelRunner(config)
-    runner.params = runners.cast_embeddings(params, config)
-    return runner
+    return runners.cast_embeddings(params, config)
 
 
 def decoded_bytes(runner: runners.ModelRunner) -> int:
@@ -172,7 +165,11 @@ def timing_of(inference: runners.InferenceRunner, length: int, new: int) -> runn
 def models(report, limits) -> None:
     cases = (("int8", "bfloat16"), ("int15", "bfloat16"), ("int8", "float32"))
     for activations, dtype in cases:
-        runner = bench_runner(activations, dtype)
+        config = dataclasses.replace(
+            model.PRESETS["bench"], activations=activations, fprop_dtype=dtype
+        )
+        runner = runners.ModelRunner(config)
+        runner.params = random_params(config)
         name = f"bench, {activations}, {dtype}"
         inference = runners.InferenceRunner(runner)
         run = functools.partial(timing_of, inference)
@@ -193,7 +190,6 @@ def models(report, limits) -> None:
         for length in PROMPTS:
             run(length, 1)
             seconds = float(np.median([run(length, 1).prefill_seconds for _ in range(5)]))
-            config = runner.config
             active = 3 * config.num_selected_experts * config.ffn_size * config.emb_size
             active += 2 * (config.num_q_heads + config.num_kv_heads) * 128 * config.emb_size
             limit = 2 * length * config.num_layers * active / limits["int8"]
