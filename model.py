@@ -235,6 +235,7 @@ def init_memory(
     return Memory(layers, jnp.zeros(batch_size, jnp.int32))
 
 
+CACHE_BLOCK = 512  # cache slots that attention reads at a time
 MEMORY_AXES = ("batch", "heads", None, None)  # of KVMemory's arrays
 
 # --- Pure parts -----------------------------------------------------------------------------------
@@ -265,15 +266,64 @@ def attend(
     A query sees the slots up to its own position, `positions` [B, T]. Query heads g G to
     g G + G - 1 share key/value head g.
     """
-    batch, queries, heads, size = q.shape
-    kv_heads, slots = k.shape[1:3]
-    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, size)
-    logits = einsum("BTKGH,BKSH->BKGTS", grouped, k) * multiplier
-    logits = cap * jnp.tanh(logits / cap)
-    visible = jnp.arange(slots) <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
+    grouped = _group_heads(q, k.shape[1])
+    logits = _capped_logits(grouped, k, multiplier, cap)
+    visible = _visible(jnp.arange(k.shape[2]), positions)
     weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(v.dtype)
-    y = einsum("BKGTS,BKSH->BKGTH", weights, v).transpose(0, 3, 1, 2, 4)
-    return y.reshape(batch, queries, heads, size).astype(q.dtype)
+    return _ungroup_heads(einsum("BKGTS,BKSH->BKGTH", weights, v), q)
+
+
+def attend_to_cache(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, multiplier: float, cap: float
+) -> jax.Array:
+    """`attend`, reading a large cache in blocks of CACHE_BLOCK slots, up to the last query's.
+
+    So a step costs by what the cache holds, not by its size, and no [T, S] array is made. Blocks
+    are added to sums that are scaled by the largest logit so far (online softmax; Milakov and
+    Gimelshein, 2018, algorithm 3). Without a gradient: the number of blocks is not known before.
+    """
+    slots, block = k.shape[2], CACHE_BLOCK
+    if slots <= block:
+        return attend(q, k, v, positions, multiplier, cap)
+    grouped = _group_heads(q, k.shape[1])
+
+    def add_block(i, sums):
+        largest, total, y = sums
+        start = jnp.minimum(i * block, slots - block)  # the last block may overlap the one before
+        keys, values = (lax.dynamic_slice_in_dim(x, start, block, axis=2) for x in (k, v))
+        here = start + jnp.arange(block)
+        visible = _visible(here, positions) & (here >= i * block)
+        logits = jnp.where(visible, _capped_logits(grouped, keys, multiplier, cap), -1e30)
+        larger = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
+        weights, scale = jnp.exp(logits - larger), jnp.exp(largest - larger)
+        total = total * scale + jnp.sum(weights, axis=-1, keepdims=True)
+        y = y * scale + einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values)
+        return larger, total, y
+
+    blocks = jnp.minimum(jnp.max(positions), slots - 1) // block + 1
+    one = jnp.zeros((*grouped.shape[:4], 1), jnp.float32)
+    start = (one - 1e30, one, jnp.zeros(grouped.shape, jnp.float32))
+    _, total, y = lax.fori_loop(0, blocks, add_block, start)
+    return _ungroup_heads(y / total, q)
+
+
+def _group_heads(q: jax.Array, kv_heads: int) -> jax.Array:  # [B, T, N, H] -> [B, K, G, T, H]
+    batch, queries, heads, size = q.shape
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, size)
+    return grouped.transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup_heads(y: jax.Array, q: jax.Array) -> jax.Array:  # [B, K, G, T, H] -> as q
+    return y.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _capped_logits(grouped, k, multiplier, cap):  # [B, K, G, T, S]
+    logits = einsum("BKGTH,BKSH->BKGTS", grouped, k) * multiplier
+    return cap * jnp.tanh(logits / cap)
+
+
+def _visible(slots, positions):  # [S], [B, T] -> [B, 1, 1, T, S]
+    return slots <= positions[:, None, None, :, None]
 
 
 def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVMemory:
@@ -426,10 +476,11 @@ class MultiHeadAttention(hk.Module):
         k = rotary_embedding(project(c.num_kv_heads, "key"), positions, c.rope_base)
         v = project(c.num_kv_heads, "value")
         if memory is None:
-            seen = KVMemory(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            look, seen = attend, KVMemory(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
-            seen = memory = write_memory(memory, k, v, positions)
-        y = attend(q, *seen, positions, c.attn_output_multiplier, c.attn_logit_cap)  # [B, T, N, H]
+            look, seen = attend_to_cache, write_memory(memory, k, v, positions)
+            memory = seen
+        y = look(q, *seen, positions, c.attn_output_multiplier, c.attn_logit_cap)  # [B, T, N, H]
         linear = Linear(c.emb_size, ("heads", "embed"), c.activations, "linear")
         return linear(y.reshape(*x.shape[:2], -1)), memory
 

@@ -25,6 +25,7 @@ import checkpoint
 import quantize
 import sharding
 from model import (
+    CACHE_BLOCK,
     MEMORY_AXES,
     LanguageModelConfig,
     Memory,
@@ -554,8 +555,8 @@ def device_bytes(shapes, shardings) -> int:
 def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: int) -> dict:
     """Bytes that serving takes on each device, by purpose; nothing is allocated.
 
-    "activations" is an estimate: the attention scores of a prefill chunk in float32, three times
-    over, and the logits of all slots, twice.
+    "activations" is an estimate: the attention scores of a prefill chunk for a block of the cache
+    in float32, three times over, and the logits of all slots, twice.
     """
     config, mesh = runner.config, runner.mesh
     params = abstract_weights(config, weights)
@@ -565,7 +566,7 @@ def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: i
         jax.eval_shape(functools.partial(empty_slots, config, n, sequence_len)) for n in (slots, 1)
     ]
     heads = -(-config.num_q_heads // mesh.shape["model"])
-    scores = heads * min(PAD_SIZES[-1], sequence_len) * sequence_len
+    scores = heads * min(PAD_SIZES[-1], sequence_len) * min(CACHE_BLOCK, sequence_len)
     return {
         "weights": device_bytes(params, shardings) - table,
         "embeddings": table,
