@@ -235,7 +235,7 @@ def init_memory(
     return Memory(layers, jnp.zeros(batch_size, jnp.int32))
 
 
-CACHE_BLOCK = 512  # cache slots that attention reads at a time
+CACHE_BLOCK = 512  # cache slots that the attention of a prompt's chunk reads at a time
 MEMORY_AXES = ("batch", "heads", None, None)  # of KVMemory's arrays
 
 # --- Pure parts -----------------------------------------------------------------------------------
@@ -276,14 +276,15 @@ def attend(
 def attend_to_cache(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, multiplier: float, cap: float
 ) -> jax.Array:
-    """`attend`, reading a large cache in blocks of CACHE_BLOCK slots, up to the last query's.
+    """`attend`, reading a large cache in blocks of slots, up to that of the last query.
 
-    So a step costs by what the cache holds, not by its size, and no [T, S] array is made. Blocks
-    are added to sums that are scaled by the largest logit so far (online softmax; Milakov and
-    Gimelshein, 2018, algorithm 3). Without a gradient: the number of blocks is not known before.
+    So a chunk of a prompt costs by what the cache holds, not by its size, and no [T, S] array is
+    made. Blocks are added to sums that are scaled by the largest logit so far (online softmax;
+    Milakov and Gimelshein, 2018, algorithm 3). A single query takes the whole cache: its blocks
+    would be too little work. Without a gradient: the number of blocks is not known before.
     """
     slots, block = k.shape[2], CACHE_BLOCK
-    if slots <= block:
+    if slots <= block or q.shape[1] == 1:
         return attend(q, k, v, positions, multiplier, cap)
     grouped = _group_heads(q, k.shape[1])
 
