@@ -46,9 +46,8 @@ def save(folder: str | os.PathLike, params: Params) -> None:
     """Writes `{module: {name: weight}}` to folder/ckpt-0 in the release's format and order.
 
     Leaves are float32 arrays or QuantizedWeight8bit; `save_converted` takes ternary ones. All is
-    written to another name first and
-    renamed at the end; a `ckpt-0` that was there is replaced. Raises CheckpointError, before
-    anything is written, for a leaf that the format has no form for.
+    written to another name first and renamed at the end; a `ckpt-0` that was there is replaced.
+    Raises CheckpointError, before anything is written, for a leaf that the format has no form for.
     """
     leaves = [(f"{module}/{name}", params[module][name]) for module, name in sorted_keys(params)]
     for path, leaf in leaves:
@@ -115,8 +114,7 @@ def save_converted(
         leaf = jax.tree.map(np.asarray, leaves[path])
         if isinstance(leaf, QuantizedWeight1_58bit):
             matrices = leaf.packed.reshape(-1, *leaf.packed.shape[-2:])
-            outs = stored.trits.reshape(-1, *stored.trits.shape[-2:])
-            for matrix, out in zip(matrices, outs, strict=True):
+            for matrix, out in zip(matrices, stored.matrices, strict=True):
                 shards.store_trits(matrix, out, packing)
             stored.scales[...] = leaf.scales
         else:
@@ -419,10 +417,7 @@ def _restore_stored(entry: Entry, stored: StoredTrits, where, pool) -> Quantized
 
     def packed_slice(index):
         out = _aligned_empty([s.stop - s.start for s in index], np.uint8)
-        try:
-            shards.load_trits(stored, index, out, pool.map)
-        except CheckpointError as error:
-            raise CheckpointError(f"{entry.title}: {error}") from None
+        shards.load_trits(stored, index, out, pool.map)
         return out
 
     packed = _place(entry.restored.packed.shape, where.packed, packed_slice)

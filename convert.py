@@ -117,7 +117,7 @@ def stored_form(entry: checkpoint.Entry, packing: str):
 def _fill_ternary(entry, tensor, stored: StoredTrits, packing: str, pool, update) -> None:
     gamma, pack = checkpoint.ternarize(tensor, entry.title, pool)
     outputs, width = entry.restored.packed.shape[-2:]
-    matrices = stored.trits.reshape(-1, *stored.trits.shape[-2:])
+    matrices = stored.matrices
     for e, out in enumerate(matrices):
         index = slice(e, e + 1), slice(0, outputs), slice(0, width)
         (packed,) = pack(index, stored.block)
@@ -261,10 +261,9 @@ def measure(stored, original, pool, update=lambda count: None) -> Measure:
         return Measure(weights, size, None, error, energy)
     *_, inputs, outputs = stored.shape
     width = -(-inputs // 4)
-    matrices = stored.trits.reshape(-1, *stored.trits.shape[-2:])
     tiles = [
         (e, columns)
-        for e in range(len(matrices))
+        for e in range(len(stored.matrices))
         for columns in slices(0, outputs, max(1, TILE // inputs))
     ]
     gammas = stored.scales.reshape(-1)
@@ -337,12 +336,9 @@ def inspect(folder: Path, source: Path | None, progress: bool) -> None:
             disable=not progress,
         ) as bar,
     ):
-        for path, (file, leaf) in stored.items():
+        for path, (_, leaf) in stored.items():
             original = originals[path].read() if originals else None
-            try:
-                found = measure(leaf, original, pool, bar.update)
-            except CheckpointError as error:
-                raise CheckpointError(f"{file}: {path}: {error}") from None
+            found = measure(leaf, original, pool, bar.update)
             ternary = isinstance(leaf, StoredTrits)
             scale = f"{leaf.scales.mean():.5g}" if ternary else ""
             shape = " x ".join(map(str, leaf.shape))

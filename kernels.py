@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,15 +25,21 @@ from data import cache_folder
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cc")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
+_LOADING = threading.Lock()
 DISABLE = "TERNARY_GROK_NATIVE"  # environment variable; 0: plain JAX
 
 
 # --- The library ----------------------------------------------------------------------------------
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, registered with JAX; None, after a note on stderr, without them."""
+    with _LOADING:  # of threads that load a checkpoint, one compiles
+        return _load()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
     if os.environ.get(DISABLE) == "0":
         return None
     try:

@@ -66,6 +66,11 @@ class StoredTrits:
     packing: str
     block: int
 
+    @property
+    def matrices(self) -> np.ndarray:
+        """The trits, with an axis of experts in any case: uint8 [E, O, bytes]."""
+        return self.trits.reshape(-1, *self.trits.shape[-2:])
+
 
 def stored_form(weight: QuantizedWeight1_58bit, packing: str) -> StoredTrits:
     """The abstract StoredTrits of a ternary weight, of which only the shapes matter."""
@@ -105,9 +110,8 @@ def load_trits(stored: StoredTrits, index: Sequence[slice], out: np.ndarray, run
     """Reads packed bytes `[..., O, B][index]` into `out`, from no more of the file than needed.
 
     run: `map`, or that of a pool of threads
-    Raises CheckpointError for a byte that stands for no trits.
     """
-    trits = stored.trits.reshape(-1, *stored.trits.shape[-2:])
+    trits = stored.matrices
     experts, outputs, width = index if len(index) == 3 else (slice(0, 1), *index)
     out = out.reshape(-1, *out.shape[-2:])
 

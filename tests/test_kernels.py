@@ -221,8 +221,12 @@ print("ffi_call" in str(jax.make_jaxpr(f)(x)), f(x).tolist(), f(x).tolist())
 
 
 def run_product(cache, **environment):
+    return run_code(PRODUCT, cache, **environment)
+
+
+def run_code(code, cache, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", PRODUCT],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -252,6 +256,25 @@ def test_a_compiler_that_fails_is_a_note(tmp_path):
 def test_the_environment_can_switch_them_off(tmp_path):
     out, err = run_product(tmp_path, TERNARY_GROK_NATIVE="0")
     assert out.startswith("False [[1016.0") and err == ""
+
+
+THREADS = """
+import concurrent.futures, subprocess, kernels
+runs, run = [], subprocess.run
+def counted(*args, **options):
+    runs.append(args)
+    return run(*args, **options)
+subprocess.run = counted
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    found = {id(library) for library in pool.map(lambda _: kernels.library(), range(8))}
+print(len(runs), len(found), kernels.library() is not None)
+"""
+
+
+@native
+def test_of_several_threads_one_compiles(tmp_path):
+    out, err = run_code(THREADS, tmp_path)
+    assert (out, err) == ("1 1 True", "")
 
 
 @native
