@@ -15,7 +15,7 @@ import numpy as np
 import model
 import runners
 from benchmarks import timer
-from benchmarks.__main__ import random_params, timing_of
+from benchmarks.models import make_runner, timing_of
 
 BASE = dataclasses.replace(model.PRESETS["bench"], fprop_dtype="bfloat16")
 CONTEXTS = (128, 512, 2048, 8192)
@@ -23,12 +23,6 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 LAYERS = (1, 2, 4, 8)
 PROMPTS = (64, 128, 256, 512, 1024, 2048, 4096)
 STEPS = 16
-
-
-def make_runner(config) -> runners.ModelRunner:
-    runner = runners.ModelRunner(config)
-    runner.params = random_params(config)
-    return runner
 
 
 def step_seconds(runner, slots: int, sequence_len: int) -> float:

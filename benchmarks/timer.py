@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+REST = 0.2  # seconds
+
 
 def median(f: Callable, repeats: int = 7) -> float:
     """Median seconds of f(), whose result is waited for, after two calls that do not count."""
@@ -22,6 +24,20 @@ def median(f: Callable, repeats: int = 7) -> float:
         if i >= 2:
             seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
+
+
+def alternate(measures: dict[str, Callable[[], float]], rounds: int = 7) -> dict[str, np.ndarray]:
+    """What each of several measures gives, [rounds], after a round that does not count.
+
+    They take turns, so that a machine whose speed drifts is as fast for one as for the others.
+    Before each, threads that spin while they wait for work get the time to fall asleep.
+    """
+    found = {name: [] for name in measures}
+    for _ in range(rounds + 1):
+        for name, measure in measures.items():
+            time.sleep(REST)
+            found[name].append(measure())
+    return {name: np.array(values[1:]) for name, values in found.items()}
 
 
 def processor() -> str:
