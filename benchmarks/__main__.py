@@ -2,6 +2,7 @@
 
     python -m benchmarks
     python -m benchmarks --only products --json results.json
+    python -m benchmarks --only models --llama-cpp
 
 The limit of a product is the time to read its weights once at the measured bandwidth, or to
 multiply at the measured int8 rate, whichever is longer; that of a decoded token, the weights of two
@@ -11,10 +12,13 @@ Memory is what a case adds to the process: once loaded, and at most.
 
 import argparse
 import json
+import sys
 
-from benchmarks import models, products, timer
+from benchmarks import llama, models, products, timer
 
 CASES = {"products": products.products, "models": models.models}
+PEERS = {"llama-cpp": llama}
+ALL = CASES | {name: peer.compare for name, peer in PEERS.items()}
 COLUMNS = {  # key of a row: head and format
     "ms": ("ms", "10.2f"),
     "GB_per_s": ("GB/s", "7.1f"),
@@ -22,6 +26,7 @@ COLUMNS = {  # key of a row: head and format
     "tokens_per_s": ("tokens/s", "9.1f"),
     "resident_MB": ("MB", "7.0f"),
     "peak_MB": ("peak MB", "8.0f"),
+    "ours_is_faster": ("ours is x", "10.2f"),
 }
 
 
@@ -29,14 +34,21 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--only", choices=CASES, help=f"one part (by default {', '.join(CASES)})")
+    parser.add_argument("--only", choices=ALL, help=f"one part (by default {', '.join(CASES)})")
+    parser.add_argument(
+        "--llama-cpp",
+        action="store_true",
+        help="and the bench preset beside llama.cpp with the same weights, taking turns",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     return parser.parse_args(argv)
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
     """Names of the parts to run."""
-    return [args.only] if args.only else list(CASES)
+    names = [args.only] if args.only else list(CASES)
+    flags = {"llama-cpp": args.llama_cpp}
+    return names + [name for name, flag in flags.items() if flag and name not in names]
 
 
 def line(row: dict) -> str:
@@ -50,6 +62,11 @@ def line(row: dict) -> str:
 def main(argv=None) -> None:
     args = parse_arguments(argv)
     names = chosen(args)
+    try:
+        for name in PEERS.keys() & set(names):
+            PEERS[name].library()  # missing ones are missed before anything is measured
+    except ImportError as error:
+        sys.exit(f"error: {error}")
     machine = timer.machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     limits = {
@@ -65,7 +82,7 @@ def main(argv=None) -> None:
         print(line(row).rstrip(), flush=True)
 
     for name in names:
-        CASES[name](report, limits)
+        ALL[name](report, limits)
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"machine": machine, "results": rows}, file, indent=2)

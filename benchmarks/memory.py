@@ -44,7 +44,8 @@ class Meter:
         self.before = used().get("resident")
 
     def read(self) -> dict[str, float]:
-        """{"resident_MB": now, "peak_MB": at most since the last call}."""
-        found = {f"{key}_MB": (value - self.before) / 1e6 for key, value in used().items()}
+        """{"resident_MB": now, without what is free, "peak_MB": at most since the last call}."""
+        peak = used()
         reset_peak()
-        return found
+        found = used() | {key: value for key, value in peak.items() if key == "peak"}
+        return {f"{key}_MB": (value - self.before) / 1e6 for key, value in found.items()}
