@@ -2,7 +2,7 @@
 
     python -m benchmarks
     python -m benchmarks --only products --json results.json
-    python -m benchmarks --only models --llama-cpp
+    python -m benchmarks --only models --llama-cpp --onnxruntime
 
 The limit of a product is the time to read its weights once at the measured bandwidth, or to
 multiply at the measured int8 rate, whichever is longer; that of a decoded token, the weights of two
@@ -14,10 +14,10 @@ import argparse
 import json
 import sys
 
-from benchmarks import llama, models, products, timer
+from benchmarks import experts, llama, models, products, timer
 
 CASES = {"products": products.products, "models": models.models}
-PEERS = {"llama-cpp": llama}
+PEERS = {"llama-cpp": llama, "onnxruntime": experts}
 ALL = CASES | {name: peer.compare for name, peer in PEERS.items()}
 COLUMNS = {  # key of a row: head and format
     "ms": ("ms", "10.2f"),
@@ -40,6 +40,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         action="store_true",
         help="and the bench preset beside llama.cpp with the same weights, taking turns",
     )
+    parser.add_argument(
+        "--onnxruntime",
+        action="store_true",
+        help="and a token's expert products beside those of onnxruntime, taking turns",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     return parser.parse_args(argv)
 
@@ -47,7 +52,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def chosen(args: argparse.Namespace) -> list[str]:
     """Names of the parts to run."""
     names = [args.only] if args.only else list(CASES)
-    flags = {"llama-cpp": args.llama_cpp}
+    flags = {"llama-cpp": args.llama_cpp, "onnxruntime": args.onnxruntime}
     return names + [name for name, flag in flags.items() if flag and name not in names]
 
 
