@@ -3,6 +3,7 @@
     python -m benchmarks
     python -m benchmarks --only products --json results.json
     python -m benchmarks --only models --llama-cpp --onnxruntime
+    python -m benchmarks --only compile
 
 The limit of a product is the time to read its weights once at the measured bandwidth, or to
 multiply at the measured int8 rate, whichever is longer; that of a decoded token, the weights of two
@@ -14,11 +15,11 @@ import argparse
 import json
 import sys
 
-from benchmarks import experts, llama, models, products, timer
+from benchmarks import compilation, experts, llama, models, products, timer
 
 CASES = {"products": products.products, "models": models.models}
 PEERS = {"llama-cpp": llama, "onnxruntime": experts}
-ALL = CASES | {name: peer.compare for name, peer in PEERS.items()}
+ALL = CASES | {name: peer.compare for name, peer in PEERS.items()} | {"compile": compilation.full}
 COLUMNS = {  # key of a row: head and format
     "ms": ("ms", "10.2f"),
     "GB_per_s": ("GB/s", "7.1f"),

@@ -1,0 +1,79 @@
+"""What the benchmarks rest on: the meter of memory, the model for onnxruntime, what is compiled."""
+
+import dataclasses
+import importlib.util
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import model
+import quantize
+import runners
+from benchmarks import __main__ as command
+from benchmarks import compilation, experts, memory
+from benchmarks.products import random_ternary
+
+with_onnxruntime = pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed"
+)
+
+
+@pytest.mark.skipif(
+    not memory.CLEAR.exists() or jax.default_backend() != "cpu", reason="no /proc, or a device"
+)
+def test_the_meter_sees_what_is_kept_and_the_peak_of_each_part():
+    meter = memory.Meter()
+    kept = np.ones(25_000_000, np.float32)
+    np.ones(50_000_000, np.float32)
+    first, second = meter.read(), meter.read()
+    assert first["resident_MB"] == pytest.approx(kept.nbytes / 1e6, abs=20)
+    assert first["peak_MB"] == pytest.approx(300, abs=20)
+    assert second["peak_MB"] == pytest.approx(100, abs=20)
+
+
+def test_a_message_by_hand():
+    """The specification's examples of a varint, a string and a nested message."""
+    assert experts.message((1, 150)).hex() == "089601"
+    assert experts.message((2, "testing")).hex() == "120774657374696e67"
+    assert experts.message((3, experts.message((1, 150)))).hex() == "1a03089601"
+
+
+@with_onnxruntime
+def test_onnxruntime_multiplies_our_trits():
+    shapes = {"linear": (256, 384), "linear_v": (256, 384), "linear_1": (384, 256)}
+    layer = {
+        name: random_ternary((2, *shape), seed=i) for i, (name, shape) in enumerate(shapes.items())
+    }
+    x = np.random.default_rng(0).standard_normal((5, 256), np.float32)
+    w = {name: np.asarray(quantize.dequantize(weight)) for name, weight in layer.items()}
+    exact = sum((x @ w["linear"][e] * (x @ w["linear_v"][e])) @ w["linear_1"][e] for e in (0, 1))
+    found = experts.session([layer]).run(None, {"x": x})[0] - x
+    ours = np.asarray(experts.ours(x, [layer])) - x
+    for y in (found, ours):  # both are 0.02 off, by rounding activations to int8
+        assert np.square(y - exact).mean() < np.square(0.04 * exact).mean()
+
+
+def test_what_is_compiled_is_what_runs():
+    config = dataclasses.replace(model.PRESETS["tiny"], activations="int8")
+    runner = runners.ModelRunner(config)
+    steps = compilation.steps(runner)
+    inference = runners.InferenceRunner(runner)
+    _, (_, slots) = steps["decode"]
+
+    def described(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+
+    assert described(slots) == described(inference._slots)
+    with jax.set_mesh(runner.mesh):
+        found = compilation.stages(*steps["decode"])
+    assert found["instructions"] > 100 and found["compile_s"] > 0
+
+
+@pytest.mark.parametrize("peer, package", [("llama-cpp", "llama_cpp"), ("onnxruntime",) * 2])
+def test_a_peer_that_is_missing_is_an_error(peer, package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f"error: .* is not installed; pip install {peer}"):
+        command.main([f"--{peer}"])
+    assert capsys.readouterr().out == ""
