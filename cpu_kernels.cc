@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -67,12 +68,19 @@ void Parallel(ffi::ThreadPool& pool, int64_t n, int64_t bytes, F f) {
 }
 
 struct Aligned {  // uninitialised memory at a multiple of 64 bytes
-  explicit Aligned(int64_t size) : memory(new char[size + 64]) {
+  explicit Aligned(int64_t size) : memory(new char[size + 64]), size(size) {
     data = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) & 63);
   }
   std::unique_ptr<char[]> memory;
+  int64_t size;
   char* data;
 };
+
+// As much memory, or more, as a thread keeps from one task to the next.
+char* Kept(Aligned& memory, int64_t size) {
+  if (memory.size < size) memory = Aligned(size);
+  return memory.data;
+}
 
 // One problem: R rows of activations times one matrix, for its outputs begin to end.
 struct Problem {
@@ -244,13 +252,8 @@ AMX void AmxPanel(const Problem& p, const int8_t* tiles) {
   // sums: [group, output / 16, 16 outputs, 16 rows]
   constexpr int64_t steps = kChunk / 4 / kVector, of_codes = 4 * steps * kTileBytes;
   const int64_t groups = RoundUp(p.rows, 16) / 16, halves = RoundUp(p.end - p.begin, 32) / 16;
-  static thread_local Aligned codes(kLargePanel / 16 * of_codes), sums_memory(0);
-  static thread_local int64_t sums_size = 0;
-  if (sums_size < groups * halves * kTileBytes) {
-    sums_size = groups * halves * kTileBytes;
-    sums_memory = Aligned(sums_size);
-  }
-  char* sums = sums_memory.data;
+  static thread_local Aligned codes(kLargePanel / 16 * of_codes), kept(0);
+  char* sums = Kept(kept, groups * halves * kTileBytes);
   std::memset(sums, 0, groups * halves * kTileBytes);
   const __m512i three = _mm512_set1_epi8(3);
   for (int64_t j0 = 0; j0 < p.width; j0 += kChunk / 4) {
@@ -542,23 +545,28 @@ AVX512 void Avx512Row(const T* table, const float* x, int64_t rows, int64_t size
 #endif
 
 template <class T>
+void TableRow(const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab,
+              float* out) {
+#if defined(__x86_64__)
+  if (BestPath() >= kVnni) return Avx512Row(table, x, rows, size, vocab, out);
+  if (BestPath() == kAvx2 && __builtin_cpu_supports("fma"))
+    return Avx2Row(table, x, rows, size, vocab, out);
+#endif
+  PlainRow(table, x, rows, size, vocab, out);
+}
+
+template <class T>
 void TableRows(ffi::ThreadPool& pool, const T* table, const float* x, int64_t rows, int64_t size,
                int64_t vocab, float* out) {
-  constexpr int64_t some = 64;
-  Parallel(pool, (vocab + some - 1) / some, vocab * size * sizeof(T), [=](int64_t i) {
-    for (int64_t v = i * some; v < std::min(vocab, (i + 1) * some); ++v) {
-#if defined(__x86_64__)
-      if (BestPath() >= kVnni) {
-        Avx512Row(table + v * size, x, rows, size, vocab, out + v);
-        continue;
-      }
-      if (BestPath() == kAvx2 && __builtin_cpu_supports("fma")) {
-        Avx2Row(table + v * size, x, rows, size, vocab, out + v);
-        continue;
-      }
-#endif
-      PlainRow(table + v * size, x, rows, size, vocab, out + v);
-    }
+  constexpr int64_t some = 64;  // rows of the table and, of x, rows that stay in a cache meanwhile
+  const int64_t panels = (vocab + some - 1) / some, groups = (rows + some - 1) / some;
+  const int64_t bytes = vocab * size * sizeof(T) * std::max<int64_t>(1, rows / 8);
+  Parallel(pool, panels * groups, bytes, [=](int64_t i) {
+    const int64_t v0 = i % panels * some, m0 = i / panels * some;
+    for (int64_t m = m0; m < std::min(rows, m0 + some); m += 4)
+      for (int64_t v = v0; v < std::min(vocab, v0 + some); ++v)
+        TableRow(table + v * size, x + m * size, std::min<int64_t>(4, rows - m), size, vocab,
+                 out + m * vocab + v);
   });
 }
 
@@ -579,7 +587,378 @@ ffi::Error TableDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffe
   return ffi::Error::Success();
 }
 
+// --- Norm -----------------------------------------------------------------------------------------
+
+void FromFloat(float value, float* out) { *out = value; }
+void FromFloat(float value, uint16_t* out) {  // to nearest, halves to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  *out = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class T>
+void NormRows(ffi::ThreadPool& pool, const T* x, const float* scale, int64_t rows, int64_t size,
+              float eps, T* out) {
+  Parallel(pool, rows, rows * size * sizeof(float), [=](int64_t m) {
+    static thread_local Aligned kept(0);
+    float* row = reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
+    for (int64_t i = 0; i < size; ++i) row[i] = ToFloat(x[m * size + i]);
+    float sum;
+    TableRow(row, row, 1, size, 1, &sum);
+    const float inverse = 1 / std::sqrt(sum / size + eps);
+    for (int64_t i = 0; i < size; ++i) FromFloat(scale[i] * row[i] * inverse, out + m * size + i);
+  });
+}
+
+// x [R, D], float32 or bfloat16, and scale float32 [D] -> as x: scale x / sqrt(mean square + eps).
+ffi::Error RmsNorm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> scale,
+                   ffi::Result<ffi::AnyBuffer> out, float eps) {
+  const int64_t rows = x.dimensions()[0], size = x.dimensions()[1];
+  const float* scales = scale.typed_data();
+  if (x.element_type() == ffi::BF16)
+    NormRows(pool, static_cast<const uint16_t*>(x.untyped_data()), scales, rows, size, eps,
+             static_cast<uint16_t*>(out->untyped_data()));
+  else if (x.element_type() == ffi::F32)
+    NormRows(pool, static_cast<const float*>(x.untyped_data()), scales, rows, size, eps,
+             static_cast<float*>(out->untyped_data()));
+  else
+    return ffi::Error::InvalidArgument("rows are neither float32 nor bfloat16");
+  return ffi::Error::Success();
+}
+
+// --- Attention ------------------------------------------------------------------------------------
+//
+// Soft-capped attention that reads the cache as far as each query sees it. No logit is above the
+// cap, so the softmax needs no maximum: sums of exp(logit - cap) and exp(logit - cap) v can just be
+// added. They are made for each kPart slots by themselves, and added in order: so a result depends
+// on its own query and slots only, not on other queries, rows or heads, nor on the threads.
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t IntLanes __attribute__((vector_size(64)));
+constexpr int64_t kWidth = 16;   // floats in Lanes
+constexpr int64_t kSlots = 32;   // that are turned into float32 and taken at a time
+constexpr int64_t kPart = 256;   // slots
+constexpr int64_t kQueries = 64; // rows of a task: queries of the heads that share keys and values
+
+#define INLINE inline __attribute__((always_inline))
+
+struct Attention {
+  const void *q, *k, *v;     // [B, T, N, H], [B, K, S, H] twice; float32 or bfloat16
+  const int32_t* positions;  // [B, T]
+  void* out;                 // [B, T, N, H]
+  int64_t batch, queries, heads, kv_heads, slots, size;
+  float multiplier, cap;
+  int64_t group() const { return heads / kv_heads; }
+  int64_t padded() const { return RoundUp(size, kWidth); }
+  int64_t rows() const { return queries * group(); }  // of one key/value head: row = query, head
+  int64_t offset(int64_t b, int64_t g, int64_t row) const {  // of a row in q and out
+    return ((b * queries + row / group()) * heads + g * group() + row % group()) * size;
+  }
+  int64_t last(int64_t b, int64_t row) const {  // the last slot that a row sees
+    return std::min<int64_t>(positions[b * queries + row / group()], slots - 1);
+  }
+  int64_t last(int64_t b, int64_t first, int64_t count) const {  // that any of several rows sees
+    int64_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, last(b, first + i));
+    return largest;
+  }
+};
+
+INLINE Lanes LoadLanes(const float* p) {
+  Lanes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// exp of numbers from -80 to 0, by 2^n and a polynomial in what is left, to about one unit in the
+// last place.
+INLINE Lanes Exp(Lanes x) {
+  const Lanes shifted = x * 1.44269504f + 12582912.f;  // rounds: no fraction fits beside 1.5 * 2^23
+  const Lanes n = shifted - 12582912.f;
+  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes p = r * 1.98412698e-4f + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.f;
+  const IntLanes bits = (__builtin_convertvector(n, IntLanes) + 127) << 23;
+  Lanes power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+INLINE Lanes Tanh(Lanes x) {
+  const Lanes zero = {}, magnitude = x < 0 ? -x : x, square = x * x;
+  const Lanes few = magnitude > 40.f ? zero + 40.f : magnitude;
+  const Lanes e = Exp(-2.f * few);
+  const Lanes large = (1.f - e) / (1.f + e);
+  // Near zero, where 1 - e loses digits: the first terms of its series.
+  Lanes p = 2.1869489e-2f - square * 8.8632356e-3f;
+  p = p * square - 5.3968254e-2f;
+  p = p * square + 1.3333333e-1f;
+  p = p * square - 3.3333333e-1f;
+  const Lanes small = x + x * square * p;
+  return magnitude < 0.25f ? small : (x < 0 ? -large : large);
+}
+// Lane i of the result is the sum of the lanes of v[i].
+INLINE Lanes Sums(Lanes v[kWidth]) {
+  for (int n = kWidth / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i)
+      v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20,
+                                     22, 24, 26, 28, 30) +
+             __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21,
+                                     23, 25, 27, 29, 31);
+  return v[0];
+}
+
+template <class T>
+INLINE void ToFloats(const T* from, int64_t count, int64_t size, int64_t padded, float* out) {
+  for (int64_t s = 0; s < count; ++s) {
+    for (int64_t h = 0; h < size; ++h) out[s * padded + h] = ToFloat(from[s * size + h]);
+    for (int64_t h = size; h < padded; ++h) out[s * padded + h] = 0;
+  }
+}
+
+// What a thread has at hand, in float32.
+struct Scratch {
+  explicit Scratch(int64_t padded) {
+    static thread_local Aligned kept(0);
+    const int64_t floats = (kQueries + 2 * kSlots) * padded + 4 * kSlots;
+    q = reinterpret_cast<float*>(Kept(kept, floats * sizeof(float)));
+    k = q + kQueries * padded;
+    v = k + kSlots * padded;
+    weights = v + kSlots * padded;
+  }
+  float *q, *k, *v, *weights;  // [kQueries, H], [kSlots, H] twice, [4, kSlots]
+};
+
+// Products [R, kSlots] of R rows with the keys in scratch. R * S = 16 of them are made at a time, each
+// in lanes over H that are added up at the end: R shows in no result.
+template <int R>
+INLINE void Products(const float* q, const float* k, int64_t padded, float* out) {
+  constexpr int S = kWidth / R;
+  for (int64_t s = 0; s < kSlots; s += S) {
+    Lanes sums[kWidth] = {};
+    for (int64_t h = 0; h < padded; h += kWidth) {
+      Lanes x[R];
+      for (int r = 0; r < R; ++r) x[r] = LoadLanes(q + r * padded + h);
+      for (int i = 0; i < S; ++i) {
+        const Lanes key = LoadLanes(k + (s + i) * padded + h);
+        for (int r = 0; r < R; ++r) sums[r * S + i] += x[r] * key;
+      }
+    }
+    const Lanes results = Sums(sums);
+    const auto* bytes = reinterpret_cast<const char*>(&results);
+    for (int r = 0; r < R; ++r)
+      std::memcpy(out + r * kSlots + s, bytes + r * S * sizeof(float), S * sizeof(float));
+  }
+}
+
+// Turns the products of one row into the weights of its slots, 0 beyond the last; adds these up.
+INLINE Lanes Weights(const Attention& a, int64_t last, float* products) {
+  constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Lanes total = {};
+  for (int64_t s = 0; s < kSlots; s += kWidth) {
+    const Lanes logits = Tanh(LoadLanes(products + s) * (a.multiplier / a.cap)) * a.cap;
+    const Lanes w = index > static_cast<int32_t>(last - s) ? Lanes{} : Exp(logits - a.cap);
+    std::memcpy(products + s, &w, sizeof w);
+    total += w;
+  }
+  return total;
+}
+
+// Adds the values in scratch, times the weights [R, kSlots], to sums [R, H], V vectors of H.
+template <int R, int V>
+INLINE void AddValues(const float* weights, const float* v, int64_t padded, float* sums) {
+  Lanes y[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) y[r][i] = LoadLanes(sums + r * padded + i * kWidth);
+  for (int64_t s = 0; s < kSlots; ++s)
+    for (int i = 0; i < V; ++i) {
+      const Lanes value = LoadLanes(v + s * padded + i * kWidth);
+      for (int r = 0; r < R; ++r) y[r][i] += weights[r * kSlots + s] * value;
+    }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i)
+      std::memcpy(sums + r * padded + i * kWidth, &y[r][i], sizeof(Lanes));
+}
+
+// What the slots in scratch, s and those after it, give R rows: into their sums and totals.
+template <int R>
+INLINE void AddSlots(const Attention& a, int64_t b, int64_t row, int64_t s, const Scratch& scratch,
+                     const float* q, float* sums, float* totals) {
+  const int64_t padded = a.padded();
+  Products<R>(q, scratch.k, padded, scratch.weights);
+  for (int r = 0; r < R; ++r) {
+    const Lanes more = Weights(a, a.last(b, row + r) - s, scratch.weights + r * kSlots);
+    const Lanes total = LoadLanes(totals + r * kWidth) + more;
+    std::memcpy(totals + r * kWidth, &total, sizeof total);
+  }
+  int64_t h = 0;
+  for (; h + 4 * kWidth <= padded; h += 4 * kWidth)
+    AddValues<R, 4>(scratch.weights, scratch.v + h, padded, sums + h);
+  for (; h < padded; h += kWidth)
+    AddValues<R, 1>(scratch.weights, scratch.v + h, padded, sums + h);
+}
+
+// Sums over the slots of one part, for the rows from first on, whose queries are in scratch:
+// [rows, H] of weighted values and, behind, the sum of the weights, kWidth floats for each row.
+template <class T>
+INLINE void PartSums(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
+                     int64_t part, Scratch& scratch, float* sums) {
+  const int64_t padded = a.padded(), at = (b * a.kv_heads + g) * a.slots;
+  float* totals = sums + rows * padded;
+  std::memset(sums, 0, rows * (padded + kWidth) * sizeof(float));
+  const int64_t end = std::min((part + 1) * kPart, a.last(b, first, rows) + 1);
+  for (int64_t s = part * kPart; s < end; s += kSlots) {
+    const int64_t count = std::min(kSlots, end - s);  // what lies behind is not read
+    ToFloats(static_cast<const T*>(a.k) + (at + s) * a.size, count, a.size, padded, scratch.k);
+    ToFloats(static_cast<const T*>(a.v) + (at + s) * a.size, count, a.size, padded, scratch.v);
+    for (int64_t i = count * padded; i < kSlots * padded; ++i) scratch.k[i] = scratch.v[i] = 0;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+      AddSlots<4>(a, b, first + r, s, scratch, scratch.q + r * padded, sums + r * padded,
+                  totals + r * kWidth);
+    for (; r < rows; ++r)
+      AddSlots<1>(a, b, first + r, s, scratch, scratch.q + r * padded, sums + r * padded,
+                  totals + r * kWidth);
+  }
+}
+
+// The sums of parts from begin to end, added in order, of the rows from first on.
+template <class T>
+INLINE void PartsSums(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
+                      int64_t begin, int64_t end, float* sums) {
+  static thread_local Aligned kept(0);
+  const int64_t size = rows * (a.padded() + kWidth);
+  float* more = reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
+  Scratch scratch(a.padded());
+  for (int64_t r = 0; r < rows; ++r)
+    ToFloats(static_cast<const T*>(a.q) + a.offset(b, g, first + r), 1, a.size, a.padded(),
+             scratch.q + r * a.padded());
+  PartSums<T>(a, b, g, first, rows, begin, scratch, sums);
+  for (int64_t part = begin + 1; part < end; ++part) {
+    PartSums<T>(a, b, g, first, rows, part, scratch, more);
+    for (int64_t i = 0; i < size; ++i) sums[i] += more[i];
+  }
+}
+
+template <class T>
+void PlainParts(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
+                int64_t begin, int64_t end, float* sums) {
+  PartsSums<T>(a, b, g, first, rows, begin, end, sums);
+}
+
+#if defined(__x86_64__)
+
+template <class T>
+__attribute__((target("avx2,fma"), optimize("fp-contract=fast"))) void Avx2Parts(
+    const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows, int64_t begin,
+    int64_t end, float* sums) {
+  PartsSums<T>(a, b, g, first, rows, begin, end, sums);
+}
+
+template <class T>
+AVX512 __attribute__((optimize("fp-contract=fast"))) void Avx512Parts(
+    const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows, int64_t begin,
+    int64_t end, float* sums) {
+  PartsSums<T>(a, b, g, first, rows, begin, end, sums);
+}
+
+#endif
+
+template <class T>
+auto BestParts() {
+#if defined(__x86_64__)
+  if (BestPath() >= kVnni) return Avx512Parts<T>;
+  if (BestPath() == kAvx2 && __builtin_cpu_supports("fma")) return Avx2Parts<T>;
+#endif
+  return PlainParts<T>;
+}
+
+// The output of the rows from first on, from their sums.
+template <class T>
+void Finish(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
+            const float* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* weights = sums + rows * a.padded() + r * kWidth;
+    float total = 0;
+    for (int i = 0; i < kWidth; ++i) total += weights[i];
+    T* out = static_cast<T*>(a.out) + a.offset(b, g, first + r);
+    for (int64_t h = 0; h < a.size; ++h) FromFloat(sums[r * a.padded() + h] / total, out + h);
+  }
+}
+
+template <class T>
+void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
+  const int64_t rows = a.rows(), tiles = (rows + kQueries - 1) / kQueries;
+  const int64_t parts = (a.slots + kPart - 1) / kPart, tasks = a.batch * a.kv_heads * tiles;
+  const bool split = tasks < 4 * pool.num_threads();  // then parts are tasks, added up at the end
+  const int64_t splits = split ? parts : 1, size = kQueries * (a.padded() + kWidth);
+  Aligned memory(split ? tasks * parts * size * sizeof(float) : 0);
+  float* sums = reinterpret_cast<float*>(memory.data);
+  int64_t seen = 0;
+  for (int64_t b = 0; b < a.batch; ++b) seen += a.last(b, 0, rows) + 1;
+  const int64_t bytes = seen * a.kv_heads * a.size * sizeof(T) * 2 * tiles;
+  struct Task {
+    int64_t b, g, first, rows, parts;
+  };
+  auto task = [=](int64_t i) {
+    const int64_t b = i / tiles / a.kv_heads, g = i / tiles % a.kv_heads, first = i % tiles * kQueries;
+    const int64_t count = std::min(kQueries, rows - first);
+    return Task{b, g, first, count, a.last(b, first, count) / kPart + 1};
+  };
+  Parallel(pool, tasks * splits, bytes, [=](int64_t i) {
+    static thread_local Aligned kept(0);
+    const Task t = task(i / splits);
+    const int64_t part = i % splits;
+    if (part >= t.parts) return;
+    float* to = split ? sums + i * size : reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
+    BestParts<T>()(a, t.b, t.g, t.first, t.rows, part, split ? part + 1 : t.parts, to);
+    if (!split) Finish<T>(a, t.b, t.g, t.first, t.rows, to);
+  });
+  if (!split) return;
+  for (int64_t i = 0; i < tasks; ++i) {
+    const Task t = task(i);
+    float* to = sums + i * parts * size;
+    for (int64_t part = 1; part < t.parts; ++part)
+      for (int64_t j = 0; j < size; ++j) to[j] += to[part * size + j];
+    Finish<T>(a, t.b, t.g, t.first, t.rows, to);
+  }
+}
+
+// q [B, T, N, H] over k, v [B, K, S, H], all float32 or all bfloat16, and positions int32 [B, T]
+// -> as q. A query sees the slots up to its position; the cap is 40 at most.
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                  ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::AnyBuffer> out,
+                  float multiplier, float cap) {
+  const auto qd = q.dimensions(), kd = k.dimensions();
+  if (kd[0] != qd[0] || kd[3] != qd[3] || qd[2] % kd[1])
+    return ffi::Error::InvalidArgument("queries do not fit the cache");
+  const Attention a{q.untyped_data(), k.untyped_data(), v.untyped_data(), positions.typed_data(),
+                    out->untyped_data(), qd[0], qd[1], qd[2], kd[1], kd[2], qd[3], multiplier, cap};
+  if (q.element_type() == ffi::BF16)
+    AttendAll<uint16_t>(pool, a);
+  else if (q.element_type() == ffi::F32)
+    AttendAll<float>(pool, a);
+  else
+    return ffi::Error::InvalidArgument("queries are neither float32 nor bfloat16");
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendHandler, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("multiplier")
+                                  .Attr<float>("cap"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(TableDotHandler, TableDot,
                               ffi::Ffi::Bind()
@@ -587,6 +966,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TableDotHandler, TableDot,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RmsNormHandler, RmsNorm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("eps"));
 
 extern "C" int64_t BestTernaryPath() { return BestPath(); }
 

@@ -20,6 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+import kernels
+
 # --- Ternary products -----------------------------------------------------------------------------
 
 BLOCK = 64  # bytes of a packing block, which is what a kernel takes at a time
@@ -206,7 +208,6 @@ def _shifted(codes, slab: int, interpret: bool):
 
 SLOTS = 64  # of the cache, that a program takes at a time
 ATTENTION_PROGRAMS = 128  # the cache is split into parts until there are about this many programs
-LARGEST_CAP = 40  # exp(-2 * 40) is still a normal float32
 
 
 def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...], cap: float) -> bool:
@@ -216,7 +217,7 @@ def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...], cap: flo
         heads % kv_heads == 0
         and size in (16, 32, 64, 128)
         and slots % SLOTS == 0
-        and 0 < cap <= LARGEST_CAP
+        and 0 < cap <= kernels.LARGEST_CAP
     )
 
 
@@ -264,6 +265,11 @@ def decode_attention(
     weights = jnp.sum(weights, axis=2)
     y = jnp.sum(sums, axis=2) / jnp.where(weights > 0, weights, 1)
     return y.reshape(q.shape).astype(q.dtype)
+
+
+def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
+    """`model.attend` of single queries, q [B, 1, N, H], by `decode_attention`."""
+    return decode_attention(q[:, 0], k, v, positions[:, 0] + 1, multiplier, cap)[:, None]
 
 
 def _attention_kernel(

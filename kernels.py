@@ -26,6 +26,7 @@ from data import cache_folder
 SOURCE = Path(__file__).with_name("cpu_kernels.cc")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _LOADING = threading.Lock()
+LARGEST_CAP = 40  # of attention logits: exp(-2 * 40) is still a normal float32
 DISABLE = "TERNARY_GROK_NATIVE"  # environment variable; 0: plain JAX
 
 
@@ -45,7 +46,7 @@ def _load() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(build()))
         jax.devices("cpu")  # a library that the backend refuses must not be there when it starts
-        for name in ("TernarySums", "TableDot"):
+        for name in ("TernarySums", "TableDot", "RmsNorm", "Attend"):
             handler = jax.ffi.pycapsule(getattr(loaded, f"{name}Handler"))
             jax.ffi.register_ffi_target(f"ternary_grok_{name}", handler, platform="cpu")
         return loaded
@@ -101,6 +102,16 @@ def keep_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def differentiable(fast: Callable, plain: Callable) -> Callable:
+    """`fast`, with the derivative of `plain`, a slower function of the same arrays.
+
+    Where a derivative is taken, only `plain` is computed.
+    """
+    f = jax.custom_jvp(fast)
+    f.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return f
+
+
 # --- Five trits to a byte -------------------------------------------------------------------------
 
 
@@ -145,9 +156,9 @@ def ternary_sums(x: jax.Array, packed: jax.Array, experts: jax.Array, block: int
     return call(x, packed, experts, block=np.int64(block), path=np.int64(path))
 
 
-def takes_table(rows: int, table: jax.Array) -> bool:
-    """Whether `table_dot` is for a product of so many rows."""
-    return on_cpu() and rows <= 8 and table.dtype in (jnp.float32, jnp.bfloat16)
+def takes_table(table: jax.Array) -> bool:
+    """Whether `table_dot` is for such a table."""
+    return on_cpu() and table.dtype in (jnp.float32, jnp.bfloat16)
 
 
 def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -157,3 +168,42 @@ def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
     """
     out = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), jnp.float32)
     return jax.ffi.ffi_call("ternary_grok_TableDot", out)(x, table)
+
+
+# --- Norm -----------------------------------------------------------------------------------------
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """scale * x / rms(x), in float32, of rows x [R, D] in their dtype, float32 or bfloat16.
+
+    No other row shows in a result. Needs `on_cpu()`.
+    """
+    call = jax.ffi.ffi_call("ternary_grok_RmsNorm", jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return call(x, scale, eps=np.float32(eps))
+
+
+# --- Attention ------------------------------------------------------------------------------------
+
+
+def attention_kernel(q: jax.Array, k: jax.Array, cap: float) -> Callable | None:
+    """The kernel for such queries and keys, with the arguments of `attend`; None: plain JAX."""
+    if k.dtype != q.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
+        return None
+    if on_cpu() and 0 < cap <= LARGEST_CAP:
+        return attend
+    if jax.default_backend() == "gpu" and q.shape[1] == 1:
+        import gpu_kernels
+
+        if gpu_kernels.takes_attention((q.shape[0], *q.shape[2:]), k.shape, cap):
+            return gpu_kernels.attend
+    return None
+
+
+def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
+    """`model.attend`, reading the cache only as far as each query sees it.
+
+    What a query gets depends on no other query, row or head, to the last bit. Needs `on_cpu()`, and
+    a cap of at most `LARGEST_CAP`.
+    """
+    call = jax.ffi.ffi_call("ternary_grok_Attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    return call(q, k, v, positions, multiplier=np.float32(multiplier), cap=np.float32(cap))

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import kernels
 import quantize
 import sharding
 
@@ -245,6 +246,20 @@ einsum = functools.partial(
 )
 
 
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """scale * x / rms(x) of x [..., D], in float32, back in its dtype. (Zhang and Sennrich 2019)"""
+
+    def plain(x, scale):
+        wide = x.astype(jnp.float32)
+        rms = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+        return (scale * wide * rms).astype(x.dtype)
+
+    if not kernels.on_cpu():
+        return plain(x, scale)
+    fast = kernels.differentiable(functools.partial(kernels.rms_norm, eps=eps), plain)
+    return fast(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape)
+
+
 def rotary_embedding(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     """Rotates x [B, T, heads, H] by its positions [B, T]; half-split pairs (i, i + H/2).
 
@@ -266,11 +281,18 @@ def attend(
     A query sees the slots up to its own position, `positions` [B, T]. Query heads g G to
     g G + G - 1 share key/value head g.
     """
-    grouped = _group_heads(q, k.shape[1])
-    logits = _capped_logits(grouped, k, multiplier, cap)
-    visible = _visible(jnp.arange(k.shape[2]), positions)
-    weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(v.dtype)
-    return _ungroup_heads(einsum("BKGTS,BKSH->BKGTH", weights, v), q)
+
+    def plain(q, k, v, positions):
+        logits = _capped_logits(_group_heads(q, k.shape[1]), k, multiplier, cap)
+        visible = _visible(jnp.arange(k.shape[2]), positions)
+        weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(v.dtype)
+        return _ungroup_heads(einsum("BKGTS,BKSH->BKGTH", weights, v), q)
+
+    kernel = kernels.attention_kernel(q, k, cap)
+    if kernel is None:
+        return plain(q, k, v, positions)
+    fast = functools.partial(kernel, multiplier=multiplier, cap=cap)
+    return kernels.differentiable(fast, plain)(q, k, v, positions)
 
 
 def attend_to_cache(
@@ -284,7 +306,7 @@ def attend_to_cache(
     would be too little work. Without a gradient: the number of blocks is not known before.
     """
     slots, block = k.shape[2], CACHE_BLOCK
-    if slots <= block or q.shape[1] == 1:
+    if slots <= block or q.shape[1] == 1 or kernels.attention_kernel(q, k, cap):
         return attend(q, k, v, positions, multiplier, cap)
     grouped = _group_heads(q, k.shape[1])
 
@@ -411,7 +433,7 @@ def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str
     hidden = jax.nn.gelu(dot(rows, linear)) * dot(rows, linear_v)  # [R, F]
     out = dot(hidden, linear_1, axis_name=sharding.mesh_axis("ffn"))  # [R, D]
     chosen = out.at[blocks.row_of_pair].get(mode="fill", fill_value=0)  # [B * T, A, D]
-    mixed = einsum("tad,ta->td", chosen.astype(jnp.float32), flat(gates))
+    mixed = jnp.sum(chosen.astype(jnp.float32) * flat(gates)[..., None], axis=1)
     return mixed.reshape(batch, queries, size)
 
 
@@ -445,17 +467,14 @@ class Linear(hk.Module):
 
 
 class RMSNorm(hk.Module):
-    """scale * x / rms(x), in float32, back in the dtype of x. (Zhang and Sennrich 2019, eq. 4)"""
+    """`rms_norm` with a scale of its own."""
 
     def __init__(self, eps: float, name: str = "rms_norm"):
         super().__init__(name)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
-        scale = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones)
-        wide = x.astype(jnp.float32)
-        rms = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (scale * wide * rms).astype(x.dtype)
+        return rms_norm(x, hk.get_parameter("scale", x.shape[-1:], init=jnp.ones), self.eps)
 
 
 class MultiHeadAttention(hk.Module):
@@ -481,7 +500,10 @@ class MultiHeadAttention(hk.Module):
         else:
             look, seen = attend_to_cache, write_memory(memory, k, v, positions)
             memory = seen
-        y = look(q, *seen, positions, c.attn_output_multiplier, c.attn_logit_cap)  # [B, T, N, H]
+        look = functools.partial(look, multiplier=c.attn_output_multiplier, cap=c.attn_logit_cap)
+        rows = ("batch", None, "heads", None)
+        look = sharding.shard_map(look, (rows, MEMORY_AXES, MEMORY_AXES, ("batch", None)), rows)
+        y = look(q, *seen, positions)  # [B, T, N, H]
         linear = Linear(c.emb_size, ("heads", "embed"), c.activations, "linear")
         return linear(y.reshape(*x.shape[:2], -1)), memory
 
@@ -499,7 +521,8 @@ class Router(hk.Module):
         size, experts = x.shape[-1], self.config.num_experts
         init = hk.initializers.TruncatedNormal(size**-0.5)
         w = hk.get_parameter("w", [size, experts], init=init)
-        logits = einsum("btd,de->bte", x.astype(jnp.float32), w)
+        rows = x.reshape(-1, size).astype(jnp.float32)
+        logits = quantize.table_dot(rows, w.T).reshape(*x.shape[:2], experts)
         probs = jax.nn.softmax(logits, axis=-1)
         return logits, probs, *lax.top_k(probs, self.config.num_selected_experts)
 

@@ -173,7 +173,8 @@ def quantize_rows(
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     if axis_name is not None:
         largest = lax.pmax(lax.stop_gradient(largest), axis_name)
-    step = jnp.maximum(largest, 1e-30) / levels
+    # The barrier: what is multiplied first is not for a compiler to choose, by the number of rows.
+    step = lax.optimization_barrier(jnp.maximum(largest, 1e-30) / levels)
     return jnp.round(x / step).astype(dtype), step
 
 
@@ -393,11 +394,11 @@ def grouped_dot(
     if axis_name is not None:
         y = lax.psum(y, axis_name)
     y = y.astype(jnp.float32)
+    scale = step
     if isinstance(w, QuantizedWeight1_58bit):
-        y = y * jnp.repeat(w.scales[experts, 0], x.shape[0] // blocks, axis=0)
-    if step is not None:
-        y = y * step
-    return y.astype(x.dtype)
+        gamma = jnp.repeat(w.scales[experts, 0], x.shape[0] // blocks, axis=0)  # [R, 1]
+        scale = gamma if step is None else lax.optimization_barrier(gamma * step)
+    return (y if scale is None else y * scale).astype(x.dtype)
 
 
 def _round_rows(x, w, axis_name, activations):
@@ -515,11 +516,15 @@ def _by_column_tiles(columns, x, shape):
 def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
     """Rows x [R, D] times each row of a table [V, D]: float32 [R, V].
 
-    With few rows on a CPU the order of the sums does not depend on R or V.
+    On a CPU the order of the sums does not depend on R or V.
     """
-    if kernels.takes_table(x.shape[0], table):
-        return kernels.table_dot(x.astype(jnp.float32), table)
-    return _matmul(x, table, (((1,), (1,)), ((), ())))
+
+    def plain(x, table):
+        return _matmul(x.astype(table.dtype), table, (((1,), (1,)), ((), ())))
+
+    if kernels.takes_table(table):
+        return kernels.differentiable(kernels.table_dot, plain)(x.astype(jnp.float32), table)
+    return plain(x, table)
 
 
 # --- Tables of choices ----------------------------------------------------------------------------

@@ -343,9 +343,12 @@ class InferenceRunner:
         with jax.set_mesh(mesh):
             self._slots = jax.jit(make_slots, out_shardings=in_slots)()
             self._row = jax.jit(make_row, out_shardings=in_row)().memory
+        # Without it, bfloat16 is rounded here and there by the shapes that XLA finds.
+        exact = {"xla_allow_excess_precision": False}
         self._prefill = jax.jit(
             functools.partial(prefill_chunk, runner.model),
             donate_argnums=1,
+            compiler_options=exact,
             out_shardings=(in_row.memory, everywhere),
         )
         outputs = (in_slots, everywhere)
@@ -356,6 +359,7 @@ class InferenceRunner:
         self._decode = jax.jit(
             functools.partial(decode_step, runner.model, eos=eos),
             donate_argnums=1,
+            compiler_options=exact,
             out_shardings=outputs,
         )
         self._free = jax.jit(lambda active, slot: active.at[slot].set(False))

@@ -153,8 +153,8 @@ def mesh_axis(axis: str | None) -> str | None:
 def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:
     """f on each device's shards under `jax.set_mesh`, and f itself where there is no mesh.
 
-    Each argument is an array or a weight of any format, its axes are logical ones. A batch that
-    does not split evenly is computed whole on every device.
+    Each argument is an array or a weight of any format, its axes are logical ones. An axis that does
+    not split evenly, such as a batch of one, is computed whole on every device.
     """
 
     @functools.wraps(f)
@@ -162,14 +162,15 @@ def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return f(*args)
-        uneven = any(
-            axis == "batch" and size % mesh.shape[AXES["batch"]]
+        uneven = {
+            axis
             for arg, axes in zip(args, in_axes, strict=True)
             for size, axis in zip(arg.shape, axes, strict=False)
-        )
+            if AXES[axis] is not None and size % mesh.shape[AXES[axis]]
+        }
 
         def even(axes):
-            return tuple(None if uneven and axis == "batch" else axis for axis in axes)
+            return tuple(None if axis in uneven else axis for axis in axes)
 
         in_specs = tuple(weight_specs(even(axes), x) for x, axes in zip(args, in_axes, strict=True))
         out_specs = P(*(AXES[axis] for axis in even(out_axes)))

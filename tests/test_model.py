@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import reference
 
+import kernels
 import model
 import quantize
 from model import PRECISIONS, PRESETS, KVMemory, LanguageModelConfig, init_memory, make_model
@@ -214,6 +215,7 @@ def test_rotary_embedding_far_out():
 def test_attention_in_blocks_of_the_cache(slots, dtype, error, monkeypatch):
     """Every number of blocks, the last one cut short or not; what is behind is not even read."""
     monkeypatch.setattr(model, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     random = np.random.default_rng(0)
     q = jnp.asarray(3 * random.standard_normal((3, 2, 6, 4)), dtype)
     k, v = (jnp.asarray(random.standard_normal((3, 2, slots, 4)), dtype) for _ in range(2))
