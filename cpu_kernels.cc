@@ -164,7 +164,7 @@ VNNI void VnniTile(const Problem& p, int64_t m0, int64_t o0) {
   const uint8_t* w = p.packed + o0 * p.bytes;
   const int8_t* x = p.slabs + m0 * 4 * p.width;
   // What to prefetch: short rows are those of the next outputs, which lie right behind.
-  const int64_t ahead = p.bytes <= 2048 ? N * p.bytes : 1024;
+  const int64_t ahead = 2 * (p.bytes <= 2048 ? N * p.bytes : 1024);
   for (int64_t j = 0; j < p.bytes; j += kVector) {
     const int64_t left = p.bytes - j;
     const __mmask64 mask = left >= kVector ? ~0ull : (1ull << left) - 1;
@@ -513,7 +513,9 @@ AVX512 void Avx512Rows(const T* table, const float* x, int64_t size, int64_t voc
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < size; i += kLanes) {
-    _mm_prefetch(reinterpret_cast<const char*>(table + i + 1024), _MM_HINT_T0);
+    const auto* ahead = reinterpret_cast<const char*>(table + i + 1024);
+    for (size_t line = 0; line < kLanes * sizeof(T); line += 64)
+      _mm_prefetch(ahead + line, _MM_HINT_T0);
     for (int k = 0; k < 4; ++k) {
       const int64_t left = size - i - 16 * k;
       const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;

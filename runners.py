@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 import checkpoint
+import kernels
 import quantize
 import sharding
 from model import (
@@ -148,12 +149,21 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     # The largest becomes 0 first, which no small temperature can make infinite.
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     allowed = top_p_filter(shifted / temperature, settings.nucleus_p)
-    drawn = jax.vmap(draw)(settings.rng_seed, count, allowed)
-    token = jnp.where(random, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
-    probs = jax.nn.softmax(allowed, axis=-1)
-    top_k_probs, top_k_ids = lax.top_k(probs, min(TOP_K, logits.shape[-1]))
-    prob = jnp.take_along_axis(probs, token[:, None], axis=-1)[:, 0]
-    return SampleOutput(token, prob, top_k_ids, top_k_probs)
+    total = jax.nn.logsumexp(allowed, axis=-1, keepdims=True)
+    top_k, top_k_ids = lax.top_k(allowed, min(TOP_K, logits.shape[-1]))
+    ids = jnp.arange(logits.shape[-1])
+    greedy = jnp.min(jnp.where(shifted == 0, ids, ids[-1]), axis=-1)  # argmax, which XLA makes slow
+    # Random numbers for every token of the vocabulary: not when nobody asks for them.
+    drawn = lax.cond(
+        jnp.any(random),
+        lambda: jax.vmap(draw)(settings.rng_seed, count, allowed),
+        lambda: greedy,
+    )
+    token = jnp.where(random, drawn, greedy).astype(jnp.int32)
+    chosen = jnp.take_along_axis(allowed, token[:, None], axis=-1)
+    return SampleOutput(
+        token, jnp.exp(chosen - total)[:, 0], top_k_ids, jnp.exp(top_k - total)
+    )
 
 
 # --- Slots: all that decoding keeps between two steps ---------------------------------------------
@@ -326,6 +336,7 @@ class InferenceRunner:
         """
         config, mesh = runner.config, runner.mesh
         check_slots(slots, mesh)
+        kernels.use_large_pages(runner.params)
         self.runner = runner
         self.tokenizer = tokenizer
         self.sequence_len = sequence_len or config.sequence_len
