@@ -467,6 +467,7 @@ float ToFloat(const uint16_t& v) {
   return value;
 }
 float ToFloat(const float& v) { return v; }
+float ToFloat(const int8_t& v) { return v; }
 
 // Lane i sums the products i, i + 64, ...; then the lanes are added in halves. The order depends on
 // the size only; paths differ in whether a product is rounded before it is added.
@@ -505,6 +506,10 @@ AVX512 inline __m512 Load16(const float* p, __mmask16 mask) { return _mm512_mask
 AVX512 inline __m512 Load16(const uint16_t* p, __mmask16 mask) {
   const __m256i half = _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(mask, p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+AVX512 inline __m512 Load16(const int8_t* p, __mmask16 mask) {
+  const __m128i quarter = _mm512_castsi512_si128(_mm512_maskz_loadu_epi8(mask, p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
 }
 
 template <class T, int M>
@@ -572,7 +577,7 @@ void TableRows(ffi::ThreadPool& pool, const T* table, const float* x, int64_t ro
   });
 }
 
-// x float32 [R, D] times table float32 or bfloat16 [V, D] -> float32 [R, V]
+// x float32 [R, D] times table float32, bfloat16 or int8 [V, D] -> float32 [R, V]
 ffi::Error TableDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer table,
                     ffi::ResultBuffer<ffi::F32> out) {
   const int64_t rows = x.dimensions()[0], size = x.dimensions()[1], vocab = table.dimensions()[0];
@@ -584,8 +589,11 @@ ffi::Error TableDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffe
   else if (table.element_type() == ffi::F32)
     TableRows(pool, static_cast<const float*>(table.untyped_data()), x.typed_data(), rows, size,
               vocab, out->typed_data());
+  else if (table.element_type() == ffi::S8)
+    TableRows(pool, static_cast<const int8_t*>(table.untyped_data()), x.typed_data(), rows, size,
+              vocab, out->typed_data());
   else
-    return ffi::Error::InvalidArgument("the table is neither float32 nor bfloat16");
+    return ffi::Error::InvalidArgument("the table is neither float32, bfloat16 nor int8");
   return ffi::Error::Success();
 }
 

@@ -133,6 +133,9 @@ def main(argv=None):
     parser.add_argument(
         "--activations", choices=quantize.ACTIVATIONS, help="in products (default: the model's)"
     )
+    parser.add_argument(
+        "--embeddings", choices=model.EMBEDDINGS, help="table in memory (default: the model's)"
+    )
     parser.add_argument("--mesh", default="1,1", metavar="D,M", help="devices: data,model axes")
     args = parser.parse_args(argv)
     if (args.tokens is None) != (args.save_logits is None):
@@ -141,6 +144,7 @@ def main(argv=None):
     try:
         config = model.config_from_dict(checkpoint.read_config(args.checkpoint))
         chosen = {"fprop_dtype": args.dtype, "activations": args.activations}
+        chosen["embeddings"] = args.embeddings
         config = dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})
         text = args.data and data.load_text(args.data)
         runner = runners.ModelRunner(config, sharding.parse_mesh(args.mesh))

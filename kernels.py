@@ -180,11 +180,11 @@ def ternary_sums(x: jax.Array, packed: jax.Array, experts: jax.Array, block: int
 
 def takes_table(table: jax.Array) -> bool:
     """Whether `table_dot` is for such a table."""
-    return on_cpu() and table.dtype in (jnp.float32, jnp.bfloat16)
+    return on_cpu() and table.dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
 
 
 def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
-    """x float32 [R, D] times a table [V, D], float32 or bfloat16: float32 [R, V].
+    """x float32 [R, D] times a table [V, D], float32, bfloat16 or int8: float32 [R, V].
 
     The order of the sums depends on D only. Needs `takes_table`.
     """

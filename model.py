@@ -22,6 +22,8 @@ import kernels
 import quantize
 import sharding
 
+EMBEDDINGS = ("float", "int8")  # what the embedding table is kept in
+
 # --- Configuration --------------------------------------------------------------------------------
 
 
@@ -32,6 +34,8 @@ class LanguageModelConfig:
     fprop_dtype: dtype of activations and cache; norms, softmax and routing are always float32
     activations: what the ternary and int8 matrices are multiplied with, see
       `quantize.quantize_rows`: "float", "int15", or "int8" for BitNet's rounding to 8 bits
+    embeddings: what the table that embeds tokens and gives their logits is kept in to run:
+      "float", in fprop_dtype, or "int8", each row rounded with a scale of its own
     """
 
     vocab_size: int = 131072
@@ -54,6 +58,7 @@ class LanguageModelConfig:
     rope_base: int = 10000
     fprop_dtype: str = "bfloat16"
     activations: str = "float"
+    embeddings: str = "float"
 
     def __post_init__(self):
         def require(condition, text):
@@ -82,6 +87,10 @@ class LanguageModelConfig:
         require(
             self.activations in quantize.ACTIVATIONS,
             f"activations must be one of {quantize.ACTIVATIONS}, got {self.activations!r}",
+        )
+        require(
+            self.embeddings in EMBEDDINGS,
+            f"embeddings must be one of {EMBEDDINGS}, got {self.embeddings!r}",
         )
 
     @property
@@ -135,7 +144,7 @@ PRESETS = {
 # nothing about the architecture, or that follow from other fields.
 IGNORED_KEYS = {"case", "checkpoint", "ffn_size", "mesh", "pad_token", "shard_activations"}
 IGNORED_KEYS |= {"preset", "quantization_config"}
-OPTIONAL_KEYS = {"activations", "embedding_init_scale", "eos_token", "fprop_dtype"}
+OPTIONAL_KEYS = {"activations", "embedding_init_scale", "embeddings", "eos_token", "fprop_dtype"}
 
 _MATRICES = r"/(query|key|value|linear|linear_v|linear_1)/w$"
 
@@ -617,24 +626,23 @@ class InOutEmbed(hk.Module):
         self.config = config
 
     @property
-    def embeddings(self) -> jax.Array:  # [V, D]
+    def embeddings(self) -> jax.Array | quantize.QuantizedTable8bit:  # [V, D]
         c = self.config
         init = hk.initializers.TruncatedNormal(c.embedding_init_scale * c.emb_size**-0.5)
         return hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], init=init)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
         dtype = self.config.fprop_dtype
-        rows = self.embeddings[tokens].astype(dtype).astype(jnp.float32)
+        rows = quantize.table_rows(self.embeddings, tokens).astype(dtype).astype(jnp.float32)
         return (rows * self.config.embedding_multiplier_scale).astype(dtype)
 
     def decode(self, h: jax.Array) -> jax.Array:  # [..., D] -> float32 [..., V]
-        table = self.embeddings.astype(h.dtype)
-        if h.ndim == 2:  # the last tokens, in decoding
-            rows, whole = ("batch", None), ("vocab", None)
-            dot = sharding.shard_map(quantize.table_dot, (rows, whole), ("batch", "vocab"))
-            logits = dot(h, table)
-        else:
-            logits = einsum("...d,vd->...v", h, table)
+        table = self.embeddings
+        if isinstance(table, jax.Array):
+            table = table.astype(h.dtype)
+        rows, whole = ("batch", None), ("vocab", None)
+        dot = sharding.shard_map(quantize.table_dot, (rows, whole), ("batch", "vocab"))
+        logits = dot(h.reshape(-1, h.shape[-1]), table).reshape(*h.shape[:-1], -1)
         return logits * self.config.output_multiplier_scale
 
 

@@ -83,6 +83,26 @@ class QuantizedWeight1_58bit:
         return (*lead, 4 * width - self.padding, outputs)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weight", "scales"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedTable8bit:
+    """An embedding table whose rows are int8 times a scale each.
+
+    weight: int8 [V, D]
+    scales: float32 [V, 1]
+    """
+
+    weight: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[V, D]."""
+        return tuple(self.weight.shape)
+
+
 Weight = jax.Array | QuantizedWeight8bit | QuantizedWeight1_58bit
 
 
@@ -513,13 +533,32 @@ def _by_column_tiles(columns, x, shape):
     return lax.fori_loop(0, -(-outputs // size), body, y)
 
 
-def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
+# --- Embedding tables -----------------------------------------------------------------------------
+
+
+def quantize_table(table: jax.Array) -> QuantizedTable8bit:
+    """Rows of a float table [V, D] rounded to int8, 127 at their largest."""
+    weight, scales = quantize_rows(table)
+    return QuantizedTable8bit(weight, scales)
+
+
+def table_rows(table: jax.Array | QuantizedTable8bit, index: jax.Array) -> jax.Array:
+    """Rows of a table, float32 [..., D], for index int32 [...]."""
+    if isinstance(table, QuantizedTable8bit):
+        return table.weight[index].astype(jnp.float32) * table.scales[index]
+    return table[index].astype(jnp.float32)
+
+
+def table_dot(x: jax.Array, table: jax.Array | QuantizedTable8bit) -> jax.Array:
     """Rows x [R, D] times each row of a table [V, D]: float32 [R, V].
 
     On a CPU the order of the sums does not depend on R or V.
     """
+    if isinstance(table, QuantizedTable8bit):
+        return table_dot(x, table.weight) * table.scales[:, 0]
 
     def plain(x, table):
+        table = table.astype(x.dtype) if table.dtype == jnp.int8 else table
         return _matmul(x.astype(table.dtype), table, (((1,), (1,)), ((), ())))
 
     if kernels.takes_table(table):

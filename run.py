@@ -43,6 +43,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--weights", choices=model.PRECISIONS, help="in memory (as converted, else ternary)")
     add("--dtype", choices=("float32", "bfloat16"), help="of activations and cache (the model's)")
     add("--activations", choices=quantize.ACTIVATIONS, help="in products (the model's)")
+    add("--embeddings", choices=model.EMBEDDINGS, help="table of them in memory (the model's)")
 
     add = parser.add_argument_group("devices").add_argument
     add("--mesh", metavar="D,M", help="data,model axes (1, as many devices as divide the heads)")
@@ -105,7 +106,7 @@ def resolve_config(args: argparse.Namespace) -> model.LanguageModelConfig:
     else:
         config = model.config_from_dict(checkpoint.read_config(args.checkpoint))
     chosen = {"fprop_dtype": args.dtype, "activations": args.activations}
-    chosen["sequence_len"] = args.sequence_len
+    chosen |= {"embeddings": args.embeddings, "sequence_len": args.sequence_len}
     return dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})
 
 

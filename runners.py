@@ -85,8 +85,10 @@ class ModelRunner:
 
 
 def cast_embeddings(params: dict, config: LanguageModelConfig) -> dict:
-    """The embedding table in the compute dtype: no other float tensor is as large."""
-    table = params[EMBEDDINGS]["embeddings"].astype(config.fprop_dtype)
+    """The embedding table in the compute dtype, or int8: no other float tensor is as large."""
+    table = params[EMBEDDINGS]["embeddings"]
+    int8 = config.embeddings == "int8"
+    table = quantize.quantize_table(table) if int8 else table.astype(config.fprop_dtype)
     return params | {EMBEDDINGS: {"embeddings": table}}
 
 
