@@ -957,7 +957,34 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   return ffi::Error::Success();
 }
 
+// new rows [B, T, K, H] into the slots int32 [B, T] of a cache [B, K, S, H], which is the output, too;
+// those that it does not have are dropped.
+ffi::Error WriteSlots(ffi::AnyBuffer, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> slots,
+                      ffi::Result<ffi::AnyBuffer> cache) {
+  const auto cd = cache->dimensions(), rd = rows.dimensions();
+  if (cache->element_type() != rows.element_type() || cd[0] != rd[0] || cd[1] != rd[2] ||
+      cd[3] != rd[3])
+    return ffi::Error::InvalidArgument("new rows do not fit the cache");
+  const int64_t size = cd[3] * cache->size_bytes() / cache->element_count();
+  const auto* from = static_cast<const char*>(rows.untyped_data());
+  auto* to = static_cast<char*>(cache->untyped_data());
+  for (int64_t b = 0; b < rd[0]; ++b)
+    for (int64_t t = 0; t < rd[1]; ++t) {
+      const int64_t slot = slots.typed_data()[b * rd[1] + t];
+      for (int64_t k = 0; k < rd[2]; ++k, from += size)
+        if (slot >= 0 && slot < cd[2]) std::memcpy(to + ((b * cd[1] + k) * cd[2] + slot) * size, from, size);
+    }
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WriteSlotsHandler, WriteSlots,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendHandler, Attend,
                               ffi::Ffi::Bind()

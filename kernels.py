@@ -46,7 +46,7 @@ def _load() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(build()))
         jax.devices("cpu")  # a library that the backend refuses must not be there when it starts
-        for name in ("TernarySums", "TableDot", "RmsNorm", "Attend"):
+        for name in ("TernarySums", "TableDot", "RmsNorm", "Attend", "WriteSlots"):
             handler = jax.ffi.pycapsule(getattr(loaded, f"{name}Handler"))
             jax.ffi.register_ffi_target(f"ternary_grok_{name}", handler, platform="cpu")
         return loaded
@@ -229,3 +229,14 @@ def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
     """
     call = jax.ffi.ffi_call("ternary_grok_Attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
     return call(q, k, v, positions, multiplier=np.float32(multiplier), cap=np.float32(cap))
+
+
+def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+    """A cache [B, K, S, H] with new rows [B, T, K, H] at slots int32 [B, T]; others are dropped.
+
+    In place if nothing else needs the cache: XLA's own scatter reads and writes all of it. Needs
+    `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
+    call = jax.ffi.ffi_call("ternary_grok_WriteSlots", out, input_output_aliases={0: 0})
+    return call(cache, new, slots)

@@ -360,13 +360,17 @@ def _visible(slots, positions):  # [S], [B, T] -> [B, 1, 1, T, S]
 
 def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVMemory:
     """Puts k, v [B, T, K, H] at their slots [B, T]; what lies past the last slot is dropped."""
+    axes = (MEMORY_AXES, ("batch", None, "heads", None), ("batch", None))
+    write = sharding.shard_map(_write_slots, axes, MEMORY_AXES)
+    return KVMemory(write(memory.k, k, positions), write(memory.v, v, positions))
 
-    def write(cache, new, slots):  # [K, S, H], [T, K, H], [T]
+
+def _write_slots(cache, new, slots):  # [B, K, S, H], [B, T, K, H], [B, T]
+    def row(cache, new, slots):  # [K, S, H], [T, K, H], [T]
         return cache.at[:, slots].set(new.swapaxes(0, 1), mode="drop")
 
-    return KVMemory(
-        *(jax.vmap(write)(c, n, positions) for c, n in zip(memory, (k, v), strict=True))
-    )
+    write = kernels.write_slots if kernels.on_cpu() else jax.vmap(row)
+    return write(cache, new.astype(cache.dtype), slots)
 
 
 class ExpertBlocks(NamedTuple):

@@ -40,6 +40,7 @@ BOS = 1  # what an empty prompt starts from
 TOP_K = 8  # alternatives that come with each token
 PAD_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # prefill is compiled for each one that is used
 EMBEDDINGS = "language_model/in_out_embed"
+EXACT = {"xla_allow_excess_precision": False}  # else the batch says where XLA rounds to bfloat16
 
 # --- A model on its mesh --------------------------------------------------------------------------
 
@@ -163,9 +164,7 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     )
     token = jnp.where(random, drawn, greedy).astype(jnp.int32)
     chosen = jnp.take_along_axis(allowed, token[:, None], axis=-1)
-    return SampleOutput(
-        token, jnp.exp(chosen - total)[:, 0], top_k_ids, jnp.exp(top_k - total)
-    )
+    return SampleOutput(token, jnp.exp(chosen - total)[:, 0], top_k_ids, jnp.exp(top_k - total))
 
 
 # --- Slots: all that decoding keeps between two steps ---------------------------------------------
@@ -356,12 +355,10 @@ class InferenceRunner:
         with jax.set_mesh(mesh):
             self._slots = jax.jit(make_slots, out_shardings=in_slots)()
             self._row = jax.jit(make_row, out_shardings=in_row)().memory
-        # Without it, bfloat16 is rounded here and there by the shapes that XLA finds.
-        exact = {"xla_allow_excess_precision": False}
         self._prefill = jax.jit(
             functools.partial(prefill_chunk, runner.model),
             donate_argnums=1,
-            compiler_options=exact,
+            compiler_options=EXACT,
             out_shardings=(in_row.memory, everywhere),
         )
         outputs = (in_slots, everywhere)
@@ -372,7 +369,7 @@ class InferenceRunner:
         self._decode = jax.jit(
             functools.partial(decode_step, runner.model, eos=eos),
             donate_argnums=1,
-            compiler_options=exact,
+            compiler_options=EXACT,
             out_shardings=outputs,
         )
         self._free = jax.jit(lambda active, slot: active.at[slot].set(False))

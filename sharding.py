@@ -155,8 +155,8 @@ def mesh_axis(axis: str | None) -> str | None:
 def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:
     """f on each device's shards under `jax.set_mesh`, and f itself where there is no mesh.
 
-    Each argument is an array or a weight of any format, its axes are logical ones. An axis that does
-    not split evenly, such as a batch of one, is computed whole on every device.
+    Each argument is an array or a weight of any format, its axes are logical ones. An axis that
+    does not split evenly, such as a batch of one, is computed whole on every device.
     """
 
     @functools.wraps(f)
