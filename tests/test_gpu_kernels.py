@@ -11,7 +11,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import gpu_kernels
+import model
 import quantize
+import runners
 from gpu_kernels import FEW_ROWS, MANY_ROWS
 
 EXPERTS = [2, -1, 0, 2, 1]  # of the blocks: repeated, skipped, and not in order
@@ -192,7 +194,7 @@ def test_halves_round_to_even():
 def lowered_for_cuda(f, *shapes) -> str:
     """The program for an H200, of arguments (shape, dtype): no GPU takes part."""
     device = AbstractDevice("NVIDIA H200", 132, "gpu")
-    mesh = AbstractMesh((1,), ("devices",), abstract_device=device)
+    mesh = AbstractMesh((1, 1), ("data", "model"), abstract_device=device)
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -229,6 +231,28 @@ def test_norm_lowers_for_cuda(planes):
     norm = functools.partial(gpu_kernels.rms_norm_quantize, eps=1e-5, planes=planes)
     text = lowered_for_cuda(norm, ((2, 6144), jnp.bfloat16), ((6144,), jnp.float32))
     assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_decode_step_lowers_for_cuda_with_every_product_and_attention_a_kernel(
+    rows, monkeypatch
+):
+    """Of a layer: four matrices of attention, attention itself, and three of the experts."""
+    config = model.LanguageModelConfig(
+        vocab_size=512, emb_size=2048, num_layers=2, num_q_heads=32, num_kv_heads=4, key_size=64,
+        sequence_len=256, widening_factor=3, activations="int8",
+    )  # fmt: skip
+    params = runners.abstract_weights(config, "ternary")
+    slots = jax.eval_shape(lambda: runners.empty_slots(config, rows, config.sequence_len))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    step = functools.partial(runners.decode_step, model.make_model(config), eos=2)
+    leaves, structure = jax.tree.flatten((params, slots))
+    text = lowered_for_cuda(
+        lambda *leaves: step(*jax.tree.unflatten(structure, leaves)),
+        *((leaf.shape, leaf.dtype) for leaf in leaves),
+    )
+    assert text.count("__gpu$xla.gpu.triton") == 2 * 8
+    assert text.count("decode_attention") >= 2
 
 
 needs_gpu = pytest.mark.skipif(
