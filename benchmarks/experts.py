@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import kernels
 import model
 import quantize
 from benchmarks import timer
@@ -179,6 +180,7 @@ def compare(report, limits) -> None:
     config = model.PRESETS["bench"]
     layers = random_layers(config)
     theirs = session(layers)
+    kernels.use_large_pages(layers)
     random = np.random.default_rng(0)
     products = 3 * config.num_selected_experts * config.num_layers
     products *= config.emb_size * config.ffn_size

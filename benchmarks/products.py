@@ -43,6 +43,7 @@ def product_seconds(multiply, x, weights) -> float:
     """Seconds of one product, in a compiled loop over several weights that no cache holds."""
     stacked = jax.tree.leaves(weights)[0].shape[0]
     count = stacked if x.shape[0] < 64 else min(stacked, 4)
+    kernels.use_large_pages(weights)
 
     @jax.jit
     def loop(x, weights):
