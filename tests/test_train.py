@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 import checkpoint
+import learning
 import model
 import quantize
+import records
 import runners
+import sharding
 import shards
 import tokenizer
 import train
@@ -22,15 +25,14 @@ TEXT = "".join(f"{i} bottles of milk on the wall, {i} bottles of milk.\n" for i 
 
 
 def jitted(weights, config=CONFIG):
-    init, apply = train.training_model(config, weights)
+    init, apply = learning.training_model(config, weights)
     return jax.jit(init), jax.jit(apply)
 
 
 def state_of(folder, config=CONFIG, settings=SETTINGS):
-    params = model.abstract_params(config)
-    opt_state = jax.eval_shape(train.make_optimizer(settings).init, params)
-    like = train.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
-    return train.load_state(folder / "state.safetensors", like)
+    optimizer = learning.make_optimizer(settings)
+    like = train.abstract_state(config, optimizer, sharding.make_mesh())
+    return records.load_state(records.open_states(folder), like)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_an_interrupted_run_resumes_exactly(run, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "plot", interrupt)
+        patch.setattr(records, "plot", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train.run(CONFIG, SETTINGS, "ternary", TEXT, tmp_path, {})
     assert int(state_of(tmp_path).step) == 3
@@ -110,7 +112,7 @@ def test_the_loaded_checkpoint_is_what_the_forward_pass_saw(
 ):
     params = state_of(run[0]).params
     processor = tokenizer.load(None, CONFIG.vocab_size)
-    train.export(tmp_path / "checkpoint", CONFIG, params, "ternary", form, processor, {})
+    records.export(tmp_path / "checkpoint", CONFIG, params, "ternary", form, processor, {})
     runner = runners.ModelRunner(CONFIG)
     runner.load(tmp_path / "checkpoint")
     wrapped = params["transformer/decoder_layer_0/moe/linear_1"]["w"]
@@ -132,7 +134,7 @@ def test_a_float_model_is_kept_in_floats(tmp_path):
     init, apply = jitted("float")
     params = init(jax.random.key(0), tokens)
     processor = tokenizer.load(None, CONFIG.vocab_size)
-    train.export(tmp_path / "checkpoint", CONFIG, params, "float", "converted", processor, {})
+    records.export(tmp_path / "checkpoint", CONFIG, params, "float", "converted", processor, {})
     runner = runners.ModelRunner(CONFIG)
     runner.load(tmp_path / "checkpoint")
     jax.tree.map(np.testing.assert_array_equal, runner.params, params)
@@ -142,7 +144,7 @@ def test_every_matrix_gets_a_gradient_through_the_rounding():
     init, apply = jitted("ternary")
     tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 1024)
     params = init(jax.random.key(0), tokens)
-    loss = lambda p: train.loss_and_metrics(apply, SETTINGS, p, tokens)[0]  # noqa: E731
+    loss = lambda p: learning.loss_and_metrics(apply, SETTINGS, p, tokens)[0]  # noqa: E731
     grads = jax.jit(jax.grad(loss))(params)
     assert all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(grads))
 
@@ -167,15 +169,15 @@ def test_ternary_training_sees_ternary_weights_and_float_training_does_not():
 def test_balance_loss_by_hand():
     even = jnp.full((1, 4, 4), 0.25)
     spread = jnp.arange(4).reshape(1, 4, 1)
-    np.testing.assert_allclose(train.balance_loss(even, spread), 1)
+    np.testing.assert_allclose(learning.balance_loss(even, spread), 1)
     certain = jax.nn.one_hot(jnp.zeros((1, 4), int), 4)
-    np.testing.assert_allclose(train.balance_loss(certain, jnp.zeros((1, 4, 1), int)), 4)
+    np.testing.assert_allclose(learning.balance_loss(certain, jnp.zeros((1, 4, 1), int)), 4)
 
 
 def test_router_z_loss_by_hand():
     logits = jnp.array([[[0.0, 0.0], [np.log(3.0), 0.0]]])
     expected = (np.log(2) ** 2 + np.log(4) ** 2) / 2
-    np.testing.assert_allclose(train.router_z_loss(logits), expected, rtol=1e-6)
+    np.testing.assert_allclose(learning.router_z_loss(logits), expected, rtol=1e-6)
 
 
 def test_batches_are_a_function_of_the_step():
@@ -193,7 +195,7 @@ def test_divergence_stops_with_the_cure(tmp_path, monkeypatch):
     monkeypatch.setattr(train.evaluate, "cross_entropy", lambda *_: jnp.full((2, 16), jnp.nan))
     with pytest.raises(FloatingPointError, match="loss is nan at step 3: lower --learning-rate"):
         train.run(CONFIG, SETTINGS, "ternary", TEXT, tmp_path, {})
-    assert not (tmp_path / "state.safetensors").exists()
+    assert not list((tmp_path / "states").iterdir())
 
 
 @pytest.mark.parametrize("form, function", [("released", "save"), ("converted", "save_converted")])
@@ -207,5 +209,5 @@ def test_a_folder_half_exported_does_not_look_whole(tmp_path, monkeypatch, form,
     monkeypatch.setattr(checkpoint, function, full_disk)
     processor = tokenizer.load(None, CONFIG.vocab_size)
     with pytest.raises(OSError, match="disk full"):
-        train.export(tmp_path / "checkpoint", CONFIG, params, "ternary", form, processor, {})
+        records.export(tmp_path / "checkpoint", CONFIG, params, "ternary", form, processor, {})
     assert not (tmp_path / "checkpoint").exists()
