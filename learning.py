@@ -90,11 +90,12 @@ def training_model(
         return quantize.fake_ternarize(w) if ternary else w
 
     def interceptor(next_f, args, kwargs, context):
-        module, method = context.module, context.method_name
-        if router_noise and isinstance(module, model.Router):
+        if context.method_name != "__call__":
+            return next_f(*args, **kwargs)
+        if router_noise and isinstance(context.module, model.Router):
             args = (jitter(hk.next_rng_key(), args[0], router_noise),)
         y = next_f(*args, **kwargs)
-        if dropout and method == "__call__" and is_added(module):
+        if dropout and is_added(context.module):
             y = hk.dropout(hk.next_rng_key(), dropout, y)
         return y
 

@@ -381,13 +381,16 @@ def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> Exp
 
 def expert_block(pairs: int, num_experts: int) -> int:
     """Rows in a block: an expert's fair share, or four times as many, up to 16, so that with few
-    tokens few experts need two blocks; at most 128, as many as are worth unpacking a matrix for.
+    tokens few experts need two blocks; at most 128, as many as are worth unpacking a matrix for, or
+    a quarter of the share: training reads a copy of the matrix for each block.
 
-    Two of eight experts: 1 for one token, 8 for eight, 16 for 64, 32 for 128, 128 for 512 and more.
+    Two of eight experts: 1 for one token, 8 for eight, 16 for 64, 32 for 128, 128 for 512 and more,
+    256 for 4096, 1024 for 16384.
     """
     share = pairs / num_experts
     rows = max(share, min(4 * share, 16))
-    return min(128, 1 << max(0, math.ceil(math.log2(rows))))
+    rows = min(rows, max(128, share / 4))
+    return 1 << max(0, math.ceil(math.log2(rows)))
 
 
 def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str) -> jax.Array:

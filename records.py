@@ -172,6 +172,8 @@ def _write_released(folder: Path, params, weights: str, described: dict, files: 
 
 def read_model(folder: Path) -> tuple[model.LanguageModelConfig, str]:
     """A checkpoint's configuration, and what its weights are: as converted, or "int8"."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder {folder}; give one that holds a model")
     config = model.config_from_dict(checkpoint.read_config(folder))
     return config, checkpoint.default_weights(folder) if shards.exists(folder) else "int8"
 
