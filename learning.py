@@ -32,7 +32,7 @@ class Settings:
     warmup: int = setting(100, "updates in which the learning rate rises")
     weight_decay: float = setting(0.1, "of matrices")
     dropout: float = setting(0.0, "of embeddings and of what each block adds to them")
-    bpe_dropout: float = setting(0.1, "chance to skip a merge when the text is cut into tokens")
+    bpe_dropout: float = setting(0.1, "chance that no token reaches across a place in the text")
     balance_weight: float = setting(0.01, "of the loss that keeps experts equally busy")
     router_z_weight: float = setting(1e-3, "of the loss that keeps router logits small")
     router_noise: float = setting(0.0, "largest relative change to each input of a router")

@@ -139,6 +139,24 @@ def test_dropout_is_fixed_by_its_seed(demo):
     assert len(plain) < len(first) < 1.5 * len(plain)
     assert demo.decode(first.tolist()) == demo.decode(other.tolist()) == text
     np.testing.assert_array_equal(tokenizer.encode(demo, text), plain)
+    pieces = [demo.id_to_piece(i) for i in tokenizer.encode(demo, "to be or not to be", 0.2, 3)]
+    assert pieces == [
+        "t",
+        "o",
+        "▁be",
+        "▁or",
+        "▁n",
+        "ot",
+        "▁to",
+        "▁be",
+    ]  # in this process as in any other
+
+
+def test_dropout_needs_a_tokenizer_that_adds_no_spaces():
+    processor = tokenizer.load(None, 1024)
+    processor.override_normalizer_spec(add_dummy_prefix=True)
+    with pytest.raises(ValueError, match="adds spaces where a text is cut: set bpe_dropout to 0"):
+        tokenizer.encode(processor, SPEECH * 20, 0.3, 0)
 
 
 # Streamed decoding
