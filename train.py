@@ -93,7 +93,7 @@ def kept_bytes(config, settings: Settings, weights: str, batch: int, layers: int
 
 
 def flops_per_token(config) -> int:
-    """Of forward and backward pass: 6 for each parameter in use, 12 T for each query's numbers."""
+    """Of the forward and the backward pass: 6 for each parameter in use, and attention."""
     params = model.abstract_params(config)
     share = config.num_selected_experts / max(config.num_experts, 1)
     active = sum(
@@ -101,8 +101,12 @@ def flops_per_token(config) -> int:
         for module, entries in params.items()
         for w in entries.values()
     )
-    queries = config.num_layers * config.num_q_heads * config.key_size
-    return int(6 * active + 12 * config.sequence_len * queries)
+    return int(6 * active) + attention_flops(config)
+
+
+def attention_flops(config) -> int:
+    """Of a token's queries with all keys, and of the sums of values, as if nothing were masked."""
+    return 12 * config.sequence_len * config.num_layers * config.num_q_heads * config.key_size
 
 
 def product_rate() -> float:
