@@ -100,22 +100,25 @@ class LanguageModelConfig:
         return size + -size % 8
 
 
+def small(emb_size: int, num_layers: int, q_heads: int, kv_heads: int, **sizes):
+    """A ternary model to train from scratch: heads of 64, 2 of 8 experts as wide as the model, and
+    the multipliers that follow from these."""
+    standard = {"vocab_size": 1024, "sequence_len": 256, "key_size": 64, "widening_factor": 1.5}
+    standard |= {"fprop_dtype": "float32", "activations": "int8"} | sizes
+    return LanguageModelConfig(
+        emb_size=emb_size,
+        num_layers=num_layers,
+        num_q_heads=q_heads,
+        num_kv_heads=kv_heads,
+        embedding_multiplier_scale=math.sqrt(emb_size),
+        attn_output_multiplier=1 / math.sqrt(standard["key_size"]),
+        **standard,
+    )
+
+
 PRESETS = {
     "grok-1": LanguageModelConfig(),
-    "demo": LanguageModelConfig(
-        vocab_size=1024,
-        sequence_len=256,
-        emb_size=256,
-        num_layers=4,
-        num_q_heads=4,
-        num_kv_heads=2,
-        key_size=64,
-        widening_factor=1.5,
-        embedding_multiplier_scale=math.sqrt(256),
-        attn_output_multiplier=1 / math.sqrt(64),
-        fprop_dtype="float32",
-        activations="int8",
-    ),
+    "demo": small(256, 4, 4, 2),  # 7 million parameters
     "bench": LanguageModelConfig(  # 1.3 billion parameters, to measure against other programs
         vocab_size=32768,
         sequence_len=1024,
@@ -125,19 +128,12 @@ PRESETS = {
         num_kv_heads=2,
         activations="int8",
     ),
-    "tiny": LanguageModelConfig(
-        vocab_size=1024,
-        sequence_len=64,
-        emb_size=48,
-        num_layers=2,
-        num_q_heads=6,
-        num_kv_heads=2,
-        key_size=8,
-        widening_factor=2,
-        embedding_multiplier_scale=math.sqrt(48),
-        attn_output_multiplier=1 / math.sqrt(8),
-        fprop_dtype="float32",
-    ),
+    "tiny": small(48, 2, 6, 2, sequence_len=64, key_size=8, widening_factor=2, activations="float"),
+    # To train, named after their parameters.
+    "1m": small(128, 2, 2, 1),
+    "10m": small(256, 6, 4, 2),
+    "100m": small(512, 14, 8, 2, sequence_len=512),
+    "1b": small(1536, 16, 24, 8, sequence_len=1024),
 }
 
 # Fields of configuration files, the reference's and those of converted checkpoints, that say
@@ -420,13 +416,16 @@ def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> Exp
 
 def expert_block(pairs: int, num_experts: int) -> int:
     """Rows in a block: an expert's fair share, or four times as many, up to 16, so that with few
-    tokens few experts need two blocks; at most 128, as many as are worth unpacking a matrix for.
+    tokens few experts need two blocks; at most 128, as many as are worth unpacking a matrix for, or
+    a quarter of the share: training reads a copy of the matrix for each block.
 
-    Two of eight experts: 1 for one token, 8 for eight, 16 for 64, 32 for 128, 128 for 512 and more.
+    Two of eight experts: 1 for one token, 8 for eight, 16 for 64, 32 for 128, 128 for 512 and more,
+    256 for 4096, 1024 for 16384.
     """
     share = pairs / num_experts
     rows = max(share, min(4 * share, 16))
-    return min(128, 1 << max(0, math.ceil(math.log2(rows))))
+    rows = min(rows, max(128, share / 4))
+    return 1 << max(0, math.ceil(math.log2(rows)))
 
 
 def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str) -> jax.Array:

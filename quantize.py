@@ -135,6 +135,24 @@ def fake_ternarize(w: jax.Array) -> jax.Array:
     return straight_through(w, rounded)
 
 
+def latent(w: Weight) -> jax.Array:
+    """The float32 weights to train on from w: the values it stands for, [..., I, O].
+
+    Of a ternary w, larger by one over the share of its trits that are not 0: then their mean
+    magnitude is the scale of w again, and their absmean ternary form is w.
+    """
+    values = dequantize(w)
+    if not isinstance(w, QuantizedWeight1_58bit):
+        return values
+    return values * (w.scales / jnp.maximum(absmean_scale(values), 1e-30))
+
+
+def is_ternary(w: QuantizedWeight1_58bit) -> bool:
+    """Whether each weight is exactly -1, 0 or 1 times its matrix's scale; a byte can say 2."""
+    values = dequantize(w)
+    return bool(jnp.all((values == 0) | (jnp.abs(values) == w.scales)))
+
+
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
     """The value of `rounded`, to the last bit, with the gradient of x."""
     return lax.stop_gradient(rounded) + (x - lax.stop_gradient(x))  # x + (rounded - x) rounds again

@@ -9,7 +9,6 @@ Without a prompt, on a terminal, it asks for one after the other.
 import argparse
 import dataclasses
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -130,14 +129,6 @@ def resolve_mesh(text: str | None, kv_heads: int) -> jax.sharding.Mesh:
 # --- What it takes --------------------------------------------------------------------------------
 
 
-def memory_limit(mesh: jax.sharding.Mesh) -> int:
-    """Bytes that one device of the mesh has; on CPU its share of the host's memory."""
-    devices = mesh.local_devices
-    stats = devices[0].memory_stats() or {}
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
-    return stats.get("bytes_limit", host)
-
-
 def report(**lines: str) -> None:
     """Aligned lines on stderr, from one process only."""
     if jax.process_index() == 0:
@@ -149,7 +140,7 @@ def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
     """Reports the resolved configuration; ValueError if a device has too little memory for it."""
     c, mesh = runner.config, runner.mesh
     needed = runners.device_memory(runner, weights, slots, c.sequence_len)
-    total, limit = sum(needed.values()), memory_limit(mesh)
+    total, limit = sum(needed.values()), sharding.memory_limit(mesh)
     parameters = sum(w.size for w in jax.tree.leaves(model.abstract_params(c)))
     experts = (
         f"{c.num_selected_experts} of {c.num_experts} experts" if c.num_experts > 1 else "dense"

@@ -6,6 +6,7 @@ each decoder layer sums over "model" twice: after the attention's and after the 
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -62,6 +63,14 @@ def parse_mesh(text: str) -> Mesh:
     except ValueError:
         raise ValueError(f"a mesh is two numbers, data,model, as in 1,8; got {text!r}") from None
     return make_mesh(data, model)
+
+
+def memory_limit(mesh: Mesh) -> int:
+    """Bytes that one device of the mesh has; on CPU its share of the host's memory."""
+    devices = mesh.local_devices
+    stats = devices[0].memory_stats() or {}
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+    return stats.get("bytes_limit", host)
 
 
 # --- Arrays that live on a mesh -------------------------------------------------------------------

@@ -3,251 +3,159 @@
     python train.py --data tinyshakespeare --output runs/demo
 
 Latent weights are float32. The forward pass is that of `model.py` with absmean ternary values in
-their place; the backward pass goes straight through the rounding. The run folder gets a log, a plot
-of the loss, a state to resume from, and `checkpoint/` with the weights that the forward pass saw.
+their place; the backward pass goes straight through the rounding. What the run folder gets is in
+`records.py`; a run that was stopped, in whatever way, goes on when the command is given again, to
+the same last bit.
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors.numpy
 from tqdm import tqdm
 
 import checkpoint
 import data
 import evaluate
 import kernels
+import learning
 import model
-import quantize
+import records
+import runners
+import sharding
 import tokenizer
+from learning import Settings, TrainState
+
+# --- What it takes --------------------------------------------------------------------------------
 
 
-def setting(default, text: str):
-    return dataclasses.field(default=default, metadata={"help": f"{text} ({default})"})
+def abstract_state(config, optimizer, mesh) -> TrainState:
+    """Shapes and shardings of a state on a mesh; the moments of Adam lie with their parameters."""
 
+    def placed(x, where):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What fixes a run, besides the model and the text; the defaults are the demo's recipe."""
-
-    steps: int = setting(3000, "updates")
-    batch_size: int = setting(16, "sequences in an update, each as long as the model's context")
-    learning_rate: float = setting(2e-3, "of AdamW, after the warm-up; a cosine to zero follows")
-    warmup: int = setting(100, "updates in which the learning rate rises")
-    weight_decay: float = setting(0.1, "of matrices")
-    bpe_dropout: float = setting(0.1, "chance to skip a merge when the text is cut into tokens")
-    balance_weight: float = setting(0.01, "of the loss that keeps experts equally busy")
-    router_z_weight: float = setting(1e-3, "of the loss that keeps router logits small")
-    eval_every: int = setting(250, "updates between evaluations, each of which saves the state")
-    seed: int = setting(0, "of weights and batches")
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0
-            if field.name in ("steps", "batch_size", "eval_every"):
-                least = 1
-            if not value >= least:
-                raise ValueError(f"{field.name} must be at least {least}, got {value}")
-        if self.warmup >= self.steps:
-            raise ValueError(f"warmup must be below steps, {self.steps}, got {self.warmup}")
-
-
-class TrainState(NamedTuple):
-    """All that changes from step to step."""
-
-    step: jax.Array  # int32
-    params: dict  # latent, float32
-    opt_state: Any
-
-
-# --- Forward and loss -----------------------------------------------------------------------------
-
-
-def training_model(config: model.LanguageModelConfig, weights: str) -> hk.Transformed:
-    """The model on latent float weights; "ternary" ones are seen through `fake_ternarize`."""
     params = model.abstract_params(config)
-    kinds = quantize.apply_rules(model.PRECISIONS[weights], params, lambda _, kind, w: kind)
-
-    def getter(next_getter, value, context):
-        w = next_getter(value)
-        ternary = kinds[context.module_name][context.name] == "ternary"
-        return quantize.fake_ternarize(w) if ternary else w
-
-    def forward(*args, **kwargs):
-        with hk.custom_getter(getter):
-            return model.LanguageModel(config, model.Transformer(config))(*args, **kwargs)
-
-    return hk.transform(forward)
-
-
-def expert_load(index: jax.Array, experts: int) -> jax.Array:
-    """The share of the choices, index int32 [B, T, A], that fell on each expert: float32 [E]."""
-    return jnp.mean(jax.nn.one_hot(index, experts), axis=(0, 1, 2))
-
-
-def balance_loss(probs: jax.Array, index: jax.Array) -> jax.Array:
-    """E times the sum over experts of (share of tokens) x (mean probability); 1 when even.
-
-    probs: float32 [B, T, E]; index: int32 [B, T, A]. (Switch Transformers, equations 4 to 6)
-    """
-    experts = probs.shape[-1]
-    return experts * jnp.sum(expert_load(index, experts) * jnp.mean(probs, axis=(0, 1)))
-
-
-def router_z_loss(logits: jax.Array) -> jax.Array:
-    """Mean squared logsumexp of the router's logits [B, T, E]. (ST-MoE, equation 5)"""
-    return jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)))
-
-
-def loss_and_metrics(apply, settings: Settings, params: dict, tokens: jax.Array):
-    """The training loss of tokens [B, T + 1], and what to log: losses and the busiest expert."""
-    output = apply(params, None, tokens[:, :-1])
-    loss = jnp.mean(evaluate.cross_entropy(output.logits, tokens[:, 1:]))
-    metrics = {"loss": loss}
-    routed = [layer for layer in output.layers if layer.expert_index is not None]
-    if routed:
-        metrics["balance"] = sum(balance_loss(r.router_probs, r.expert_index) for r in routed)
-        metrics["router_z"] = sum(router_z_loss(r.router_logits) for r in routed)
-        loss = loss + settings.balance_weight * metrics["balance"]
-        loss = loss + settings.router_z_weight * metrics["router_z"]
-        loads = jnp.stack([expert_load(r.expert_index, r.router_probs.shape[-1]) for r in routed])
-        metrics["min_load"] = jnp.min(loads)  # 1/E when even, 0 for a dead expert
-        metrics["max_load"] = jnp.max(loads)
-    return loss, metrics
-
-
-# --- Update ---------------------------------------------------------------------------------------
-
-
-def make_optimizer(settings: Settings) -> optax.GradientTransformation:
-    """AdamW on clipped gradients; warm-up, then a cosine down to zero; matrices alone decay."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, settings.warmup, settings.steps
+    params = jax.tree.map(placed, params, sharding.parameter_shardings(mesh, params))
+    everywhere = sharding.activation_sharding(mesh)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda x, param: placed(x, param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda x: placed(x, everywhere),
     )
-
-    def decayed(params):
-        return jax.tree.map(lambda w: w.ndim > 1, params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.95, weight_decay=settings.weight_decay, mask=decayed),
-    )
+    return TrainState(placed(jnp.int32(0), everywhere), params, opt_state)
 
 
-def make_step(apply, optimizer, settings: Settings):
-    """`(state, tokens [B, T + 1]) -> (state, metrics)`, compiled; the old state is donated."""
+def training_memory(config, settings: Settings, weights: str, mesh) -> dict:
+    """Bytes that a step takes on each device, by purpose, without a teacher; nothing is allocated.
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, tokens):
-        loss = functools.partial(loss_and_metrics, apply, settings)
-        grads, metrics = jax.grad(loss, has_aux=True)(state.params, tokens)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(state.step + 1, params, opt_state), metrics
-
-    return step
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-def save_state(path: Path, state: TrainState) -> None:
-    """Writes a state as safetensors, whole or not at all."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    arrays = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
-    part = path.with_suffix(".part")
-    safetensors.numpy.save_file(arrays, part)
-    os.replace(part, path)
-
-
-def load_state(path: Path, like: TrainState) -> TrainState:
-    """Reads what `save_state` wrote, in the structure of `like`."""
-    arrays = safetensors.numpy.load_file(path)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    expected = {jax.tree_util.keystr(key): leaf.shape for key, leaf in leaves}
-    found = {key: array.shape for key, array in arrays.items()}
-    if found != expected:
-        wrong = sorted(set(expected.items()) ^ set(found.items()))[:4]
-        raise ValueError(
-            f"{path} is the state of another model, it differs in {wrong}; give another --output"
-        )
-    return jax.tree.unflatten(structure, [jnp.asarray(arrays[key]) for key in expected])
-
-
-def export(folder: Path, config, params, weights: str, form: str, processor, about: dict) -> None:
-    """Writes a checkpoint folder, in place of one that is there.
-
-    form: "converted" is that of `docs/format.md`, with the trits and scales that the forward pass
-      sees (or the floats, if it does); "released" is Grok-1's, with the latent weights
-      as int8, which turn into these trits on load
-    about: the command, the settings, the loss; for `training.json`
+    "activations" are what the backward pass needs of the forward pass before XLA fuses any of it:
+    a third more than it comes to on a CPU, for the demo.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    files = {
-        tokenizer.FILE: processor.serialized_model_proto(),
-        "training.json": (json.dumps(about, indent=2) + "\n").encode(),
+    state = abstract_state(config, learning.make_optimizer(settings), mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    params = runners.device_bytes(state.params, shardings.params)
+    batch = -(-settings.batch_size // mesh.shape["data"])
+    one, two = (kept_bytes(config, settings, weights, batch, layers) for layers in (1, 2))
+    return {
+        "parameters": params,
+        "Adam": runners.device_bytes(state.opt_state, shardings.opt_state),
+        "gradients": params * (1 if settings.accumulate == 1 else 2),
+        "activations": one + (config.num_layers - 1) * (two - one),
     }
-    described = model.config_to_dict(config)
-    params = jax.device_get(params)
-    if form == "converted":
-        rules = model.PRECISIONS[weights]
-        saved = quantize.apply_rules(
-            rules, params, lambda _, kind, w: quantize.ternarize(w) if kind == "ternary" else w
+
+
+def kept_bytes(config, settings: Settings, weights: str, batch: int, layers: int) -> int:
+    """Bytes that the gradient of a batch keeps from the forward pass of so many layers."""
+    config = dataclasses.replace(config, num_layers=layers)
+    apply = learning.training_model(config, weights, settings.dropout, settings.router_noise).apply
+    loss = functools.partial(learning.loss_and_metrics, apply, settings)
+
+    def backward(params, tokens, key):
+        return jax.vjp(lambda params: loss(params, tokens, key)[0], params)[1]
+
+    tokens = jax.ShapeDtypeStruct((batch, config.sequence_len + 1), jnp.int32)
+    params, key = model.abstract_params(config), jax.random.key(0)
+    kept = jax.tree.leaves(jax.eval_shape(backward, params, tokens, key))
+    return sum(x.size * x.dtype.itemsize for x in kept)
+
+
+def flops_per_token(config) -> int:
+    """Of the forward and the backward pass: 6 for each parameter in use, and attention."""
+    params = model.abstract_params(config)
+    share = config.num_selected_experts / max(config.num_experts, 1)
+    active = sum(
+        w.size * (share if "/moe/" in f"{module}/" else 1)
+        for module, entries in params.items()
+        for w in entries.values()
+    )
+    return int(6 * active) + attention_flops(config)
+
+
+def attention_flops(config) -> int:
+    """Of a token's queries with all keys, and of the sums of values, as if nothing were masked."""
+    return 12 * config.sequence_len * config.num_layers * config.num_q_heads * config.key_size
+
+
+def product_rate() -> float:
+    """Multiplications and additions a second in a large float32 product, measured."""
+    n = 2048
+    a = jnp.ones((n, n), jnp.float32)
+    product = jax.jit(functools.partial(jnp.matmul, precision="highest"))
+    seconds = []
+    for _ in range(4):  # the first one compiles
+        begin = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        seconds.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(seconds)
+
+
+def plan(config, settings: Settings, weights: str, mesh) -> None:
+    """Prints what a run will take; ValueError if a device has too little memory for it."""
+    needed = training_memory(config, settings, weights, mesh)
+    total, limit = sum(needed.values()), sharding.memory_limit(mesh)
+    size = checkpoint.readable_size
+    tokens = settings.steps * settings.accumulate * settings.batch_size * config.sequence_len
+    rate = product_rate() * (1 if jax.default_backend() == "cpu" else mesh.size)
+    hours = 3 * flops_per_token(config) * tokens / rate / 3600
+    print("memory      " + " + ".join(f"{name} {size(count)}" for name, count in needed.items()))
+    print(f"total       {size(total)} of {size(limit)} on each device")
+    print(f"time        {hours:.2g} hours for {tokens:,} tokens, at a third of {rate:.2g} FLOP/s")
+    if total > limit:
+        raise ValueError(
+            f"this needs {size(total)} on each device, which has {size(limit)}; try a smaller "
+            "--batch-size with a larger --accumulate, --mesh over more devices, or a smaller preset"
         )
-        described |= checkpoint.quantization(weights, rules)
-        checkpoint.save_converted(part, saved, described, files)
-    else:
-        saved = quantize.apply_rules(
-            model.PRECISIONS["int8"],
-            params,
-            lambda _, kind, w: quantize.quantize_int8_keeping_trits(w) if kind == "int8" else w,
-        )
-        checkpoint.save(part, saved)
-        files["config.json"] = (json.dumps(described, indent=2) + "\n").encode()
-        for name, content in files.items():
-            (part / name).write_bytes(content)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def plot(path: Path, log: list[dict]) -> None:
-    """The training loss, smoothed, and the validation loss, against steps, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
-    for key, label in (("train", "training"), ("validation", "validation")):
-        points = [(row["step"], row[key]) for row in log if key in row]
-        axes.plot(*zip(*points, strict=True), label=label)
-    axes.set(xlabel="step", ylabel="nats per character")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 # --- The run --------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep the memory that it frees, where the C library is glibc.
+
+    A step on a CPU needs over a gigabyte for a moment. Given back and asked for again each time,
+    that made 290,000 page faults a step of the demo, a fifth of its time on two cores.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):  # one arena; no mmap; never trim
+            mallopt(parameter, value)
+
+
+DEAD = 0.01  # of an even share: an expert that is chosen less often learns nothing
 
 
 class Texts:
@@ -256,7 +164,8 @@ class Texts:
     def __init__(self, processor, text: str, settings: Settings, length: int):
         self.processor, self.text, self.settings, self.length = processor, text, settings, length
         plain = tokenizer.encode(processor, text)
-        self.steps_per_epoch = max(1, len(plain) // (settings.batch_size * length))
+        self.batch_size = settings.batch_size * settings.accumulate
+        self.steps_per_epoch = max(1, len(plain) // (self.batch_size * length))
         self.epoch, self.tokens = (None, plain) if settings.bpe_dropout else (0, plain)
 
     @property
@@ -264,14 +173,88 @@ class Texts:
         return len(self.text) / len(self.tokens)
 
     def batch(self, step: int) -> np.ndarray:
-        """int32 [B, T + 1], a pure function of the settings and the step."""
+        """int32 [N B, T + 1], a pure function of the settings and the step."""
         s = self.settings
         epoch = step // self.steps_per_epoch
         if s.bpe_dropout and epoch != self.epoch:
             seed = s.seed * 100_003 + epoch
             self.tokens = tokenizer.encode(self.processor, self.text, s.bpe_dropout, seed)
             self.epoch = epoch
-        return data.batch(self.tokens, s.batch_size, self.length, s.seed, step)
+        return data.batch(self.tokens, self.batch_size, self.length, s.seed, step)
+
+
+def teacher_of(folder: Path, processor, mesh):
+    """A teacher's forward pass and its parameters; ValueError if it reads other tokens."""
+    own, _ = records.read_model(folder)
+    theirs = tokenizer.load(folder, own.vocab_size)
+    if theirs.serialized_model_proto() != processor.serialized_model_proto():
+        raise ValueError(f"the teacher {folder} has another tokenizer; it must have the student's")
+    return model.make_model(own).apply, records.load_params(folder, mesh)
+
+
+class Trainer:
+    """A state on its mesh, what moves it a step on, and what it predicts."""
+
+    def __init__(self, config, settings: Settings, weights: str, mesh, teacher):
+        """teacher: its forward pass and parameters, see `teacher_of`, or (None, None)."""
+        self.config, self.settings, self.mesh = config, settings, mesh
+        self.optimizer = learning.make_optimizer(settings)
+        self.like = abstract_state(config, self.optimizer, mesh)
+        self.state = None
+        teach, self.taught = teacher
+        noisy = learning.training_model(config, weights, settings.dropout, settings.router_noise)
+        shardings = jax.tree.map(lambda x: x.sharding, self.like)
+        self._step = learning.make_step(noisy.apply, self.optimizer, settings, teach, shardings)
+        plain = learning.training_model(config, weights)
+        self._logits = jax.jit(lambda params, tokens: plain.apply(params, None, tokens).logits)
+
+    def start(self, init: Path | None) -> None:
+        """The state before the first step: random, or from a checkpoint."""
+        where = jax.tree.map(lambda x: x.sharding, self.like)
+        if init is None:
+            make = jax.jit(model.make_model(self.config).init, out_shardings=where.params)
+            params = make(jax.random.key(self.settings.seed), jnp.zeros((1, 1), jnp.int32))
+        else:
+            params = records.load_latent(init, self.mesh)
+        moments = jax.jit(self.optimizer.init, out_shardings=where.opt_state)(params)
+        self.state = TrainState(jax.device_put(jnp.int32(0), where.step), params, moments)
+
+    def step(self, tokens: np.ndarray) -> dict:
+        """One update on tokens [N B, T + 1]; the metrics are not waited for."""
+        where = sharding.activation_sharding(self.mesh, ("batch", None), tokens.shape)
+        with jax.set_mesh(self.mesh):
+            tokens = jax.device_put(tokens, where)
+            self.state, metrics = self._step(self.state, tokens, self.taught)
+        return metrics
+
+    def logits(self, tokens: np.ndarray) -> jax.Array:
+        """int32 [B, T] to float32 [B, T, V], without dropout and noise."""
+        with jax.set_mesh(self.mesh):
+            return self._logits(self.state.params, tokens)
+
+
+def log_row(step: int, metrics: list[dict], texts: Texts, settings: Settings) -> dict:
+    """A line of the log: means over the steps since the last one."""
+    rows = jax.device_get(metrics)
+    row = {"step": step, "learning_rate": float(learning.schedule(settings)(step - 1))}
+    row |= {key: np.mean([r[key] for r in rows], axis=0).tolist() for key in rows[0]}
+    row["train"] = row["loss"] / texts.characters_per_token
+    if "load" in row:
+        load = np.array(row["load"])  # [layers, E]
+        even = 1 / load.shape[-1]
+        row["min_load"], row["max_load"] = float(load.min()), float(load.max())
+        row["dead_experts"] = int(np.sum(load < DEAD * even))
+    return row
+
+
+def check_progress(row: dict, limit: float, output: Path) -> None:
+    """FloatingPointError where the loss is no number, or far above that of guessing."""
+    for key in ("loss", "validation"):
+        if not row[key] < limit:
+            raise FloatingPointError(
+                f"the {key} is {row[key]} at step {row['step']}: lower --learning-rate; the state "
+                f"and the checkpoint of the evaluations before are kept in {output}"
+            )
 
 
 def run(
@@ -282,122 +265,151 @@ def run(
     output: Path,
     about: dict,
     form: str = "converted",
+    *,
+    mesh=None,
+    init: Path | None = None,
+    teacher: Path | None = None,
 ) -> dict:
     """Trains, or goes on where the run folder's state ends; returns the last line of the log.
 
-    about, form: of the exported checkpoint, see `export`
+    about, form: of the exported checkpoint, see `records.export`
+    init, teacher: checkpoint folders, to begin from and to learn from
     """
-    processor = tokenizer.load(None, config.vocab_size)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    processor = tokenizer.load(init, config.vocab_size)
     training, validation = data.split(text)
     texts = Texts(processor, training, settings, config.sequence_len)
-    init, apply = training_model(config, weights)
-    optimizer = make_optimizer(settings)
-    step = make_step(apply, optimizer, settings)
-    logits = jax.jit(lambda params, tokens: apply(params, None, tokens).logits)
+    taught = (None, None) if teacher is None else teacher_of(teacher, processor, mesh)
+    trainer = Trainer(config, settings, weights, mesh, taught)
+    states = records.open_states(output)
+    if states.latest_step() is None:
+        trainer.start(init)
+    else:
+        trainer.state = records.load_state(states, trainer.like)
+    first = int(trainer.state.step)
+    log = records.read_log(output, first)
 
-    @jax.jit
-    def start(key):
-        params = init(key, jnp.zeros((1, 1), jnp.int32))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    state = start(jax.random.key(settings.seed))
-    state_file, log_file = output / "state.safetensors", output / "log.jsonl"
-    log = []
-    if state_file.exists():
-        state = load_state(state_file, state)
-        lines = [json.loads(line) for line in log_file.read_text().splitlines()]
-        log = [row for row in lines if row["step"] <= state.step]
-    log_file.write_text("".join(json.dumps(row) + "\n" for row in log))
-    best = min((row["validation"] for row in log), default=float("inf"))
-
-    first = int(state.step)
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, unit="step")
     since, recent = time.perf_counter(), []
     for i in bar:
-        state, metrics = step(state, texts.batch(i))
-        recent.append(metrics)
+        recent.append(trainer.step(texts.batch(i)))
         if (i + 1) % settings.eval_every and i + 1 != settings.steps:
             continue
-        rows = jax.device_get(recent)
-        row = {"step": i + 1} | {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
-        if not np.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"the loss is {row['loss']} at step {i + 1}: lower --learning-rate; the state of "
-                f"the evaluation before is in {state_file}"
-            )
+        row = log_row(i + 1, recent, texts, settings)
         seconds = time.perf_counter() - since
-        row["tokens_per_second"] = len(recent) * settings.batch_size * texts.length / seconds
-        row["train"] = row["loss"] / texts.characters_per_token
-        loss = evaluate.text_loss(
-            functools.partial(logits, state.params), validation, processor, config.sequence_len
-        )
+        row["tokens_per_second"] = len(recent) * texts.batch_size * texts.length / seconds
+        loss = evaluate.text_loss(trainer.logits, validation, processor, texts.length)
         row["validation"] = loss.per_character
-        bar.set_postfix(train=f"{row['train']:.3f}", validation=f"{loss.per_character:.3f}")
+        check_progress(row, 2 * np.log(config.vocab_size), output)
+        bar.set_postfix(train=f"{row['train']:.3f}", validation=f"{row['validation']:.3f}")
+        if all(row["validation"] < earlier["validation"] for earlier in log):
+            folder, params, described = output / "checkpoint", trainer.state.params, about | row
+            records.export(folder, config, params, weights, form, processor, described)
         log.append(row)
-        with log_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if loss.per_character < best:
-            best = loss.per_character
-            folder, described = output / "checkpoint", about | row
-            export(folder, config, state.params, weights, form, processor, described)
-        save_state(state_file, state)
-        plot(output / "loss.png", log)
+        records.write_log(output, log)
+        records.save_state(states, trainer.state)
+        records.plot(output, log)
         since, recent = time.perf_counter(), []
     return log[-1]
 
 
-def main(argv=None):
+def parse_arguments(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", required=True, help=f"text file, or one of {list(data.SOURCES)}")
-    parser.add_argument("--output", type=Path, required=True, help="run folder; resumed if begun")
-    presets = sorted(set(model.PRESETS) - {"grok-1"})
-    parser.add_argument("--preset", default="demo", choices=presets, help="default: demo")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", required=True, help=f"text file, or one of {list(data.SOURCES)}")
+    add("--output", type=Path, required=True, help="run folder; resumed if begun")
+    add("--preset", choices=sorted(set(model.PRESETS) - {"grok-1"}), help="of the model (demo)")
+    add("--init", type=Path, help="checkpoint folder to begin from, of any form; then no --preset")
+    add("--teacher", type=Path, help="checkpoint folder of a model whose predictions to learn")
+    add(
         "--weights",
         default="ternary",
         choices=("ternary", "float"),
         help="that the forward pass sees; with float, activations are float too (ternary)",
     )
-    parser.add_argument(
+    add("--dtype", choices=("float32", "bfloat16"), help="of activations (the preset's)")
+    add("--mesh", default="1,1", metavar="D,M", help="devices: data,model axes (1,1)")
+    add(
         "--format",
         default="converted",
         choices=("converted", "released"),
         help="of the checkpoint: as convert.py writes it, or Grok-1's own, in int8 (converted)",
     )
     for field in dataclasses.fields(Settings):
-        flag = "--" + field.name.replace("_", "-")
         text = field.metadata["help"]
-        parser.add_argument(flag, type=type(field.default), default=field.default, help=text)
+        add(_flag(field.name), type=type(field.default), default=field.default, help=text)
     args = parser.parse_args(argv)
+    if args.preset and args.init:
+        parser.error("--init brings its own configuration: leave --preset out")
+    args.preset = args.preset or (None if args.init else "demo")
     try:
-        settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+        chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
+        args.settings = Settings(**chosen)
     except ValueError as error:
         parser.error(str(error))
-    command = ["--data", args.data, "--preset", args.preset, "--weights", args.weights]
-    command += ["--format", args.format]
-    for field in dataclasses.fields(Settings):
-        command += ["--" + field.name.replace("_", "-"), str(getattr(settings, field.name))]
-    about = {"command": " ".join(["python train.py", *command])}
+    return args
 
-    config = model.PRESETS[args.preset]
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command with every choice spelled out, but for the folder and the mesh, which may change
+    when a run is resumed."""
+    names = ["data", "preset", "init", "teacher", "weights", "dtype", "format"]
+    chosen = {name: getattr(args, name) for name in names} | dataclasses.asdict(args.settings)
+    flags = [f"{_flag(name)} {value}" for name, value in chosen.items() if value is not None]
+    return " ".join(["python train.py", *flags])
+
+
+def configuration(args: argparse.Namespace) -> model.LanguageModelConfig:
+    """That of the preset, or of the checkpoint to begin from."""
+    config = records.read_model(args.init)[0] if args.init else model.PRESETS[args.preset]
     if args.weights == "float":  # full precision all through
         config = dataclasses.replace(config, activations="float")
+    elif args.init:  # from a twin in full precision, to BitNet's activations
+        config = dataclasses.replace(config, activations="int8")
+    return dataclasses.replace(config, fprop_dtype=args.dtype or config.fprop_dtype)
+
+
+def begin(output: Path, about: dict) -> None:
+    """Makes the run folder; ValueError if it belongs to a run with other settings."""
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "settings.json"
+    if file.exists() and json.loads(file.read_text()) != about:
+        raise ValueError(
+            f"{output} was begun with other settings, see {file}; give the same ones, or another "
+            "--output"
+        )
+    file.write_text(json.dumps(about) + "\n")
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
     kernels.keep_compilations()
-    params = model.abstract_params(config)
-    count = sum(w.size for w in jax.tree.leaves(params))
-    print(f"{args.preset}: {count:,} parameters, {dataclasses.asdict(config)}")
-    print(dataclasses.asdict(settings))
+    keep_freed_memory()
+    about, settings = {"command": command_of(args)}, args.settings
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        settings_file = args.output / "settings.json"
-        if settings_file.exists() and json.loads(settings_file.read_text()) != about:
-            raise ValueError(
-                f"{args.output} was begun with other settings, see {settings_file}; give the same "
-                "ones, or another --output"
-            )
-        settings_file.write_text(json.dumps(about) + "\n")
-        text = data.load_text(args.data)
-        last = run(config, settings, args.weights, text, args.output, about, args.format)
+        config, mesh = configuration(args), sharding.parse_mesh(args.mesh)
+        params = jax.tree.leaves(model.abstract_params(config))
+        count = sum(w.size for w in params)
+        print(f"{args.preset or args.init}: {count:,} parameters, {dataclasses.asdict(config)}")
+        print(dataclasses.asdict(settings))
+        plan(config, settings, args.weights, mesh)
+        begin(args.output, about)
+        last = run(
+            config,
+            settings,
+            args.weights,
+            data.load_text(args.data),
+            args.output,
+            about,
+            args.format,
+            mesh=mesh,
+            init=args.init,
+            teacher=args.teacher,
+        )
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -378,7 +378,17 @@ def test_grouping_is_that_of_the_docstring(monkeypatch):
 
 @pytest.mark.parametrize(
     "pairs, block",
-    [(2, 1), (16, 8), (17, 16), (128, 16), (129, 32), (256, 32), (1024, 128), (10**6, 128)],
+    [
+        (2, 1),
+        (16, 8),
+        (17, 16),
+        (128, 16),
+        (129, 32),
+        (256, 32),
+        (1024, 128),
+        (4096, 128),
+        (8192, 256),
+    ],
 )
 def test_expert_block(pairs, block):
     assert model.expert_block(pairs, 8) == block

@@ -469,3 +469,24 @@ def test_a_table_is_applied_to_each_parameter():
     assert found == {"a": {"w": ("a/w", 10), "scale": ("a/scale", 21)}, "b": {"w": ("b/w", 22)}}
     with pytest.raises(ValueError, match="match no parameter"):
         quantize.apply_rules((*rules, (r"c", 1)), params, lambda *_: None)
+
+
+# --- Latent weights -------------------------------------------------------------------------------
+
+
+def test_latent_weights_turn_into_the_ternary_ones_they_came_from():
+    w = factories.ternarize(np.random.default_rng(0).standard_normal((3, 20, 7)).astype(np.float32))
+    again = quantize.ternarize(quantize.latent(w))
+    np.testing.assert_array_equal(again.packed, w.packed)
+    np.testing.assert_allclose(again.scales, w.scales, rtol=1e-6)
+
+
+def test_latent_weights_of_zeros_are_zeros():
+    w = quantize.pack(jnp.zeros((8, 4), jnp.int8), jnp.zeros((1, 1)))
+    assert not quantize.latent(w).any()
+
+
+def test_a_byte_that_is_not_four_trits_is_not_ternary():
+    w = factories.ternarize(np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32))
+    assert quantize.is_ternary(w)
+    assert not quantize.is_ternary(dataclasses.replace(w, packed=w.packed.at[1, 1].set(0b11)))

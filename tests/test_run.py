@@ -148,14 +148,14 @@ def test_a_missing_folder(tmp_path, capsys):
 
 
 def test_too_little_memory_is_said_before_loading(folder, capsys, monkeypatch):
-    monkeypatch.setattr(run, "memory_limit", lambda mesh: 400_000)
+    monkeypatch.setattr(run.sharding, "memory_limit", lambda mesh: 400_000)
     monkeypatch.setattr(runners.ModelRunner, "load", lambda *_: pytest.fail("loaded"))
     flags = ["--prompt", "x", "--prompt", "y", "--weights", "int8"]
     text = refused(command(folder, *flags), capsys)
     assert text.startswith("error: this needs ") and "on each device, which has 400 kB" in text
     cures = "a larger model axis in --mesh, --weights ternary, fewer --slots, a shorter --sequence"
     assert cures in text
-    monkeypatch.setattr(run, "memory_limit", lambda mesh: 100_000)  # less than the weights alone
+    monkeypatch.setattr(run.sharding, "memory_limit", lambda mesh: 100_000)
     text = refused(command(folder, *flags), capsys)
     assert text.endswith("try a larger model axis in --mesh, --weights ternary")
 

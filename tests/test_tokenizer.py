@@ -1,4 +1,5 @@
 import hashlib
+import io
 import re
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import strategies as st
 
 import data
@@ -139,6 +141,27 @@ def test_dropout_is_fixed_by_its_seed(demo):
     assert len(plain) < len(first) < 1.5 * len(plain)
     assert demo.decode(first.tolist()) == demo.decode(other.tolist()) == text
     np.testing.assert_array_equal(tokenizer.encode(demo, text), plain)
+    pieces = [demo.id_to_piece(i) for i in tokenizer.encode(demo, "to be or not to be", 0.2, 3)]
+    assert pieces == [
+        "t",
+        "o",
+        "▁be",
+        "▁or",
+        "▁n",
+        "ot",
+        "▁to",
+        "▁be",
+    ]  # in this process as in any other
+
+
+def test_dropout_needs_a_tokenizer_that_adds_no_spaces():
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([SPEECH]), model_writer=written, vocab_size=34, minloglevel=2
+    )
+    adding = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    with pytest.raises(ValueError, match="adds spaces where a text is cut: set bpe_dropout to 0"):
+        tokenizer.encode(adding, SPEECH, 0.3, 0)
 
 
 # Streamed decoding

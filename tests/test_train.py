@@ -1,5 +1,9 @@
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +11,12 @@ import numpy as np
 import pytest
 
 import checkpoint
+import learning
 import model
 import quantize
+import records
 import runners
+import sharding
 import shards
 import tokenizer
 import train
@@ -17,27 +24,31 @@ import train
 CONFIG = dataclasses.replace(
     model.PRESETS["tiny"], sequence_len=16, num_layers=1, activations="int8"
 )
-SETTINGS = train.Settings(steps=6, batch_size=2, warmup=2, eval_every=3)
+SETTINGS = train.Settings(
+    steps=6, batch_size=2, warmup=2, eval_every=3, dropout=0.1, router_noise=0.1
+)
 TEXT = "".join(f"{i} bottles of milk on the wall, {i} bottles of milk.\n" for i in range(60))
 
 
 def jitted(weights, config=CONFIG):
-    init, apply = train.training_model(config, weights)
+    init, apply = learning.training_model(config, weights)
     return jax.jit(init), jax.jit(apply)
 
 
 def state_of(folder, config=CONFIG, settings=SETTINGS):
-    params = model.abstract_params(config)
-    opt_state = jax.eval_shape(train.make_optimizer(settings).init, params)
-    like = train.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
-    return train.load_state(folder / "state.safetensors", like)
+    optimizer = learning.make_optimizer(settings)
+    like = train.abstract_state(config, optimizer, sharding.make_mesh())
+    return records.load_state(records.open_states(folder), like)
+
+
+def start(folder):
+    return train.run(CONFIG, SETTINGS, "ternary", TEXT, folder, {"command": "test"})
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    last = train.run(CONFIG, SETTINGS, "ternary", TEXT, folder, {"command": "test"})
-    return folder, last
+    return folder, start(folder)
 
 
 def test_a_run_leaves_log_plot_state_and_checkpoint(run):
@@ -46,32 +57,52 @@ def test_a_run_leaves_log_plot_state_and_checkpoint(run):
     assert [row["step"] for row in log] == [3, 6]
     assert log[-1] == last
     assert log[1]["loss"] < log[0]["loss"]
-    assert 0 <= last["min_load"] <= 1 / 8 <= last["max_load"]
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    load = np.array(last["load"])
+    assert load.shape == (1, 8)
+    np.testing.assert_allclose(load.sum(), 1, rtol=1e-6)
+    assert (last["min_load"], last["max_load"]) == (load.min(), load.max())
+    assert last["dead_experts"] == 0 and 0 < last["router_entropy"] <= np.log(8)
+    for name in ("loss", "learning_rate", "expert_load"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     about = json.loads((folder / "checkpoint/training.json").read_text())
     assert shards.exists(folder / "checkpoint")
     assert about["command"] == "test"
     assert about["validation"] == min(row["validation"] for row in log)
 
 
-def test_an_interrupted_run_resumes_exactly(run, tmp_path, monkeypatch):
-    """To the last bit: parameters, optimizer, data and log."""
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import test_train, train
+step = train.Trainer.step
+def step_or_die(self, tokens):
+    if int(self.state.step) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, tokens)
+train.Trainer.step = step_or_die
+test_train.start(test_train.Path({folder!r}))
+"""
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "plot", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(CONFIG, SETTINGS, "ternary", TEXT, tmp_path, {})
+def test_a_killed_run_resumes_exactly(run, tmp_path):
+    """To the last bit: parameters, optimizer, data, dropout and log."""
+    tests = Path(__file__).parent
+    code = KILLED.format(path=[str(tests), str(tests.parent)], folder=str(tmp_path))
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert int(state_of(tmp_path).step) == 3
-    last = train.run(CONFIG, SETTINGS, "ternary", TEXT, tmp_path, {})
+    last = start(tmp_path)
     whole, expected = run
     resumed, straight = state_of(tmp_path), state_of(whole)
     assert int(resumed.step) == 6
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
-    same = {key for key in expected if key != "tokens_per_second"}
-    assert {key: last[key] for key in same} == {key: expected[key] for key in same}
+    assert without_speed(last) == without_speed(expected)
+    logs = [records.read_log(folder, 6) for folder in (tmp_path, whole)]
+    assert [list(map(without_speed, log)) for log in logs][0] == list(map(without_speed, logs[1]))
+
+
+def without_speed(row):
+    return {key: value for key, value in row.items() if key != "tokens_per_second"}
 
 
 def test_the_state_of_another_model_is_refused(run):
@@ -110,7 +141,7 @@ def test_the_loaded_checkpoint_is_what_the_forward_pass_saw(
 ):
     params = state_of(run[0]).params
     processor = tokenizer.load(None, CONFIG.vocab_size)
-    train.export(tmp_path / "checkpoint", CONFIG, params, "ternary", form, processor, {})
+    records.export(tmp_path / "checkpoint", CONFIG, params, "ternary", form, processor, {})
     runner = runners.ModelRunner(CONFIG)
     runner.load(tmp_path / "checkpoint")
     wrapped = params["transformer/decoder_layer_0/moe/linear_1"]["w"]
@@ -132,7 +163,7 @@ def test_a_float_model_is_kept_in_floats(tmp_path):
     init, apply = jitted("float")
     params = init(jax.random.key(0), tokens)
     processor = tokenizer.load(None, CONFIG.vocab_size)
-    train.export(tmp_path / "checkpoint", CONFIG, params, "float", "converted", processor, {})
+    records.export(tmp_path / "checkpoint", CONFIG, params, "float", "converted", processor, {})
     runner = runners.ModelRunner(CONFIG)
     runner.load(tmp_path / "checkpoint")
     jax.tree.map(np.testing.assert_array_equal, runner.params, params)
@@ -142,7 +173,7 @@ def test_every_matrix_gets_a_gradient_through_the_rounding():
     init, apply = jitted("ternary")
     tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 1024)
     params = init(jax.random.key(0), tokens)
-    loss = lambda p: train.loss_and_metrics(apply, SETTINGS, p, tokens)[0]  # noqa: E731
+    loss = lambda p: learning.loss_and_metrics(apply, SETTINGS, p, tokens)[0]  # noqa: E731
     grads = jax.jit(jax.grad(loss))(params)
     assert all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(grads))
 
@@ -167,15 +198,15 @@ def test_ternary_training_sees_ternary_weights_and_float_training_does_not():
 def test_balance_loss_by_hand():
     even = jnp.full((1, 4, 4), 0.25)
     spread = jnp.arange(4).reshape(1, 4, 1)
-    np.testing.assert_allclose(train.balance_loss(even, spread), 1)
+    np.testing.assert_allclose(learning.balance_loss(even, spread), 1)
     certain = jax.nn.one_hot(jnp.zeros((1, 4), int), 4)
-    np.testing.assert_allclose(train.balance_loss(certain, jnp.zeros((1, 4, 1), int)), 4)
+    np.testing.assert_allclose(learning.balance_loss(certain, jnp.zeros((1, 4, 1), int)), 4)
 
 
 def test_router_z_loss_by_hand():
     logits = jnp.array([[[0.0, 0.0], [np.log(3.0), 0.0]]])
     expected = (np.log(2) ** 2 + np.log(4) ** 2) / 2
-    np.testing.assert_allclose(train.router_z_loss(logits), expected, rtol=1e-6)
+    np.testing.assert_allclose(learning.router_z_loss(logits), expected, rtol=1e-6)
 
 
 def test_batches_are_a_function_of_the_step():
@@ -189,11 +220,27 @@ def test_batches_are_a_function_of_the_step():
     assert (first != second).any()
 
 
-def test_divergence_stops_with_the_cure(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.evaluate, "cross_entropy", lambda *_: jnp.full((2, 16), jnp.nan))
-    with pytest.raises(FloatingPointError, match="loss is nan at step 3: lower --learning-rate"):
-        train.run(CONFIG, SETTINGS, "ternary", TEXT, tmp_path, {})
-    assert not (tmp_path / "state.safetensors").exists()
+def test_divergence_stops_and_keeps_what_was_good(tmp_path, monkeypatch):
+    step = train.Trainer.step
+
+    def diverging(self, tokens):
+        metrics = step(self, tokens)
+        return metrics | {"loss": jnp.where(self.state.step > 3, jnp.nan, metrics["loss"])}
+
+    monkeypatch.setattr(train.Trainer, "step", diverging)
+    with pytest.raises(FloatingPointError, match="loss is nan at step 6: lower --learning-rate"):
+        start(tmp_path)
+    assert int(state_of(tmp_path).step) == 3
+    about = json.loads((tmp_path / "checkpoint/training.json").read_text())
+    assert about["step"] == 3
+    assert [row["step"] for row in records.read_log(tmp_path, 6)] == [3]
+
+
+def test_a_loss_far_above_guessing_is_divergence():
+    row = {"step": 5, "loss": 7.0, "validation": 2.0}
+    train.check_progress(row, 14, Path("runs"))
+    with pytest.raises(FloatingPointError, match="loss is 15.0 at step 5"):
+        train.check_progress(row | {"loss": 15.0}, 14, Path("runs"))
 
 
 @pytest.mark.parametrize("form, function", [("released", "save"), ("converted", "save_converted")])
@@ -207,5 +254,238 @@ def test_a_folder_half_exported_does_not_look_whole(tmp_path, monkeypatch, form,
     monkeypatch.setattr(checkpoint, function, full_disk)
     processor = tokenizer.load(None, CONFIG.vocab_size)
     with pytest.raises(OSError, match="disk full"):
-        train.export(tmp_path / "checkpoint", CONFIG, params, "ternary", form, processor, {})
+        records.export(tmp_path / "checkpoint", CONFIG, params, "ternary", form, processor, {})
     assert not (tmp_path / "checkpoint").exists()
+
+
+# --- Dropout and router noise ---------------------------------------------------------------------
+
+
+def trainer_of(config=CONFIG, weights="ternary", mesh=(1, 1), teacher=(None, None), **settings):
+    settings = dataclasses.replace(SETTINGS, dropout=0.0, router_noise=0.0, **settings)
+    trainer = train.Trainer(config, settings, weights, sharding.make_mesh(*mesh), teacher)
+    trainer.start(None)
+    return trainer
+
+
+def random_tokens(rows, length=17, seed=0):
+    return np.random.default_rng(seed).integers(4, 1024, (rows, length)).astype(np.int32)
+
+
+def test_dropout_follows_the_key_and_needs_one():
+    tokens = random_tokens(2)
+    params = jitted("ternary")[0](jax.random.key(0), tokens)
+    apply = jax.jit(learning.training_model(CONFIG, "ternary", dropout=0.5).apply)
+    one, again, other = (apply(params, jax.random.key(k), tokens).logits for k in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0.1
+
+
+def test_dropout_leaves_out_whole_values_of_each_sum():
+    """Of the embeddings and of both blocks' outputs, half are 0, the others are doubled."""
+    tokens = random_tokens(4)
+    params = jitted("float")[0](jax.random.key(0), tokens)
+    dropped = jax.jit(learning.training_model(CONFIG, "float", dropout=0.5).apply)
+    zeros = {"scale": jnp.zeros(CONFIG.emb_size)}
+    layer = "transformer/decoder_layer_0/"
+    silent = params | {f"{layer}rms_norm_1": zeros, f"{layer}rms_norm_3": zeros}
+    for module in (None, "rms_norm_1", "rms_norm_3"):
+        loud = silent if module is None else silent | {layer + module: params[layer + module]}
+        hidden = dropped(loud, jax.random.key(0), tokens).layers[-1].hidden
+        share = np.mean(np.asarray(hidden) == 0)
+        expected = 0.5 if module is None else 0.25  # the embedding or the block's output is left
+        assert abs(share - expected) < 0.05, (module, share)
+
+
+def test_evaluation_is_without_dropout_and_noise():
+    tokens = random_tokens(2, 16)
+    settings = dataclasses.replace(SETTINGS, dropout=0.5, router_noise=0.5)
+    noisy = train.Trainer(CONFIG, settings, "ternary", sharding.make_mesh(), (None, None))
+    noisy.start(None)
+    plain = jitted("ternary")[1](noisy.state.params, None, tokens).logits
+    np.testing.assert_allclose(noisy.logits(tokens), plain, atol=1e-5)
+
+
+def test_router_noise_changes_choices_but_not_their_sums_by_much():
+    tokens = random_tokens(4)
+    params = jitted("float")[0](jax.random.key(0), tokens)
+    plain = jitted("float")[1](params, None, tokens).layers[0]
+    noisy = jax.jit(learning.training_model(CONFIG, "float", router_noise=0.2).apply)
+    one, other = (noisy(params, jax.random.key(k), tokens).layers[0] for k in (0, 1))
+    moved = np.asarray(one.router_logits - plain.router_logits)
+    assert 0.01 < moved.std() < 0.2 * np.asarray(plain.router_logits).std()
+    assert (one.expert_index != plain.expert_index).any()
+    assert (one.expert_index != other.expert_index).any()
+
+
+def test_jitter_by_hand():
+    noisy = learning.jitter(jax.random.key(0), jnp.full(1000, 10.0), 0.3)
+    assert 7 <= noisy.min() < 7.1 and 12.9 < noisy.max() <= 13
+
+
+# --- Meshes and accumulation ----------------------------------------------------------------------
+
+FLOAT = dataclasses.replace(CONFIG, activations="float")  # no value on the edge of rounding
+EVEN = {"balance_weight": 0.0}  # that loss is each accumulated part's own
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (2, 2)])
+def test_training_does_not_depend_on_the_mesh(mesh):
+    alone, sharded = trainer_of(FLOAT, **EVEN), trainer_of(FLOAT, mesh=mesh, **EVEN)
+    for seed in range(3):
+        expected, found = (t.step(random_tokens(4, seed=seed)) for t in (alone, sharded))
+        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+        np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-4)
+    moment = sharded.state.opt_state[1][0].mu["transformer/decoder_layer_0/moe/linear"]["w"]
+    assert moment.addressable_shards[0].data.shape == (8, 48, 64 // mesh[1])
+
+
+def test_accumulated_batches_are_one_large_batch():
+    whole, parts = trainer_of(FLOAT, **EVEN), trainer_of(FLOAT, accumulate=2, **EVEN)
+    for seed in range(3):
+        expected, found = (t.step(random_tokens(4, seed=seed)) for t in (whole, parts))
+        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+        np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-4)
+
+
+def test_bfloat16_trains_float32_weights():
+    trainer = trainer_of(dataclasses.replace(CONFIG, fprop_dtype="bfloat16"))
+    losses = [float(trainer.step(random_tokens(2))["loss"]) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainer.state.params)} == {jnp.dtype("float32")}
+
+
+# --- From checkpoints -----------------------------------------------------------------------------
+
+
+def export(folder, params, weights="ternary", form="converted", config=CONFIG):
+    processor = tokenizer.load(None, config.vocab_size)
+    records.export(folder, config, params, weights, form, processor, {})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "weights, form, error",
+    [("ternary", "converted", 1e-4), ("ternary", "released", 0.05), ("float", "converted", 1e-4)],
+)
+def test_beginning_from_a_checkpoint(run, tmp_path, weights, form, error):
+    """The first forward pass is that of the checkpoint, of whatever form."""
+    params = state_of(run[0]).params
+    folder = export(tmp_path / "checkpoint", params, weights, form)
+    trainer = trainer_of(weights=weights)
+    before = np.asarray(trainer.logits(random_tokens(2, 16)))
+    trainer.start(folder)
+    runner = runners.ModelRunner(CONFIG)
+    runner.load(folder)
+    tokens = random_tokens(2, 16)
+    expected = runner.logits(tokens)
+    np.testing.assert_allclose(trainer.logits(tokens), expected, atol=error)
+    assert np.abs(before - expected).max() > 0.2
+
+
+def test_every_saved_matrix_is_ternary(run):
+    """Exactly -1, 0 and 1 times its scale, all three of them."""
+    params = records.load_params(run[0] / "checkpoint", sharding.make_mesh())
+    matrices = [
+        matrix
+        for entries in params.values()
+        for w in entries.values()
+        if isinstance(w, quantize.QuantizedWeight1_58bit)
+        for matrix in np.asarray(quantize.dequantize(w)).reshape(-1, *w.shape[-2:])
+    ]
+    assert len(matrices) == 4 + 3 * 8
+    for matrix in matrices:
+        scale = np.abs(matrix).max()
+        assert np.unique(matrix).tolist() == [-scale, 0, scale]
+
+
+def test_distillation_comes_nearer_to_the_teacher(run):
+    folder = run[0] / "checkpoint"
+    teacher = train.teacher_of(folder, tokenizer.load(None, 1024), sharding.make_mesh())
+    weights = {"distill_weight": 10.0, "hidden_weight": 1.0}
+    trainer = trainer_of(teacher=teacher, steps=100, learning_rate=1e-2, seed=1, **weights)
+    rows = [trainer.step(random_tokens(4)) for _ in range(12)]
+    for key in ("distill", "hidden"):
+        assert 0 < rows[-1][key] < 0.8 * rows[0][key], (key, [float(row[key]) for row in rows])
+    trainer.start(folder)  # the student is the teacher
+    assert trainer.step(random_tokens(4))["distill"] < 1e-4
+
+
+def test_distill_loss_by_hand():
+    taught, logits = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))
+    expected = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+    np.testing.assert_allclose(learning.distill_loss(logits, taught, 1.0), expected, rtol=1e-5)
+    at_two = learning.distill_loss(2 * logits, 2 * taught, 2.0)
+    np.testing.assert_allclose(at_two, 4 * expected, rtol=1e-5)
+    np.testing.assert_allclose(learning.distill_loss(taught, taught, 3.0), 0, atol=1e-7)
+
+
+def test_a_teacher_with_another_tokenizer(run, tmp_path):
+    class Other:
+        def serialized_model_proto(self):
+            return b"other"
+
+    with pytest.raises(ValueError, match="has another tokenizer; it must have the student's"):
+        train.teacher_of(run[0] / "checkpoint", Other(), sharding.make_mesh())
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--dropout", "1"], "dropout must be below 1, got 1.0"),
+        (["--temperature", "0"], "temperature must be above 0, got 0"),
+        (["--accumulate", "0"], "accumulate must be at least 1, got 0"),
+        (["--init", "x", "--preset", "tiny"], "leave --preset out"),
+    ],
+)
+def test_flags_that_mean_nothing(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--data", "x", "--output", str(tmp_path), *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    flags = ["--data", "x", "--output", str(tmp_path), "--init", str(tmp_path / "none")]
+    with pytest.raises(SystemExit, match="no checkpoint folder .*none; give one"):
+        train.main(flags)
+
+
+def test_too_little_memory_is_said_before_anything_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.sharding, "memory_limit", lambda mesh: 1_000_000)
+    with pytest.raises(SystemExit, match="on each device, which has 1 MB; try a smaller"):
+        train.main(["--data", "x", "--output", str(tmp_path / "run"), "--preset", "tiny"])
+    printed = capsys.readouterr().out
+    assert "time" in printed and "activations" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_memory_by_hand():
+    count = sum(w.size for w in jax.tree.leaves(model.abstract_params(CONFIG)))
+    needed = train.training_memory(CONFIG, SETTINGS, "ternary", sharding.make_mesh())
+    assert (needed["parameters"], needed["gradients"]) == (4 * count, 4 * count)
+    assert needed["Adam"] == 8 * count + 2 * 4  # and two counts of steps
+    large, two = (dataclasses.replace(SETTINGS, batch_size=n) for n in (64, 128))
+    needed = train.training_memory(CONFIG, large, "ternary", sharding.make_mesh())
+    twice = train.training_memory(CONFIG, two, "ternary", sharding.make_mesh())
+    assert 1.8 < twice["activations"] / needed["activations"] < 2.1
+    half = train.training_memory(CONFIG, two, "ternary", sharding.make_mesh(2, 2))
+    assert half["activations"] == needed["activations"]
+    assert half["parameters"] < 0.6 * needed["parameters"]
+
+
+def test_flops_by_hand():
+    """Per token, 6 for each parameter in use; 12 T for each number of a query."""
+    d, f, heads = 48, 64, 6 * 8
+    attention = d * (heads + 2 * 16) + heads * d
+    norms = 5 * d
+    active = 1024 * d + attention + 8 * d + 2 * 3 * d * f + norms
+    assert train.flops_per_token(CONFIG) == 6 * active + 12 * 16 * heads
+
+
+@pytest.mark.parametrize("name, size", [("1m", 1e6), ("10m", 1e7), ("100m", 1e8), ("1b", 1e9)])
+def test_presets_are_as_large_as_they_say(name, size):
+    count = sum(w.size for w in jax.tree.leaves(model.abstract_params(model.PRESETS[name])))
+    assert 0.9 < count / size < 1.1

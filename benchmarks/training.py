@@ -1,0 +1,151 @@
+"""Tokens a second of training: our ternary model, its twin in full precision, and PyTorch.
+
+    python -m benchmarks.training
+    python -m benchmarks.training --preset 10m --rounds 7 --json training.json
+
+Each round takes some steps of each, one after the other, so that a slow moment of the machine meets
+all of them; medians are over rounds. The PyTorch model, where `torch` is installed, is a plain GPT
+(dense, causal attention, GELU, tied embeddings, AdamW) with the layers, width, vocabulary, batch
+and active parameters of ours. Both train in float32 on random tokens.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+
+import kernels
+import learning
+import model
+import sharding
+import train
+from benchmarks import timer
+
+
+def ours(config, settings, weights: str, tokens: np.ndarray):
+    """A function that makes so many steps."""
+    activations = "float" if weights == "float" else "int8"
+    config = dataclasses.replace(config, activations=activations)
+    trainer = train.Trainer(config, settings, weights, sharding.make_mesh(), (None, None))
+    trainer.start(None)
+
+    def steps(count: int):
+        for _ in range(count):
+            metrics = trainer.step(tokens)
+        jax.block_until_ready(metrics)
+
+    return steps
+
+
+def pytorch(config, settings, tokens: np.ndarray):
+    """The same of a GPT; ImportError without torch."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    size, heads, length = config.emb_size, config.num_q_heads, config.sequence_len
+    table = config.vocab_size * size
+    of_layer = (active_parameters(config) - table) // config.num_layers
+    hidden = max(1, (of_layer - 4 * size**2) // (2 * size))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList([nn.LayerNorm(size), nn.LayerNorm(size)])
+            self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
+            self.up, self.down = nn.Linear(size, hidden), nn.Linear(hidden, size)
+
+        def forward(self, h):
+            qkv = self.qkv(self.norms[0](h)).unflatten(-1, (3, heads, size // heads))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, size of a head]
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            h = h + self.out(y.transpose(1, 2).flatten(2))
+            return h + self.down(functional.gelu(self.up(self.norms[1](h))))
+
+    class Gpt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(config.vocab_size, size)
+            self.positions = nn.Embedding(length, size)
+            self.blocks = nn.Sequential(*(Block() for _ in range(config.num_layers)))
+            self.norm = nn.LayerNorm(size)
+
+        def forward(self, tokens):
+            h = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+            return self.norm(self.blocks(h)) @ self.tokens.weight.T
+
+    gpt = Gpt()
+    optimizer = torch.optim.AdamW(gpt.parameters(), settings.learning_rate, fused=True)
+    batch = torch.from_numpy(tokens.astype(np.int64))
+
+    def steps(count: int):
+        for _ in range(count):
+            logits = gpt(batch[:, :-1])
+            loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+            optimizer.step()
+
+    return steps
+
+
+def active_parameters(config) -> int:
+    return (train.flops_per_token(config) - train.attention_flops(config)) // 6
+
+
+def report(config, settings, rounds: int, steps: int) -> dict:
+    tokens = np.random.default_rng(0).integers(
+        4, config.vocab_size, (settings.batch_size, config.sequence_len + 1), np.int32
+    )
+    runs = {
+        f"ours, {weights}": ours(config, settings, weights, tokens)
+        for weights in ("ternary", "float")
+    }
+    try:
+        runs["PyTorch GPT"] = pytorch(config, settings, tokens)
+    except ImportError:
+        print("without PyTorch: it is not installed")
+    seconds = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run(steps)
+            if i:  # the first round compiles
+                seconds[name].append((time.perf_counter() - begin) / steps)
+    batch = settings.batch_size * config.sequence_len
+    return {name: round(batch / statistics.median(s)) for name, s in seconds.items()}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", default="demo", choices=model.PRESETS, help="(demo)")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences in a step (16)")
+    parser.add_argument("--rounds", type=int, default=5, help="that count, after one (5)")
+    parser.add_argument("--steps", type=int, default=4, help="of each model in a round (4)")
+    parser.add_argument("--json", help="where to write the figures")
+    args = parser.parse_args(argv)
+    kernels.keep_compilations()
+    train.keep_freed_memory()
+    config = model.PRESETS[args.preset]
+    settings = learning.Settings(batch_size=args.batch_size)
+    rates = report(config, settings, args.rounds, args.steps)
+    active = active_parameters(config)
+    flops = train.flops_per_token(config)
+    print(f"{args.preset}, {active:,} active parameters, {flops / 1e6:.1f} million FLOPs a token")
+    for name, rate in rates.items():
+        print(f"{name:<16}{rate:>8,} tokens/s {rate * flops / 1e9:>6.0f} GFLOP/s")
+    overhead = rates["ours, float"] / rates["ours, ternary"] - 1
+    print(f"ternary weights and int8 activations take {overhead:.1%} more time than floats")
+    if args.json:
+        about = {"preset": args.preset, "processor": timer.processor(), "tokens_per_second": rates}
+        with open(args.json, "w") as file:
+            file.write(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
