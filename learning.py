@@ -33,6 +33,7 @@ class Settings:
     weight_decay: float = setting(0.1, "of matrices")
     dropout: float = setting(0.0, "of embeddings and of what each block adds to them")
     bpe_dropout: float = setting(0.1, "chance that no token reaches across a place in the text")
+    plain: float = setting(0.0, "share of sequences of the text as it is, without such places")
     balance_weight: float = setting(0.01, "of the loss that keeps experts equally busy")
     router_z_weight: float = setting(1e-3, "of the loss that keeps router logits small")
     router_noise: float = setting(0.0, "largest relative change to each input of a router")
@@ -52,6 +53,8 @@ class Settings:
         for name in ("dropout", "bpe_dropout", "router_noise"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+        if self.plain > 1:
+            raise ValueError(f"plain must be at most 1, got {self.plain}")
         if not self.temperature:
             raise ValueError("temperature must be above 0, got 0")
         if self.warmup >= self.steps:

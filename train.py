@@ -163,14 +163,15 @@ class Texts:
 
     def __init__(self, processor, text: str, settings: Settings, length: int):
         self.processor, self.text, self.settings, self.length = processor, text, settings, length
-        plain = tokenizer.encode(processor, text)
+        self.tokens = self.plain = tokenizer.encode(processor, text)
         self.batch_size = settings.batch_size * settings.accumulate
-        self.steps_per_epoch = max(1, len(plain) // (self.batch_size * length))
-        self.epoch, self.tokens = (None, plain) if settings.bpe_dropout else (0, plain)
+        self.steps_per_epoch = max(1, len(self.plain) // (self.batch_size * length))
+        self.epoch = None if settings.bpe_dropout else 0
 
     @property
     def characters_per_token(self) -> float:
-        return len(self.text) / len(self.tokens)
+        share = self.settings.plain
+        return len(self.text) * ((1 - share) / len(self.tokens) + share / len(self.plain))
 
     def batch(self, step: int) -> np.ndarray:
         """int32 [N B, T + 1], a pure function of the settings and the step."""
@@ -180,7 +181,10 @@ class Texts:
             seed = s.seed * 100_003 + epoch
             self.tokens = tokenizer.encode(self.processor, self.text, s.bpe_dropout, seed)
             self.epoch = epoch
-        return data.batch(self.tokens, self.batch_size, self.length, s.seed, step)
+        plain = round(s.plain * self.batch_size)
+        batch = functools.partial(data.batch, length=self.length, step=step)
+        cut = batch(self.tokens, self.batch_size - plain, seed=s.seed)
+        return np.concatenate([cut, batch(self.plain, plain, seed=s.seed + 2**32)])
 
 
 def teacher_of(folder: Path, processor, mesh):

@@ -220,6 +220,17 @@ def test_batches_are_a_function_of_the_step():
     assert (first != second).any()
 
 
+def test_a_share_of_the_sequences_is_of_the_plain_text():
+    """The others are cut apart, so that they hold more tokens of one character."""
+    processor = tokenizer.load(None, CONFIG.vocab_size)
+    settings = dataclasses.replace(SETTINGS, batch_size=64, bpe_dropout=0.7, plain=0.25)
+    texts = train.Texts(processor, TEXT, settings, 16)
+    characters = [len(processor.decode(row.tolist())) for row in texts.batch(0)]
+    assert np.mean(characters[48:]) > 1.5 * np.mean(characters[:48])
+    mixed = 0.75 * len(TEXT) / len(texts.tokens) + 0.25 * len(TEXT) / len(texts.plain)
+    np.testing.assert_allclose(texts.characters_per_token, mixed)
+
+
 def test_divergence_stops_and_keeps_what_was_good(tmp_path, monkeypatch):
     step = train.Trainer.step
 
