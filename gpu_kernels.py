@@ -309,52 +309,64 @@ def _attention_kernel(
     triton.store(weights_ref.at[row, head, part, query, column], weights, mask=query < group)
 
 
-# --- Norm -----------------------------------------------------------------------------------------
+# --- Norm and rounding ----------------------------------------------------------------------------
+#
+# A row for each program. XLA makes two launches of a norm and three of rounding to integers, and a
+# launch takes about as long as reading ten million weights.
 
 
-def rms_norm_quantize(
-    x: jax.Array, scale: jax.Array, eps: float, *, planes: int = 1, interpret: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """RMS norm of x [R, D] and its rounding to integers, row by row, in one pass.
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, interpret: bool = False) -> jax.Array:
+    """scale * x / rms(x), in float32, of rows x [R, D] in their dtype; scale float32 [D]."""
 
-    Returns y [R, D], the norm in the dtype of x; int8 [R, planes, D]; the step, float32 [R, 1].
-    One plane is BitNet's int8, y ~ plane * step. Two are 15 bits, y ~ (128 high + low) * step:
-    closer than bfloat16, for one row more in a product.
+    def kernel(x_ref, scale_ref, y_ref):
+        row, column, here = _row_of(x_ref)
+        x = triton.load(x_ref.at[row, column], mask=here, other=0).astype(jnp.float32)
+        scale = triton.load(scale_ref.at[column], mask=here, other=0)
+        y = scale * x * lax.rsqrt(jnp.sum(x * x) / x_ref.shape[1] + eps)
+        triton.store(y_ref.at[row, column], y.astype(y_ref.dtype), mask=here)
+
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return _rows_call(kernel, x.shape, out, "rms_norm", interpret)(x, scale)
+
+
+def quantize_rows(x: jax.Array, levels: int, dtype, *, interpret: bool = False):
+    """Rows x [R, I] as integers of a dtype and a float32 step [R, 1], see `quantize.quantize_rows`.
+
+    levels: the largest integer
     """
-    if planes not in (1, 2):
-        raise ValueError(f"planes must be 1 or 2, got {planes}")
-    rows, size = x.shape
+
+    def kernel(x_ref, integers_ref, step_ref):
+        row, column, here = _row_of(x_ref)
+        x = triton.load(x_ref.at[row, column], mask=here, other=0).astype(jnp.float32)
+        step = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30) / levels
+        step_ref[row, 0] = step
+        integers = _round(x / step).astype(jnp.int32).astype(dtype)
+        triton.store(integers_ref.at[row, column], integers, mask=here)
+
+    out = (
+        jax.ShapeDtypeStruct(x.shape, dtype),
+        jax.ShapeDtypeStruct((x.shape[0], 1), jnp.float32),
+    )
+    return _rows_call(kernel, x.shape, out, "quantize_rows", interpret)(x)
+
+
+def _row_of(ref):
+    """This program's row, its columns up to a power of two, and which of them there are."""
+    column = jnp.arange(pl.next_power_of_2(ref.shape[1]), dtype=jnp.int32)
+    return pl.program_id(0), column, column < ref.shape[1]
+
+
+def _rows_call(kernel, shape, out, name: str, interpret: bool):
     return pl.pallas_call(
-        functools.partial(_norm_kernel, eps=eps, planes=planes),
-        grid=(rows,),
-        out_shape=(
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct((rows, planes, size), jnp.int8),
-            jax.ShapeDtypeStruct((rows, 1), jnp.float32),
+        kernel,
+        grid=(shape[0],),
+        out_shape=out,
+        compiler_params=triton.CompilerParams(
+            num_warps=8 if shape[1] <= 1 << 13 else 16, num_stages=1
         ),
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
-        name="rms_norm_quantize",
-    )(x, scale)
-
-
-def _norm_kernel(x_ref, scale_ref, y_ref, planes_ref, step_ref, *, eps: float, planes: int):
-    """One row."""
-    row, size = pl.program_id(0), x_ref.shape[1]
-    column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
-    here = column < size
-    x = triton.load(x_ref.at[row, column], mask=here, other=0).astype(jnp.float32)
-    scale = triton.load(scale_ref.at[column], mask=here, other=0).astype(jnp.float32)
-    y = scale * x * lax.rsqrt(jnp.sum(x * x) / size + eps)
-    y = y.astype(y_ref.dtype)
-    triton.store(y_ref.at[row, column], y, mask=here)
-    y = y.astype(jnp.float32)
-    step = jnp.maximum(jnp.max(jnp.abs(y)), 1e-30) / (127 if planes == 1 else 127 * 128)
-    step_ref[row, 0] = step
-    rounded = _round(y / step).astype(jnp.int32)
-    high = rounded if planes == 1 else rounded >> 7  # low is 0 to 127
-    for plane, values in enumerate((high, rounded - (high << 7))[:planes]):
-        triton.store(planes_ref.at[row, plane, column], values.astype(jnp.int8), mask=here)
+        name=name,
+    )
 
 
 def _round(x):

@@ -192,7 +192,27 @@ def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
     return jax.ffi.ffi_call("ternary_grok_TableDot", out)(x, table)
 
 
-# --- Norm -----------------------------------------------------------------------------------------
+# --- Norm and rounding ----------------------------------------------------------------------------
+
+
+def norm_kernel() -> Callable | None:
+    """The kernel of a norm on this backend, with the arguments of `rms_norm`; None: plain JAX."""
+    if on_cpu():
+        return rms_norm
+    if jax.default_backend() == "gpu":
+        import gpu_kernels
+
+        return gpu_kernels.rms_norm
+    return None
+
+
+def rounding_kernel() -> Callable | None:
+    """The kernel that rounds rows to integers on this backend: `gpu_kernels.quantize_rows`."""
+    if jax.default_backend() == "gpu":
+        import gpu_kernels
+
+        return gpu_kernels.quantize_rows
+    return None
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

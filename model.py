@@ -259,9 +259,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
         rms = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
         return (scale * wide * rms).astype(x.dtype)
 
-    if not kernels.on_cpu():
+    kernel = kernels.norm_kernel()
+    if kernel is None:
         return plain(x, scale)
-    fast = kernels.differentiable(functools.partial(kernels.rms_norm, eps=eps), plain)
+    fast = kernels.differentiable(functools.partial(kernel, eps=eps), plain)
     return fast(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape)
 
 

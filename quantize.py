@@ -207,13 +207,29 @@ def quantize_rows(
     axis_name: the mesh axis that I is split over, if any: the maximum is that of the whole row
     """
     levels, dtype = (127, jnp.int8) if activations == "int8" else (127 * 128, jnp.int16)
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    if axis_name is not None:
-        largest = lax.pmax(lax.stop_gradient(largest), axis_name)
-    # The barrier: what is multiplied first is not for a compiler to choose, by the number of rows.
-    step = lax.optimization_barrier(jnp.maximum(largest, 1e-30) / levels)
-    return jnp.round(x / step).astype(dtype), step
+    whole = axis_name is None or lax.axis_size(axis_name) == 1
+    kernel = kernels.rounding_kernel()
+
+    def plain(x):
+        x = x.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        if not whole:
+            largest = lax.pmax(lax.stop_gradient(largest), axis_name)
+        step = in_this_order(jnp.maximum(largest, 1e-30) / levels)
+        return jnp.round(x / step).astype(dtype), step
+
+    if kernel is None or not whole:
+        return plain(x)
+    return kernels.differentiable(lambda x: kernel(x, levels, dtype), plain)(x)
+
+
+def in_this_order(x: jax.Array) -> jax.Array:
+    """x, and on a CPU a compiler may not multiply what it is multiplied with first.
+
+    XLA does so or not by the number of rows, which would show in the last bit; elsewhere it would
+    cost a launch.
+    """
+    return lax.optimization_barrier(x) if kernels.on_cpu() else x
 
 
 def planes(integers: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -435,7 +451,7 @@ def grouped_dot(
     scale = step
     if isinstance(w, QuantizedWeight1_58bit):
         gamma = jnp.repeat(w.scales[experts, 0], x.shape[0] // blocks, axis=0)  # [R, 1]
-        scale = gamma if step is None else lax.optimization_barrier(gamma * step)
+        scale = gamma if step is None else in_this_order(gamma * step)
     return (y if scale is None else y * scale).astype(x.dtype)
 
 

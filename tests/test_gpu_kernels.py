@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import gpu_kernels
+import kernels
 import model
 import quantize
 import runners
@@ -167,20 +168,26 @@ def random_norm(dtype):
     return x, scale, scale * wide / rms
 
 
-@pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_norm(dtype, planes):
+def test_norm(dtype):
     x, scale, expected = random_norm(dtype)
-    y, integers, step = gpu_kernels.rms_norm_quantize(x, scale, 1e-5, planes=planes, interpret=True)
+    y = gpu_kernels.rms_norm(x, scale, 1e-5, interpret=True)
+    assert y.dtype == x.dtype
     assert_near(y, expected)
-    if planes == 1:
-        rounded, same_step = quantize.quantize_rows(y)
-        np.testing.assert_array_equal(integers[:, 0], rounded)
-        np.testing.assert_array_equal(step, same_step)
-    else:
-        joined = np.array([128, 1]) @ np.asarray(integers, np.int64)
-        assert np.abs(joined).max() == 127 * 128
-        assert np.abs(joined - np.asarray(y / step, np.float64)).max() <= 0.502  # float32 division
+
+
+@pytest.mark.parametrize("activations", ["int8", "int15"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounding(dtype, activations, monkeypatch):
+    """To the integers of plain JAX, through the same `quantize_rows`."""
+    x = random_norm(dtype)[0].at[2].set(0)
+    plain = quantize.quantize_rows(x, None, activations)
+    interpreted = functools.partial(gpu_kernels.quantize_rows, interpret=True)
+    monkeypatch.setattr(kernels, "rounding_kernel", lambda: interpreted)
+    integers, step = quantize.quantize_rows(x, None, activations)
+    assert integers.dtype == plain[0].dtype
+    np.testing.assert_array_equal(integers, plain[0])
+    np.testing.assert_array_equal(step, plain[1])
 
 
 def test_halves_round_to_even():
@@ -226,18 +233,18 @@ def test_attention_lowers_for_cuda(batch, slots, dtype):
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-def test_norm_lowers_for_cuda(planes):
-    norm = functools.partial(gpu_kernels.rms_norm_quantize, eps=1e-5, planes=planes)
-    text = lowered_for_cuda(norm, ((2, 6144), jnp.bfloat16), ((6144,), jnp.float32))
+def test_norm_and_rounding_lower_for_cuda():
+    x = ((2, 6144), jnp.bfloat16)
+    norm = functools.partial(gpu_kernels.rms_norm, eps=1e-5)
+    text = lowered_for_cuda(norm, x, ((6144,), jnp.float32))
+    assert text.count("__gpu$xla.gpu.triton") == 1
+    text = lowered_for_cuda(lambda x: gpu_kernels.quantize_rows(x, 127, jnp.int8), x)
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_the_decode_step_lowers_for_cuda_with_every_product_and_attention_a_kernel(
-    rows, monkeypatch
-):
-    """Of a layer: four matrices of attention, attention itself, and three of the experts."""
+def test_the_decode_step_lowers_for_cuda(rows, monkeypatch):
+    """Kernels of a layer: seven products and what rounds their rows, four norms, attention."""
     config = model.LanguageModelConfig(
         vocab_size=512, emb_size=2048, num_layers=2, num_q_heads=32, num_kv_heads=4, key_size=64,
         sequence_len=256, widening_factor=3, activations="int8",
@@ -251,8 +258,11 @@ def test_the_decode_step_lowers_for_cuda_with_every_product_and_attention_a_kern
         lambda *leaves: step(*jax.tree.unflatten(structure, leaves)),
         *((leaf.shape, leaf.dtype) for leaf in leaves),
     )
-    assert text.count("__gpu$xla.gpu.triton") == 2 * 8
-    assert text.count("decode_attention") >= 2
+    of_layer = {"ternary_few_rows": 7, "quantize_rows": 7, "rms_norm": 4, "decode_attention": 1}
+    calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
+    for name, count in of_layer.items():
+        found = sum(f'"{name}"' in line for line in calls)
+        assert found == 2 * count + (name == "rms_norm"), (name, found)
 
 
 needs_gpu = pytest.mark.skipif(
@@ -276,12 +286,13 @@ def test_compiled_attention(dtype):
 
 
 @needs_gpu
-@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("activations", ["int8", "int15"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_norm(dtype, planes):
+def test_compiled_norm_and_rounding(dtype, activations):
     """A GPU divides less exactly: integers may be one off where the quotient is near a half."""
     x, scale, expected = random_norm(dtype)
-    y, integers, step = gpu_kernels.rms_norm_quantize(x, scale, 1e-5, planes=planes)
+    y = gpu_kernels.rms_norm(x, scale, 1e-5)
     assert_near(y, expected)
-    joined = np.array([128, 1])[-planes:] @ np.asarray(integers, np.int64)
-    assert np.abs(joined - np.asarray(y, np.float64) / np.asarray(step)).max() <= 0.51
+    integers, step = quantize.quantize_rows(y, None, activations)
+    exact = np.asarray(y, np.float64) / np.asarray(step)
+    assert np.abs(np.asarray(integers, np.int64) - exact).max() <= 0.51
