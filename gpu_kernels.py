@@ -268,7 +268,7 @@ def decode_attention(
 
 
 def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
-    """`model.attend` of single queries, q [B, 1, N, H], by `decode_attention`."""
+    """`attention.attend` of single queries, q [B, 1, N, H], by `decode_attention`."""
     return decode_attention(q[:, 0], k, v, positions[:, 0] + 1, multiplier, cap)[:, None]
 
 

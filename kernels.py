@@ -242,7 +242,7 @@ def attention_kernel(q: jax.Array, k: jax.Array, cap: float) -> Callable | None:
 
 
 def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
-    """`model.attend`, reading the cache only as far as each query sees it.
+    """`attention.attend`, reading the cache only as far as each query sees it.
 
     What a query gets depends on no other query, row or head, to the last bit. Needs `on_cpu()`, and
     a cap of at most `LARGEST_CAP`.

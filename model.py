@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import attention
 import kernels
 import quantize
 import sharding
@@ -241,14 +242,9 @@ def init_memory(
     return Memory(layers, jnp.zeros(batch_size, jnp.int32))
 
 
-CACHE_BLOCK = 512  # cache slots that the attention of a prompt's chunk reads at a time
 MEMORY_AXES = ("batch", "heads", None, None)  # of KVMemory's arrays
 
 # --- Pure parts -----------------------------------------------------------------------------------
-
-einsum = functools.partial(
-    jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -279,95 +275,11 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, base: float) -> jax.Arr
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, multiplier: float, cap: float
-) -> jax.Array:
-    """Soft-capped attention of q [B, T, N, H] over k, v [B, K, S, H], as [B, T, N, H].
-
-    A query sees the slots up to its own position, `positions` [B, T]. Query heads g G to
-    g G + G - 1 share key/value head g.
-    """
-
-    def plain(q, k, v, positions):
-        logits = _capped_logits(_group_heads(q, k.shape[1]), k, multiplier, cap)
-        visible = _visible(jnp.arange(k.shape[2]), positions)
-        weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(v.dtype)
-        return _ungroup_heads(einsum("BKGTS,BKSH->BKGTH", weights, v), q)
-
-    kernel = kernels.attention_kernel(q, k, cap)
-    if kernel is None:
-        return plain(q, k, v, positions)
-    fast = functools.partial(kernel, multiplier=multiplier, cap=cap)
-    return kernels.differentiable(fast, plain)(q, k, v, positions)
-
-
-def attend_to_cache(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, multiplier: float, cap: float
-) -> jax.Array:
-    """`attend`, reading a large cache in blocks of slots, up to that of the last query.
-
-    So a chunk of a prompt costs by what the cache holds, not by its size, and no [T, S] array is
-    made. Blocks are added to sums that are scaled by the largest logit so far (online softmax;
-    Milakov and Gimelshein, 2018, algorithm 3). A single query takes the whole cache: its blocks
-    would be too little work. Without a gradient: the number of blocks is not known before.
-    """
-    slots, block = k.shape[2], CACHE_BLOCK
-    if slots <= block or q.shape[1] == 1 or kernels.attention_kernel(q, k, cap):
-        return attend(q, k, v, positions, multiplier, cap)
-    grouped = _group_heads(q, k.shape[1])
-
-    def add_block(i, sums):
-        largest, total, y = sums
-        start = jnp.minimum(i * block, slots - block)  # the last block may overlap the one before
-        keys, values = (lax.dynamic_slice_in_dim(x, start, block, axis=2) for x in (k, v))
-        here = start + jnp.arange(block)
-        visible = _visible(here, positions) & (here >= i * block)
-        logits = jnp.where(visible, _capped_logits(grouped, keys, multiplier, cap), -1e30)
-        larger = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
-        weights, scale = jnp.exp(logits - larger), jnp.exp(largest - larger)
-        total = total * scale + jnp.sum(weights, axis=-1, keepdims=True)
-        y = y * scale + einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values)
-        return larger, total, y
-
-    blocks = jnp.minimum(jnp.max(positions), slots - 1) // block + 1
-    one = jnp.zeros((*grouped.shape[:4], 1), jnp.float32)
-    start = (one - 1e30, one, jnp.zeros(grouped.shape, jnp.float32))
-    _, total, y = lax.fori_loop(0, blocks, add_block, start)
-    return _ungroup_heads(y / total, q)
-
-
-def _group_heads(q: jax.Array, kv_heads: int) -> jax.Array:  # [B, T, N, H] -> [B, K, G, T, H]
-    batch, queries, heads, size = q.shape
-    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, size)
-    return grouped.transpose(0, 2, 3, 1, 4)
-
-
-def _ungroup_heads(y: jax.Array, q: jax.Array) -> jax.Array:  # [B, K, G, T, H] -> as q
-    return y.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
-
-
-def _capped_logits(grouped, k, multiplier, cap):  # [B, K, G, T, S]
-    logits = einsum("BKGTH,BKSH->BKGTS", grouped, k) * multiplier
-    return cap * jnp.tanh(logits / cap)
-
-
-def _visible(slots, positions):  # [S], [B, T] -> [B, 1, 1, T, S]
-    return slots <= positions[:, None, None, :, None]
-
-
 def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVMemory:
     """Puts k, v [B, T, K, H] at their slots [B, T]; what lies past the last slot is dropped."""
     axes = (MEMORY_AXES, ("batch", None, "heads", None), ("batch", None))
-    write = sharding.shard_map(_write_slots, axes, MEMORY_AXES)
+    write = sharding.shard_map(attention.write_slots, axes, MEMORY_AXES)
     return KVMemory(write(memory.k, k, positions), write(memory.v, v, positions))
-
-
-def _write_slots(cache, new, slots):  # [B, K, S, H], [B, T, K, H], [B, T]
-    def row(cache, new, slots):  # [K, S, H], [T, K, H], [T]
-        return cache.at[:, slots].set(new.swapaxes(0, 1), mode="drop")
-
-    write = kernels.write_slots if kernels.on_cpu() else jax.vmap(row)
-    return write(cache, new.astype(cache.dtype), slots)
 
 
 class ExpertBlocks(NamedTuple):
@@ -509,9 +421,9 @@ class MultiHeadAttention(hk.Module):
         k = rotary_embedding(project(c.num_kv_heads, "key"), positions, c.rope_base)
         v = project(c.num_kv_heads, "value")
         if memory is None:
-            look, seen = attend, KVMemory(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            look, seen = attention.attend, KVMemory(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
-            look, seen = attend_to_cache, write_memory(memory, k, v, positions)
+            look, seen = attention.attend_to_cache, write_memory(memory, k, v, positions)
             memory = seen
         look = functools.partial(look, multiplier=c.attn_output_multiplier, cap=c.attn_logit_cap)
         rows = ("batch", None, "heads", None)
@@ -580,8 +492,8 @@ class DecoderLayer(hk.Module):
         """h [B, T, D], positions and valid [B, T] -> LayerOutput and the layer's cache."""
         c = self.config
         norm = functools.partial(RMSNorm, c.rms_norm_eps)
-        attention, memory = MultiHeadAttention(c)(norm("rms_norm")(h), positions, memory)
-        h = h + norm("rms_norm_1")(attention)
+        y, memory = MultiHeadAttention(c)(norm("rms_norm")(h), positions, memory)
+        h = h + norm("rms_norm_1")(y)
         x = norm("rms_norm_2")(h)
         logits = probs = index = None
         if c.num_experts > 1:

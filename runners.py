@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import attention
 import checkpoint
 import kernels
 import quantize
 import sharding
 from model import (
-    CACHE_BLOCK,
     MEMORY_AXES,
     LanguageModelConfig,
     Memory,
@@ -580,7 +580,7 @@ def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: i
         jax.eval_shape(functools.partial(empty_slots, config, n, sequence_len)) for n in (slots, 1)
     ]
     heads = -(-config.num_q_heads // mesh.shape["model"])
-    scores = heads * min(PAD_SIZES[-1], sequence_len) * min(CACHE_BLOCK, sequence_len)
+    scores = heads * min(PAD_SIZES[-1], sequence_len) * min(attention.CACHE_BLOCK, sequence_len)
     return {
         "weights": device_bytes(params, shardings) - table,
         "embeddings": table,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import attention
 import gpu_kernels
 import kernels
 import model
@@ -257,7 +258,7 @@ def test_attention(shape, dtype, error, monkeypatch):
     assert found.dtype == q.dtype
     monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     wide = (x.astype(jnp.float32) for x in (q, k, v))
-    expected = model.attend(*wide, positions, multiplier, cap)
+    expected = attention.attend(*wide, positions, multiplier, cap)
     assert np.abs(np.asarray(found, np.float32) - expected).max() < error
 
 

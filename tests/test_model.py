@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import reference
 
+import attention
 import kernels
 import model
 import quantize
@@ -214,15 +215,15 @@ def test_rotary_embedding_far_out():
 @pytest.mark.parametrize("dtype, error", [("float32", 2e-6), ("bfloat16", 2e-2)])
 def test_attention_in_blocks_of_the_cache(slots, dtype, error, monkeypatch):
     """Every number of blocks, the last one cut short or not; what is behind is not even read."""
-    monkeypatch.setattr(model, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
     monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     random = np.random.default_rng(0)
     q = jnp.asarray(3 * random.standard_normal((3, 2, 6, 4)), dtype)
     k, v = (jnp.asarray(random.standard_normal((3, 2, slots, 4)), dtype) for _ in range(2))
-    blocks = jax.jit(model.attend_to_cache, static_argnums=(4, 5))
+    blocks = jax.jit(attention.attend_to_cache, static_argnums=(4, 5))
     for last in range(1, slots + 2):  # one more than there are: padding may lie behind the cache
         positions = jnp.array([[last - 1, last], [0, 0], [last // 2, last // 2 + 1]])
-        expected = model.attend(q, k, v, positions, 0.7, 5.0)
+        expected = attention.attend(q, k, v, positions, 0.7, 5.0)
         behind = (min(last, slots - 1) // 8 + 1) * 8 if slots > 8 else slots
         hidden = [x.at[:, :, min(behind, slots - 8) + 8 :].set(jnp.nan) for x in (k, v)]
         found = blocks(q, *(hidden if slots > 8 else (k, v)), positions, 0.7, 5.0)
@@ -232,7 +233,7 @@ def test_attention_in_blocks_of_the_cache(slots, dtype, error, monkeypatch):
 
 
 def test_a_large_cache_gives_the_same_logits(monkeypatch):
-    monkeypatch.setattr(model, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
     tokens = factories.random_tokens(CONFIG, 3, 29)
     whole = run(tokens)
     apply = jax.jit(make_model(CONFIG).apply)
