@@ -322,7 +322,7 @@ def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> Exp
     row = jnp.where(expert < num_experts, first_row[expert] + rank, rows)
     row_of_pair = jnp.zeros(pairs, jnp.int32).at[order].set(row)
     token_of_row = jnp.full(rows, tokens).at[row].set(order // selected, mode="drop")
-    owner = jnp.searchsorted(last_block, jnp.arange(blocks), side="right")
+    owner = jnp.sum(last_block <= jnp.arange(blocks)[:, None], axis=1)
     expert_of_block = jnp.where(owner < num_experts, owner, -1)
     return ExpertBlocks(row_of_pair.reshape(tokens, selected), token_of_row, expert_of_block)
 
