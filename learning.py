@@ -25,15 +25,15 @@ def setting(default, text: str):
 class Settings:
     """What fixes a run, besides the model and the text; the defaults are the demo's recipe."""
 
-    steps: int = setting(3000, "updates")
+    steps: int = setting(1750, "updates")
     batch_size: int = setting(16, "sequences computed together, as long as the model's context")
     accumulate: int = setting(1, "batches whose gradients make one update")
     learning_rate: float = setting(2e-3, "of AdamW, after the warm-up; a cosine to zero follows")
     warmup: int = setting(100, "updates in which the learning rate rises")
     weight_decay: float = setting(0.1, "of matrices")
-    dropout: float = setting(0.0, "of embeddings and of what each block adds to them")
-    bpe_dropout: float = setting(0.1, "chance that no token reaches across a place in the text")
-    plain: float = setting(0.0, "share of sequences of the text as it is, without such places")
+    dropout: float = setting(0.1, "of embeddings and of what each block adds to them")
+    bpe_dropout: float = setting(0.2, "chance that no token reaches across a place in the text")
+    plain: float = setting(0.5, "share of sequences of the text as it is, without such places")
     balance_weight: float = setting(0.01, "of the loss that keeps experts equally busy")
     router_z_weight: float = setting(1e-3, "of the loss that keeps router logits small")
     router_noise: float = setting(0.0, "largest relative change to each input of a router")
