@@ -294,6 +294,7 @@ def test_rms_norm(dtype):
     rounding = 2.0**-22 if dtype == "float32" else 2.0**-8
     np.testing.assert_allclose(found.astype(np.float64), exact, rtol=rounding)
     np.testing.assert_array_equal(call(x[3:4], scale, 1e-5), found[3:4])
+    assert np.isnan(np.asarray(call(x.at[0, 0].set(jnp.nan), scale, 1e-5), np.float32)[0]).all()
 
 
 @native
