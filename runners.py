@@ -150,12 +150,14 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     random = settings.temperature > 0
     temperature = jnp.where(random, settings.temperature, 1)[:, None]
     # The largest becomes 0 first, which no small temperature can make infinite.
-    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    shifted = logits - largest
     allowed = top_p_filter(shifted / temperature, settings.nucleus_p)
     total = jax.nn.logsumexp(allowed, axis=-1, keepdims=True)
     top_k, top_k_ids = lax.top_k(allowed, min(TOP_K, logits.shape[-1]))
     ids = jnp.arange(logits.shape[-1])
-    greedy = jnp.min(jnp.where(shifted == 0, ids, ids[-1]), axis=-1)  # argmax, which XLA makes slow
+    # argmax, which XLA makes slow. Not where `shifted` is 0: a fused multiply-add may make it 1e-9.
+    greedy = jnp.min(jnp.where(logits == largest, ids, ids[-1]), axis=-1)
     # Random numbers for every token of the vocabulary: not when nobody asks for them.
     drawn = lax.cond(
         jnp.any(random),
