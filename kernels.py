@@ -1,8 +1,8 @@
-"""Fast versions of functions in `quantize.py`, and what each takes; and the cache of compilations.
+"""Fast products, norms and attention, and what each takes; large pages; kept compilations.
 
 On a CPU they are C++, `cpu_kernels.cc`, compiled on first use with the system's compiler and kept
 in a cache folder. On an NVIDIA GPU they are those of `gpu_kernels.py`. Without a compiler, or for
-other shapes and devices, plain JAX does the same, to the same integers, more slowly.
+other shapes and devices, plain JAX beside each call does the same, to the same integers, slower.
 """
 
 import ctypes

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -267,6 +267,20 @@ def decode_step(
     return advance(output.logits, slots._replace(memory=output.model_state), eos)
 
 
+def jit_steps(runner: ModelRunner, in_slots: Slots, in_row: Memory) -> tuple[Callable, Callable]:
+    """`prefill_chunk` and `decode_step`, to be compiled; the cache that they are given is donated.
+
+    in_slots, in_row: shardings of all slots, and of the cache of one row
+    """
+    everywhere = sharding.activation_sharding(runner.mesh)
+    jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=EXACT)
+    decode = functools.partial(decode_step, runner.model, eos=runner.config.eos_token)
+    return (
+        jit(functools.partial(prefill_chunk, runner.model), out_shardings=(in_row, everywhere)),
+        jit(decode, out_shardings=(in_slots, everywhere)),
+    )
+
+
 # --- Serving --------------------------------------------------------------------------------------
 
 
@@ -357,22 +371,11 @@ class InferenceRunner:
         with jax.set_mesh(mesh):
             self._slots = jax.jit(make_slots, out_shardings=in_slots)()
             self._row = jax.jit(make_row, out_shardings=in_row)().memory
-        self._prefill = jax.jit(
-            functools.partial(prefill_chunk, runner.model),
-            donate_argnums=1,
-            compiler_options=EXACT,
-            out_shardings=(in_row.memory, everywhere),
-        )
-        outputs = (in_slots, everywhere)
-        eos = config.eos_token
+        self._prefill, self._decode = jit_steps(runner, in_slots, in_row.memory)
         self._insert = jax.jit(
-            functools.partial(insert_row, eos=eos), donate_argnums=0, out_shardings=outputs
-        )
-        self._decode = jax.jit(
-            functools.partial(decode_step, runner.model, eos=eos),
-            donate_argnums=1,
-            compiler_options=EXACT,
-            out_shardings=outputs,
+            functools.partial(insert_row, eos=config.eos_token),
+            donate_argnums=0,
+            out_shardings=(in_slots, everywhere),
         )
         self._free = jax.jit(lambda active, slot: active.at[slot].set(False))
 

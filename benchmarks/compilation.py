@@ -42,20 +42,15 @@ def steps(runner: runners.ModelRunner) -> dict:
     params = runners.abstract_weights(config, "ternary")
     params = placed(params, sharding.parameter_shardings(mesh, params))
     slots = jax.eval_shape(functools.partial(runners.empty_slots, config, 1, config.sequence_len))
-    where, everywhere = runners.slots_shardings(mesh, slots), sharding.activation_sharding(mesh)
+    where = runners.slots_shardings(mesh, slots)
     slots = placed(slots, where)
-    decode = functools.partial(runners.decode_step, runner.model, eos=config.eos_token)
-    prefill = functools.partial(runners.prefill_chunk, runner.model)
+    prefill, decode = runners.jit_steps(runner, where, where.memory)
     size = runners.PAD_SIZES[-1]
     number = jax.ShapeDtypeStruct((), jnp.int32)
     prompt = (jax.ShapeDtypeStruct((1, size), jnp.int32), number, number)
-    jit = functools.partial(jax.jit, donate_argnums=1)
     return {
-        "decode": (jit(decode, out_shardings=(where, everywhere)), (params, slots)),
-        f"prefill of {size}": (
-            jit(prefill, out_shardings=(where.memory, everywhere)),
-            (params, slots.memory, *prompt),
-        ),
+        "decode": (decode, (params, slots)),
+        f"prefill of {size}": (prefill, (params, slots.memory, *prompt)),
     }
 
 

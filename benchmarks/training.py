@@ -12,7 +12,6 @@ and active parameters of ours. Both train in float32 on random tokens.
 import argparse
 import dataclasses
 import json
-import statistics
 import time
 
 import jax
@@ -98,6 +97,17 @@ def active_parameters(config) -> int:
     return (train.flops_per_token(config) - train.attention_flops(config)) // 6
 
 
+def seconds_of(run, steps: int):
+    """A function that gives the seconds of a step, the mean of so many."""
+
+    def measure() -> float:
+        begin = time.perf_counter()
+        run(steps)
+        return (time.perf_counter() - begin) / steps
+
+    return measure
+
+
 def report(config, settings, rounds: int, steps: int) -> dict:
     tokens = np.random.default_rng(0).integers(
         4, config.vocab_size, (settings.batch_size, config.sequence_len + 1), np.int32
@@ -110,15 +120,9 @@ def report(config, settings, rounds: int, steps: int) -> dict:
         runs["PyTorch GPT"] = pytorch(config, settings, tokens)
     except ImportError:
         print("without PyTorch: it is not installed")
-    seconds = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run(steps)
-            if i:  # the first round compiles
-                seconds[name].append((time.perf_counter() - begin) / steps)
+    seconds = timer.alternate({name: seconds_of(run, steps) for name, run in runs.items()}, rounds)
     batch = settings.batch_size * config.sequence_len
-    return {name: round(batch / statistics.median(s)) for name, s in seconds.items()}
+    return {name: round(batch / float(np.median(s))) for name, s in seconds.items()}
 
 
 def main(argv=None):
