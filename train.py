@@ -92,16 +92,20 @@ def kept_bytes(config, settings: Settings, weights: str, batch: int, layers: int
     return sum(x.size * x.dtype.itemsize for x in kept)
 
 
-def flops_per_token(config) -> int:
-    """Of the forward and the backward pass: 6 for each parameter in use, and attention."""
+def active_parameters(config) -> int:
+    """How many of the parameters a token is multiplied with: of the experts, those it chooses."""
     params = model.abstract_params(config)
     share = config.num_selected_experts / max(config.num_experts, 1)
-    active = sum(
-        w.size * (share if "/moe/" in f"{module}/" else 1)
+    return sum(
+        int(w.size * (share if "/moe/" in f"{module}/" else 1))
         for module, entries in params.items()
         for w in entries.values()
     )
-    return int(6 * active) + attention_flops(config)
+
+
+def flops_per_token(config) -> int:
+    """Of the forward and the backward pass: 6 for each parameter in use, and attention."""
+    return 6 * active_parameters(config) + attention_flops(config)
 
 
 def attention_flops(config) -> int:

@@ -4,9 +4,9 @@
     python -m benchmarks.training --preset 10m --rounds 7 --json training.json
 
 Each round takes some steps of each, one after the other, so that a slow moment of the machine meets
-all of them; medians are over rounds. The PyTorch model, where `torch` is installed, is a plain GPT
-(dense, causal attention, GELU, tied embeddings, AdamW) with the layers, width, vocabulary, batch
-and active parameters of ours. Both train in float32 on random tokens.
+all of them; medians are over rounds. The PyTorch model, where `torch` is installed, is the dense
+GPT of `nanogpt.py`, with the layers, width, vocabulary, batch and active parameters of ours. All
+train in float32 on random tokens.
 """
 
 import argparse
@@ -40,61 +40,21 @@ def ours(config, settings, weights: str, tokens: np.ndarray):
     return steps
 
 
-def pytorch(config, settings, tokens: np.ndarray):
+def pytorch(config, tokens: np.ndarray):
     """The same of a GPT; ImportError without torch."""
     import torch
-    from torch import nn
-    from torch.nn import functional
 
-    size, heads, length = config.emb_size, config.num_q_heads, config.sequence_len
-    table = config.vocab_size * size
-    of_layer = (active_parameters(config) - table) // config.num_layers
-    hidden = max(1, (of_layer - 4 * size**2) // (2 * size))
+    from benchmarks import nanogpt
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norms = nn.ModuleList([nn.LayerNorm(size), nn.LayerNorm(size)])
-            self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
-            self.up, self.down = nn.Linear(size, hidden), nn.Linear(hidden, size)
-
-        def forward(self, h):
-            qkv = self.qkv(self.norms[0](h)).unflatten(-1, (3, heads, size // heads))
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, size of a head]
-            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            h = h + self.out(y.transpose(1, 2).flatten(2))
-            return h + self.down(functional.gelu(self.up(self.norms[1](h))))
-
-    class Gpt(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens = nn.Embedding(config.vocab_size, size)
-            self.positions = nn.Embedding(length, size)
-            self.blocks = nn.Sequential(*(Block() for _ in range(config.num_layers)))
-            self.norm = nn.LayerNorm(size)
-
-        def forward(self, tokens):
-            h = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-            return self.norm(self.blocks(h)) @ self.tokens.weight.T
-
-    gpt = Gpt()
-    optimizer = torch.optim.AdamW(gpt.parameters(), settings.learning_rate, fused=True)
+    gpt = nanogpt.Gpt(config)
+    optimizer = nanogpt.make_optimizer(gpt)
     batch = torch.from_numpy(tokens.astype(np.int64))
 
     def steps(count: int):
         for _ in range(count):
-            logits = gpt(batch[:, :-1])
-            loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-            optimizer.step()
+            nanogpt.update(gpt, optimizer, batch)
 
     return steps
-
-
-def active_parameters(config) -> int:
-    return (train.flops_per_token(config) - train.attention_flops(config)) // 6
 
 
 def seconds_of(run, steps: int):
@@ -117,7 +77,7 @@ def report(config, settings, rounds: int, steps: int) -> dict:
         for weights in ("ternary", "float")
     }
     try:
-        runs["PyTorch GPT"] = pytorch(config, settings, tokens)
+        runs["PyTorch GPT"] = pytorch(config, tokens)
     except ImportError:
         print("without PyTorch: it is not installed")
     seconds = timer.alternate({name: seconds_of(run, steps) for name, run in runs.items()}, rounds)
@@ -138,7 +98,7 @@ def main(argv=None):
     config = model.PRESETS[args.preset]
     settings = learning.Settings(batch_size=args.batch_size)
     rates = report(config, settings, args.rounds, args.steps)
-    active = active_parameters(config)
+    active = train.active_parameters(config)
     flops = train.flops_per_token(config)
     print(f"{args.preset}, {active:,} active parameters, {flops / 1e6:.1f} million FLOPs a token")
     for name, rate in rates.items():
