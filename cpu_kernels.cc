@@ -978,7 +978,59 @@ ffi::Error WriteSlots(ffi::AnyBuffer, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32>
   return ffi::Error::Success();
 }
 
+// --- Transposition --------------------------------------------------------------------------------
+
+typedef uint16_t Eight __attribute__((vector_size(16)));
+
+// 8 rows of 8 numbers, rows `stride` apart, to as many columns. Each of three rounds interleaves the
+// first half of the rows with the second.
+INLINE void TransposeEight(const uint16_t* from, int64_t stride, uint16_t* to, int64_t to_stride) {
+  Eight v[8], w[8];
+  for (int i = 0; i < 8; ++i) std::memcpy(&v[i], from + i * stride, 16);
+  for (int round = 0; round < 3; ++round) {
+    for (int i = 0; i < 4; ++i) {
+      w[2 * i] = __builtin_shufflevector(v[i], v[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      w[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    std::memcpy(v, w, sizeof v);
+  }
+  for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &v[i], 16);
+}
+
+// x [B, R, C] of two bytes each -> [B, C, R]
+ffi::Error Transpose(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
+  const auto d = x.dimensions();
+  const int64_t rows = d[1], columns = d[2], strips = RoundUp(columns, 32) / 32;
+  if (x.size_bytes() != 2 * x.element_count())
+    return ffi::Error::InvalidArgument("numbers to transpose must have two bytes");
+  const auto* from = static_cast<const uint16_t*>(x.untyped_data());
+  auto* to = static_cast<uint16_t*>(out->untyped_data());
+  Parallel(pool, d[0] * strips, x.size_bytes(), [=](int64_t i) {
+    const int64_t b = i / strips, first = i % strips * 32;
+    const int64_t last = std::min(columns, first + 32);
+    const uint16_t* matrix = from + b * rows * columns;
+    uint16_t* turned = to + b * rows * columns;
+    for (int64_t r = 0; r < rows; r += 8)
+      for (int64_t c = first; c < last; c += 8) {
+        if (r + 8 <= rows && c + 8 <= last) {
+          TransposeEight(matrix + r * columns + c, columns, turned + c * rows + r, rows);
+          continue;
+        }
+        for (int64_t j = r; j < std::min(rows, r + 8); ++j)
+          for (int64_t k = c; k < std::min(last, c + 8); ++k)
+            turned[k * rows + j] = matrix[j * columns + k];
+      }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TransposeHandler, Transpose,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WriteSlotsHandler, WriteSlots,
                               ffi::Ffi::Bind()

@@ -46,7 +46,7 @@ def _load() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(build()))
         jax.devices("cpu")  # a library that the backend refuses must not be there when it starts
-        for name in ("TernarySums", "TableDot", "RmsNorm", "Attend", "WriteSlots"):
+        for name in ("TernarySums", "TableDot", "RmsNorm", "Attend", "WriteSlots", "Transpose"):
             handler = jax.ffi.pycapsule(getattr(loaded, f"{name}Handler"))
             jax.ffi.register_ffi_target(f"ternary_grok_{name}", handler, platform="cpu")
         return loaded
@@ -260,3 +260,16 @@ def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array
     out = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
     call = jax.ffi.ffi_call("ternary_grok_WriteSlots", out, input_output_aliases={0: 0})
     return call(cache, new, slots)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """[B, R, C] as [B, C, R], for a product that contracts R.
+
+    On a CPU bfloat16 is really moved: XLA would fold a transposition of its own into the product,
+    which is then one for float32, eight times as slow.
+    """
+    *lead, rows, columns = x.shape
+    if not on_cpu() or x.dtype != jnp.bfloat16:
+        return x.swapaxes(-1, -2)
+    out = jax.ShapeDtypeStruct((*lead, columns, rows), x.dtype)
+    return jax.ffi.ffi_call("ternary_grok_Transpose", out)(x)

@@ -330,14 +330,14 @@ def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> Exp
 def expert_block(pairs: int, num_experts: int) -> int:
     """Rows in a block: an expert's fair share, or four times as many, up to 16, so that with few
     tokens few experts need two blocks; at most 128, as many as are worth unpacking a matrix for, or
-    a quarter of the share: training reads a copy of the matrix for each block.
+    half of the share: training reads a copy of the matrix for each block.
 
-    Two of eight experts: 1 for one token, 8 for eight, 16 for 64, 32 for 128, 128 for 512 and more,
-    256 for 4096, 1024 for 16384.
+    Two of eight experts: 1 for one token, 8 for eight, 16 for 64, 32 for 128, 128 for 512 and 1024,
+    512 for 4096, 2048 for 16384.
     """
     share = pairs / num_experts
     rows = max(share, min(4 * share, 16))
-    rows = min(rows, max(128, share / 4))
+    rows = min(rows, max(128, share / 2))
     return 1 << max(0, math.ceil(math.log2(rows)))
 
 
@@ -354,12 +354,46 @@ def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str
     dot = functools.partial(
         quantize.grouped_dot, experts=blocks.expert_of_block, activations=activations
     )
-    rows = flat(x).at[blocks.token_of_row].get(mode="fill", fill_value=0)  # [R, D]
+    rows = rows_of_tokens(flat(x), blocks)  # [R, D]
     hidden = jax.nn.gelu(dot(rows, linear)) * dot(rows, linear_v)  # [R, F]
     out = dot(hidden, linear_1, axis_name=sharding.mesh_axis("ffn"))  # [R, D]
-    chosen = out.at[blocks.row_of_pair].get(mode="fill", fill_value=0)  # [B * T, A, D]
-    mixed = jnp.sum(chosen.astype(jnp.float32) * flat(gates)[..., None], axis=1)
-    return mixed.reshape(batch, queries, size)
+    return gated_sums(out, flat(gates), blocks).reshape(batch, queries, size)
+
+
+@jax.custom_vjp
+def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
+    """The tokens x [T, D] as rows [R, D]; rows of padding hold any token.
+
+    The gradients of this and of `gated_sums` read rows, too: a scatter would be slower.
+    """
+    return x.at[blocks.token_of_row].get(mode="clip")
+
+
+@jax.custom_vjp
+def gated_sums(rows: jax.Array, gates: jax.Array, blocks: ExpertBlocks) -> jax.Array:
+    """Each token's rows of [R, D], times its gates [T, A], summed: float32 [T, D]."""
+    chosen = rows.at[blocks.row_of_pair].get(mode="clip")  # [T, A, D]
+    used = jnp.where(blocks.row_of_pair < len(rows), gates, 0)
+    return jnp.sum(chosen.astype(jnp.float32) * used[..., None], axis=1)
+
+
+def _rows_backward(blocks, d_rows):
+    ones = jnp.ones(blocks.row_of_pair.shape, jnp.float32)
+    return gated_sums(d_rows, ones, blocks).astype(d_rows.dtype), None
+
+
+def _sums_backward(kept, d_sums):
+    rows, gates, blocks = kept
+    d_rows = rows_of_tokens(d_sums, blocks)
+    at = blocks.row_of_pair
+    gate_of_row = jnp.zeros(len(rows)).at[at].set(gates, mode="drop")
+    d_gates = jnp.sum(rows.astype(jnp.float32) * d_rows, axis=1)
+    d_gates = d_gates.at[at].get(mode="fill", fill_value=0)
+    return (d_rows * gate_of_row[:, None]).astype(rows.dtype), d_gates, None
+
+
+rows_of_tokens.defvjp(lambda x, blocks: (rows_of_tokens(x, blocks), blocks), _rows_backward)
+gated_sums.defvjp(lambda *args: (gated_sums(*args), args), _sums_backward)
 
 
 # --- Modules --------------------------------------------------------------------------------------

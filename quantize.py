@@ -33,6 +33,7 @@ MAX_BLOCK = 64  # bytes: 256 weights, one tile of a kernel
 SHARDS = 8  # a block is small enough that this many shards of I each hold whole blocks
 TILE = 1 << 22  # weights unpacked at a time on a CPU: enough for two cores, and no more
 DEVICE_TILE = 1 << 24  # and elsewhere, where each tile is some launches
+BATCHED = (((2,), (1,)), ((0,), (0,)))  # dimensions of [B, R, I] times [B, I, O]
 FEW_ROWS = 8  # bfloat16 and int8 products of fewer rows take a slow path on a CPU
 
 
@@ -84,6 +85,26 @@ class QuantizedWeight1_58bit:
 
 
 @functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["trits", "scales"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class FakeTernaryWeight:
+    """A ternary matrix in training, made of latent floats by `fake_ternarize`.
+
+    trits: float32 [..., I, O], -1, 0 or 1; their gradient goes on to the latent weights
+    scales: float32 [..., 1, 1]
+    """
+
+    trits: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., I, O]."""
+        return tuple(self.trits.shape)
+
+
+@functools.partial(
     jax.tree_util.register_dataclass, data_fields=["weight", "scales"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +124,7 @@ class QuantizedTable8bit:
         return tuple(self.weight.shape)
 
 
-Weight = jax.Array | QuantizedWeight8bit | QuantizedWeight1_58bit
+Weight = jax.Array | QuantizedWeight8bit | QuantizedWeight1_58bit | FakeTernaryWeight
 
 
 # --- Quantizing -----------------------------------------------------------------------------------
@@ -128,11 +149,13 @@ def ternarize(w: jax.Array) -> QuantizedWeight1_58bit:
     return pack(round_to_trits(w.astype(jnp.float32), gamma).astype(jnp.int8), gamma)
 
 
-def fake_ternarize(w: jax.Array) -> jax.Array:
-    """gamma * T as floats, with the gradient of the identity: the forward pass of training."""
+def fake_ternarize(w: jax.Array) -> FakeTernaryWeight:
+    """Absmean ternary form of a float matrix in training: its gradient is that of the identity."""
     gamma = absmean_scale(w)
-    rounded = (gamma * round_to_trits(w.astype(jnp.float32), gamma)).astype(w.dtype)
-    return straight_through(w, rounded)
+    wide = w.astype(jnp.float32)
+    scaled = wide / lax.stop_gradient(jnp.maximum(gamma, 1e-30))
+    trits = straight_through(scaled, round_to_trits(wide, gamma))
+    return FakeTernaryWeight(trits, lax.stop_gradient(gamma))
 
 
 def latent(w: Weight) -> jax.Array:
@@ -242,6 +265,8 @@ def dequantize(w: Weight) -> jax.Array:
     """The float32 matrix `[..., I, O]` that a weight of any format stands for."""
     if isinstance(w, QuantizedWeight1_58bit):
         return unpack(w).astype(jnp.float32) * w.scales
+    if isinstance(w, FakeTernaryWeight):
+        return w.trits * w.scales
     if isinstance(w, QuantizedWeight8bit):
         *lead, inputs, outputs = w.shape
         groups = w.scales.shape[-2]
@@ -442,6 +467,8 @@ def grouped_dot(
     rows, step = x, None
     if activations != "float":
         rows, step = _round_rows(x, w, axis_name, activations)
+    elif isinstance(w, FakeTernaryWeight):
+        w = dequantize(w)
     blocks = experts.shape[0]
     y = _block_products(rows.reshape(blocks, -1, x.shape[-1]), w, experts)
     y = y.reshape(x.shape[0], -1)
@@ -449,7 +476,7 @@ def grouped_dot(
         y = lax.psum(y, axis_name)
     y = y.astype(jnp.float32)
     scale = step
-    if isinstance(w, QuantizedWeight1_58bit):
+    if isinstance(w, QuantizedWeight1_58bit | FakeTernaryWeight):
         gamma = jnp.repeat(w.scales[experts, 0], x.shape[0] // blocks, axis=0)  # [R, 1]
         scale = gamma if step is None else in_this_order(gamma * step)
     return (y if scale is None else y * scale).astype(x.dtype)
@@ -460,14 +487,19 @@ def _round_rows(x, w, axis_name, activations):
     rounded, step = quantize_rows(x, axis_name, activations)
     if isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
         return rounded, step
+    if isinstance(w, FakeTernaryWeight):
+        step = lax.stop_gradient(step)
+        return straight_through(x.astype(jnp.float32) / step, rounded.astype(jnp.float32)), step
     return straight_through(x, (rounded * step).astype(x.dtype)), None
 
 
 def _block_products(x, w, experts):
     """x [blocks, R, I] times each block's expert, summed over I but not scaled by rows or gamma."""
+    if isinstance(w, FakeTernaryWeight):
+        return _integer_products(x, _of_blocks(w.trits, experts))
     if not isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
         # One batched product: gradients through a loop cost twice as much.
-        return jnp.where(experts[:, None, None] < 0, 0, _float_products(x, w, experts))
+        return _matmul(x, _of_blocks(w, experts).astype(x.dtype), BATCHED)
     if x.dtype == jnp.int16:  # both planes in one product: the weights are read once
         rows = x.shape[1]
         both = _block_products(jnp.concatenate(planes(x), axis=1), w, experts)
@@ -493,17 +525,43 @@ def _block_products(x, w, experts):
     return lax.map(one, (experts, x))
 
 
+def _of_blocks(w, experts):
+    """The matrix [I, O] of each block, [blocks, I, O]; zeros for a block that is skipped."""
+    if len(w) == len(experts) == 1:
+        return jnp.where(experts[:, None, None] < 0, 0, w)
+    return w.at[jnp.where(experts < 0, len(w), experts)].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _integer_products(x, trits):  # [blocks, R, I], [blocks, I, O] -> [blocks, R, O]
+    """Products of floats that are small integers: exact in bfloat16 with sums in float32.
+
+    The gradient that comes back is rounded to bfloat16.
+    """
+    return _matmul(x.astype(jnp.bfloat16), trits.astype(jnp.bfloat16), BATCHED)
+
+
+def _integer_products_forward(x, trits):
+    x, trits = x.astype(jnp.bfloat16), trits.astype(jnp.bfloat16)
+    return _matmul(x, trits, BATCHED), (x, trits)
+
+
+def _integer_products_backward(kept, dy):
+    x, trits = kept
+    dy = dy.astype(jnp.bfloat16)
+    dx = _matmul(dy, trits, (((2,), (2,)), ((0,), (0,))))
+    return dx, _matmul(kernels.transposed(x), dy, BATCHED)
+
+
+_integer_products.defvjp(_integer_products_forward, _integer_products_backward)
+
+
 def _matmul(x, w, contract):
     """Float operands sum in float32 and int8 ones in int32; float32 is never rounded to TF32."""
     wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     return lax.dot_general(
         x, w, contract, precision=lax.Precision.HIGHEST, preferred_element_type=wide
     )
-
-
-def _float_products(x, w, experts):  # [blocks, R, I], [E, I, O] -> [blocks, R, O]
-    chosen = w if len(w) == len(experts) == 1 else w[experts]
-    return _matmul(x, chosen.astype(x.dtype), (((2,), (1,)), ((0,), (0,))))
 
 
 def _ternary_product(x, w, expert):

@@ -129,6 +129,8 @@ def weight_specs(axes: Axes, weight):
         *lead, inputs, outputs = mesh_axes
         groups = inputs if weight.scales.shape[-2] > 1 else None
         return quantize.QuantizedWeight8bit(P(*mesh_axes), P(*lead, groups, outputs))
+    if isinstance(weight, quantize.FakeTernaryWeight):
+        return quantize.FakeTernaryWeight(P(*mesh_axes), P(*mesh_axes[:-2], None, None))
     if isinstance(weight, quantize.QuantizedTable8bit):
         return quantize.QuantizedTable8bit(P(*mesh_axes), P(mesh_axes[0], None))
     return P(*mesh_axes)

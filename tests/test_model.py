@@ -387,8 +387,8 @@ def test_grouping_is_that_of_the_docstring(monkeypatch):
         (129, 32),
         (256, 32),
         (1024, 128),
-        (4096, 128),
-        (8192, 256),
+        (4096, 256),
+        (8192, 512),
     ],
 )
 def test_expert_block(pairs, block):
