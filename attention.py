@@ -27,17 +27,31 @@ def attend(
     g G + G - 1 share key/value head g.
     """
 
-    def plain(q, k, v, positions):
-        logits = _capped_logits(_group_heads(q, k.shape[1]), k, multiplier, cap)
-        visible = _visible(jnp.arange(k.shape[2]), positions)
-        weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(v.dtype)
-        return _ungroup_heads(einsum("BKGTS,BKSH->BKGTH", weights, v), q)
-
     kernel = kernels.attention_kernel(q, k, cap)
+    plain = functools.partial(_attend, multiplier=multiplier, cap=cap)
     if kernel is None:
         return plain(q, k, v, positions)
-    fast = functools.partial(kernel, multiplier=multiplier, cap=cap)
-    return kernels.differentiable(fast, plain)(q, k, v, positions)
+    kernel = functools.partial(kernel, multiplier=multiplier, cap=cap)
+    if not kernels.on_cpu():
+        return kernels.differentiable(kernel, plain)(q, k, v, positions)
+
+    def forward(*args):
+        y = kernel(*args)
+        return y, (*args, y)
+
+    def backward(kept, dy):
+        return *kernels.attend_gradient(*kept, dy, multiplier=multiplier, cap=cap), None
+
+    fast = jax.custom_vjp(kernel)
+    fast.defvjp(forward, backward)
+    return fast(q, k, v, positions)
+
+
+def _attend(q, k, v, positions, multiplier, cap):
+    logits = _capped_logits(_group_heads(q, k.shape[1]), k, multiplier, cap)
+    visible = _visible(jnp.arange(k.shape[2]), positions)
+    weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(v.dtype)
+    return _ungroup_heads(einsum("BKGTS,BKSH->BKGTH", weights, v), q)
 
 
 def attend_to_cache(

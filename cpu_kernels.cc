@@ -958,6 +958,194 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   return ffi::Error::Success();
 }
 
+// The gradient of one key/value head: four rows at a time, whose weights over all slots are made again
+// and kept. All arrays are float32, and rows of H numbers are filled up to whole lanes.
+constexpr int kGradientRows = 4;
+
+struct GradientTask {
+  const Attention& a;
+  int64_t b, slots;          // slots: a multiple of kSlots
+  const float *q, *y, *dy;   // [rows, H]
+  const float *k;            // [slots, H]
+  const float *keys, *values;  // [H, slots], transposed
+  float *dq, *dk, *dv;       // zeros before
+  float *capped, *weights;   // [slots / kSlots, kGradientRows, kSlots]
+};
+
+// Adds weights [R, kSlots], transposed, times rows [R, H] to sums [kSlots, H], V vectors of H.
+template <int R, int V>
+INLINE void AddOuter(const float* weights, const float* rows, int64_t padded, float* sums) {
+  Lanes x[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) x[r][i] = LoadLanes(rows + r * padded + i * kWidth);
+  for (int64_t s = 0; s < kSlots; ++s)
+    for (int i = 0; i < V; ++i) {
+      Lanes sum = LoadLanes(sums + s * padded + i * kWidth);
+      for (int r = 0; r < R; ++r) sum += weights[r * kSlots + s] * x[r][i];
+      std::memcpy(sums + s * padded + i * kWidth, &sum, sizeof sum);
+    }
+}
+
+// Products [R, kSlots] of R rows [R, H] with columns of a transposed matrix [H, slots].
+template <int R>
+INLINE void ProductsWithColumns(const float* rows, int64_t padded, const float* columns,
+                                int64_t slots, float* out) {
+  constexpr int V = kSlots / kWidth;
+  Lanes sums[R][V] = {};
+  for (int64_t h = 0; h < padded; ++h)
+    for (int i = 0; i < V; ++i) {
+      const Lanes column = LoadLanes(columns + h * slots + i * kWidth);
+      for (int r = 0; r < R; ++r) sums[r][i] += rows[r * padded + h] * column;
+    }
+  std::memcpy(out, sums, sizeof sums);
+}
+
+INLINE void Gradient(const GradientTask& t) {
+  constexpr int R = kGradientRows;
+  constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Attention& a = t.a;
+  const int64_t padded = a.padded(), tile = R * kSlots;
+  float change[R * kSlots];
+  for (int64_t first = 0; first < RoundUp(a.rows(), R); first += R) {
+    const int64_t count = std::min<int64_t>(R, a.rows() - first), at = first * padded;
+    const int64_t end = a.last(t.b, first, count) + 1;
+    Lanes totals[R] = {}, mean[R] = {};
+    for (int64_t s = 0; s < end; s += kSlots) {
+      float* capped = t.capped + s / kSlots * tile;
+      float* weights = t.weights + s / kSlots * tile;
+      ProductsWithColumns<R>(t.q + at, padded, t.keys + s, t.slots, capped);
+      for (int64_t r = 0; r < R; ++r) {
+        const int64_t last = r < count ? a.last(t.b, first + r) : -1;
+        for (int64_t i = 0; i < kSlots; i += kWidth) {
+          const Lanes c = Tanh(LoadLanes(capped + r * kSlots + i) * (a.multiplier / a.cap));
+          const Lanes w =
+              index > static_cast<int32_t>(last - s - i) ? Lanes{} : Exp((c - 1.f) * a.cap);
+          std::memcpy(capped + r * kSlots + i, &c, sizeof c);
+          std::memcpy(weights + r * kSlots + i, &w, sizeof w);
+          totals[r] += w;
+        }
+      }
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      float total = 0, product = 0;
+      for (int i = 0; i < kWidth; ++i) total += totals[r][i];
+      for (int64_t h = 0; h < padded; ++h)
+        product += t.y[at + r * padded + h] * t.dy[at + r * padded + h];
+      totals[r] = Lanes{} + (total > 0 ? 1 / total : 0);
+      mean[r] = Lanes{} + product;
+    }
+    for (int64_t s = 0; s < end; s += kSlots) {
+      const float* capped = t.capped + s / kSlots * tile;
+      float* weights = t.weights + s / kSlots * tile;
+      ProductsWithColumns<R>(t.dy + at, padded, t.values + s, t.slots, change);
+      for (int64_t r = 0; r < R; ++r)
+        for (int64_t i = 0; i < kSlots; i += kWidth) {
+          const int64_t j = r * kSlots + i;
+          const Lanes c = LoadLanes(capped + j), w = LoadLanes(weights + j) * totals[r];
+          const Lanes d = w * (LoadLanes(change + j) - mean[r]) * (1.f - c * c) * a.multiplier;
+          std::memcpy(weights + j, &w, sizeof w);
+          std::memcpy(change + j, &d, sizeof d);
+        }
+      const int64_t there = s * padded;
+      int64_t h = 0;
+      for (; h + 4 * kWidth <= padded; h += 4 * kWidth) {
+        AddValues<R, 4>(change, t.k + there + h, padded, t.dq + at + h);
+        AddOuter<R, 4>(change, t.q + at + h, padded, t.dk + there + h);
+        AddOuter<R, 4>(weights, t.dy + at + h, padded, t.dv + there + h);
+      }
+      for (; h < padded; h += kWidth) {
+        AddValues<R, 1>(change, t.k + there + h, padded, t.dq + at + h);
+        AddOuter<R, 1>(change, t.q + at + h, padded, t.dk + there + h);
+        AddOuter<R, 1>(weights, t.dy + at + h, padded, t.dv + there + h);
+      }
+    }
+  }
+}
+
+__attribute__((optimize("O1"))) void PlainGradient(const GradientTask& t) { Gradient(t); }
+
+#if defined(__x86_64__)
+
+__attribute__((target("avx2,fma"), optimize("O1", "fp-contract=fast"))) void Avx2Gradient(
+    const GradientTask& t) {
+  Gradient(t);
+}
+
+AVX512 __attribute__((optimize("fp-contract=fast"))) void Avx512Gradient(const GradientTask& t) {
+  Gradient(t);
+}
+
+#endif
+
+auto BestGradient() {
+#if defined(__x86_64__)
+  if (BestPath() >= kVnni) return Avx512Gradient;
+  if (BestPath() == kAvx2 && __builtin_cpu_supports("fma")) return Avx2Gradient;
+#endif
+  return PlainGradient;
+}
+
+template <class T>
+void AttendGradients(ffi::ThreadPool& pool, const Attention& a, const void* y, const void* dy,
+                     void* dk, void* dv) {
+  const int64_t padded = a.padded(), slots = RoundUp(a.slots, kSlots);
+  const int64_t rows = RoundUp(a.rows(), kGradientRows), flops = a.batch * a.heads * a.queries * slots * a.size;
+  Parallel(pool, a.batch * a.kv_heads, flops, [=](int64_t i) {
+    const int64_t b = i / a.kv_heads, g = i % a.kv_heads;
+    static thread_local Aligned kept(0);
+    const int64_t floats = 4 * rows * padded + 5 * slots * padded + 2 * kGradientRows * slots;
+    float* next = reinterpret_cast<float*>(Kept(kept, floats * sizeof(float)));
+    std::memset(next, 0, floats * sizeof(float));
+    auto take = [&next](int64_t count) { return (next += count) - count; };
+    auto rows_of = [=](const void* from, float* to) {
+      for (int64_t r = 0; r < a.rows(); ++r)
+        ToFloats(static_cast<const T*>(from) + a.offset(b, g, r), 1, a.size, padded, to + r * padded);
+      return to;
+    };
+    auto transposed = [=](const void* from, float* to) {
+      const T* x = static_cast<const T*>(from) + i * a.slots * a.size;
+      for (int64_t s = 0; s < a.slots; ++s)
+        for (int64_t h = 0; h < a.size; ++h) to[h * slots + s] = ToFloat(x[s * a.size + h]);
+      return to;
+    };
+    const int64_t many = rows * padded, all = slots * padded;
+    GradientTask t{a, b, slots};
+    t.q = rows_of(a.q, take(many)), t.y = rows_of(y, take(many)), t.dy = rows_of(dy, take(many));
+    float* k = take(all);
+    ToFloats(static_cast<const T*>(a.k) + i * a.slots * a.size, a.slots, a.size, padded, k);
+    t.k = k, t.keys = transposed(a.k, take(all)), t.values = transposed(a.v, take(all));
+    t.dq = take(many), t.dk = take(all), t.dv = take(all);
+    t.capped = take(kGradientRows * slots), t.weights = take(kGradientRows * slots);
+    BestGradient()(t);
+    for (int64_t r = 0; r < a.rows(); ++r)
+      for (int64_t h = 0; h < a.size; ++h)
+        FromFloat(t.dq[r * padded + h], static_cast<T*>(a.out) + a.offset(b, g, r) + h);
+    for (int64_t s = 0; s < a.slots; ++s)
+      for (int64_t h = 0; h < a.size; ++h) {
+        const int64_t at = (i * a.slots + s) * a.size + h;
+        FromFloat(t.dk[s * padded + h], static_cast<T*>(dk) + at);
+        FromFloat(t.dv[s * padded + h], static_cast<T*>(dv) + at);
+      }
+  });
+}
+
+// What `Attend` takes, its output y and the gradient dy of that -> those of q, k and v.
+ffi::Error AttendGradient(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                          ffi::Buffer<ffi::S32> positions, ffi::AnyBuffer y, ffi::AnyBuffer dy,
+                          ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
+                          ffi::Result<ffi::AnyBuffer> dv, float multiplier, float cap) {
+  const auto qd = q.dimensions(), kd = k.dimensions();
+  if (kd[0] != qd[0] || kd[3] != qd[3] || qd[2] % kd[1])
+    return ffi::Error::InvalidArgument("queries do not fit the keys");
+  const Attention a{q.untyped_data(), k.untyped_data(), v.untyped_data(), positions.typed_data(),
+                    dq->untyped_data(), qd[0], qd[1], qd[2], kd[1], kd[2], qd[3], multiplier, cap};
+  auto gradients = q.element_type() == ffi::BF16 ? AttendGradients<uint16_t> : AttendGradients<float>;
+  if (q.element_type() != ffi::BF16 && q.element_type() != ffi::F32)
+    return ffi::Error::InvalidArgument("queries are neither float32 nor bfloat16");
+  gradients(pool, a, y.untyped_data(), dy.untyped_data(), dk->untyped_data(), dv->untyped_data());
+  return ffi::Error::Success();
+}
+
 // new rows [B, T, K, H] into the slots int32 [B, T] of a cache [B, K, S, H], which is the output, too;
 // those that it does not have are dropped.
 ffi::Error WriteSlots(ffi::AnyBuffer, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> slots,
@@ -1046,6 +1234,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendHandler, Attend,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("multiplier")
+                                  .Attr<float>("cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendGradientHandler, AttendGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("multiplier")
                                   .Attr<float>("cap"));

@@ -24,6 +24,8 @@ import numpy as np
 from data import cache_folder
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cc")
+HANDLERS = ("TernarySums", "TableDot", "RmsNorm", "Attend", "AttendGradient", "WriteSlots")
+HANDLERS += ("Transpose",)
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _LOADING = threading.Lock()
 LARGEST_CAP = 40  # of attention logits: exp(-2 * 40) is still a normal float32
@@ -46,7 +48,7 @@ def _load() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(build()))
         jax.devices("cpu")  # a library that the backend refuses must not be there when it starts
-        for name in ("TernarySums", "TableDot", "RmsNorm", "Attend", "WriteSlots", "Transpose"):
+        for name in HANDLERS:
             handler = jax.ffi.pycapsule(getattr(loaded, f"{name}Handler"))
             jax.ffi.register_ffi_target(f"ternary_grok_{name}", handler, platform="cpu")
         return loaded
@@ -249,6 +251,17 @@ def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
     """
     call = jax.ffi.ffi_call("ternary_grok_Attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
     return call(q, k, v, positions, multiplier=np.float32(multiplier), cap=np.float32(cap))
+
+
+def attend_gradient(q, k, v, positions, y, dy, multiplier: float, cap: float):
+    """The gradients of q, k and v, from the output y of `attend` and its gradient dy.
+
+    No array of queries by slots is made. Needs what `attend` does.
+    """
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    call = jax.ffi.ffi_call("ternary_grok_AttendGradient", outs)
+    more = {"multiplier": np.float32(multiplier), "cap": np.float32(cap)}
+    return call(q, k, v, positions, y, dy, **more)
 
 
 def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:

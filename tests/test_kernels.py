@@ -263,6 +263,38 @@ def test_attention(shape, dtype, error, monkeypatch):
 
 
 @native
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_the_gradient_of_attention(shape, dtype, error, monkeypatch):
+    """Relative to its norm; bfloat16 rounds the output and each gradient, not what is between."""
+    q, k, v, positions = attention_problem(*shape, dtype)
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), dtype)
+
+    def gradients(q, k, v, dy):
+        def f(q, k, v):
+            return attention.attend(q, k, v, positions, 2 * shape[-1] ** -0.5, 5.0)
+
+        return jax.jit(lambda *args: jax.vjp(f, *args)[1](dy))(q, k, v)
+
+    assert "AttendGradient" in str(jax.make_jaxpr(gradients)(q, k, v, dy))
+    found = gradients(q, k, v, dy)
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
+    expected = gradients(*(x.astype(jnp.float32) for x in (q, k, v, dy)))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == q.dtype
+        assert np.linalg.norm(one.astype(jnp.float32) - other) < error * np.linalg.norm(other)
+
+
+@native
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 37, 53), (2, 16, 130)])
+def test_transposed(shape):
+    x = jnp.arange(np.prod(shape)).reshape(shape).astype(jnp.bfloat16)
+    call = jax.jit(kernels.transposed)
+    assert "Transpose" in str(jax.make_jaxpr(call)(x))
+    np.testing.assert_array_equal(call(x), np.swapaxes(x, 1, 2))
+
+
+@native
 @pytest.mark.parametrize("shape", SHAPES[:4])
 def test_attention_of_a_query_depends_on_no_other(shape):
     """Nor on other rows and heads, nor on what lies behind what it sees."""

@@ -425,6 +425,32 @@ def test_every_valid_pair_has_a_row_of_its_expert(tokens, selected, num_experts)
         assert np.all(np.asarray(expert_of_block)[empty] == -1)
 
 
+def test_the_gradient_of_experts_is_that_of_all_experts_weighted():
+    """Of every weight, gate and token; tokens that are not valid get and give nothing."""
+    random = np.random.default_rng(0)
+    tokens, size, ffn, experts = 37, 6, 8, 5
+    shapes = [(1, tokens, size), (1, tokens, 2), (experts, size, ffn), (experts, size, ffn)]
+    shapes += [(experts, ffn, size)]
+    floats = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
+    index = jnp.argsort(jnp.asarray(random.random((1, tokens, experts))))[..., :2]
+    valid = jnp.asarray(random.random((1, tokens)) < 0.7)
+    weight = jnp.asarray(random.standard_normal(shapes[0]), jnp.float32)
+
+    def sparse(x, gates, *matrices):
+        y = model.mixture(x, gates, index, valid, *matrices, activations="float")
+        return jnp.sum(y * weight)
+
+    def dense(x, gates, linear, linear_v, linear_1):
+        x, linear, linear_v = x[:, :, None, None], linear[None, None], linear_v[None, None]
+        y = (jax.nn.gelu(x @ linear) * (x @ linear_v) @ linear_1)[..., 0, :]  # [1, T, E, D]
+        share = jnp.sum(jax.nn.one_hot(index, experts) * gates[..., None], axis=2)
+        return jnp.sum(jnp.einsum("bted,bte->btd", y, share) * weight * valid[..., None])
+
+    both = (jax.jit(jax.grad(f, argnums=range(5)))(*floats) for f in (sparse, dense))
+    for found, expected in zip(*both, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # float32 sums of 60
+
+
 @pytest.mark.parametrize("weights", ["int8", "ternary"])
 def test_no_token_meets_every_expert(weights):
     tokens, size, ffn, experts = 1021, 24, 40, 8
