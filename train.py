@@ -257,7 +257,7 @@ def log_row(step: int, metrics: list[dict], texts: Texts, settings: Settings) ->
 
 def check_progress(row: dict, limit: float, output: Path) -> None:
     """FloatingPointError where the loss is no number, or far above that of guessing."""
-    for key in ("loss", "validation"):
+    for key in {"loss", "validation"} & row.keys():
         if not row[key] < limit:
             raise FloatingPointError(
                 f"the {key} is {row[key]} at step {row['step']}: lower --learning-rate; the state "
@@ -297,6 +297,22 @@ def run(
     first = int(trainer.state.step)
     log = records.read_log(output, first)
 
+    def record(row: dict) -> None:
+        """Evaluates; keeps the row, the state, and the weights if they are the best so far."""
+        loss = evaluate.text_loss(trainer.logits, validation, processor, texts.length)
+        row["validation"] = loss.per_character
+        check_progress(row, 2 * np.log(config.vocab_size), output)
+        if all(row["validation"] < earlier["validation"] for earlier in log):
+            folder, params, described = output / "checkpoint", trainer.state.params, about | row
+            records.export(folder, config, params, weights, form, processor, described)
+        log.append(row)
+        records.write_log(output, log)
+        records.save_state(states, trainer.state)
+        records.plot(output, log)
+
+    if init is not None and not log:
+        record({"step": 0})
+        print(f"validation {log[0]['validation']:.4f} nats per character to begin with")
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, unit="step")
     since, recent = time.perf_counter(), []
     for i in bar:
@@ -306,17 +322,8 @@ def run(
         row = log_row(i + 1, recent, texts, settings)
         seconds = time.perf_counter() - since
         row["tokens_per_second"] = len(recent) * texts.batch_size * texts.length / seconds
-        loss = evaluate.text_loss(trainer.logits, validation, processor, texts.length)
-        row["validation"] = loss.per_character
-        check_progress(row, 2 * np.log(config.vocab_size), output)
+        record(row)
         bar.set_postfix(train=f"{row['train']:.3f}", validation=f"{row['validation']:.3f}")
-        if all(row["validation"] < earlier["validation"] for earlier in log):
-            folder, params, described = output / "checkpoint", trainer.state.params, about | row
-            records.export(folder, config, params, weights, form, processor, described)
-        log.append(row)
-        records.write_log(output, log)
-        records.save_state(states, trainer.state)
-        records.plot(output, log)
         since, recent = time.perf_counter(), []
     return log[-1]
 

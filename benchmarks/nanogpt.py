@@ -28,7 +28,7 @@ import model
 import tokenizer
 import train
 
-LEARNING_RATE, LAST_RATE, BETAS, DECAY, DROPOUT = 1e-3, 1e-4, (0.9, 0.99), 0.1, 0.2
+LEARNING_RATE, DROPOUT, BETAS, DECAY = 1e-3, 0.2, (0.9, 0.99), 0.1
 
 
 class Block(nn.Module):
@@ -92,9 +92,9 @@ def make_optimizer(gpt: Gpt) -> torch.optim.Optimizer:
 def learning_rate(step: int, settings: learning.Settings) -> float:
     """A linear warm-up, then a cosine to a tenth."""
     if step < settings.warmup:
-        return LEARNING_RATE * (step + 1) / (settings.warmup + 1)
+        return settings.learning_rate * (step + 1) / (settings.warmup + 1)
     done = (step - settings.warmup) / (settings.steps - settings.warmup)
-    return LAST_RATE + 0.5 * (1 + math.cos(math.pi * done)) * (LEARNING_RATE - LAST_RATE)
+    return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def update(gpt: Gpt, optimizer, tokens: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ def run(config, settings: learning.Settings, text: str, log: Path) -> dict:
     processor = tokenizer.load(None, config.vocab_size)
     training, validation = data.split(text)
     texts = train.Texts(processor, training, settings, config.sequence_len)
-    gpt = Gpt(config, DROPOUT)
+    gpt = Gpt(config, settings.dropout)
     optimizer = make_optimizer(gpt)
     print(f"{sum(w.numel() for w in gpt.parameters()):,} parameters")
 
@@ -153,9 +153,12 @@ def main(argv=None):
     parser.add_argument("--log", type=Path, required=True, help="where to write evaluations")
     parser.add_argument("--preset", default="demo", choices=model.PRESETS, help="(demo)")
     parser.add_argument("--steps", type=int, default=learning.Settings.steps, help="updates")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches, dropout (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout (0)")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="(%(default)s)")
+    parser.add_argument("--dropout", type=float, default=DROPOUT, help="(%(default)s)")
     args = parser.parse_args(argv)
-    settings = dataclasses.replace(learning.Settings(), steps=args.steps, seed=args.seed)
+    given = {name: getattr(args, name) for name in ("steps", "seed", "learning_rate", "dropout")}
+    settings = dataclasses.replace(learning.Settings(), **given)
     last = run(model.PRESETS[args.preset], settings, data.load_text(args.data), args.log)
     print(f"validation {last['validation']:.4f} nats per character after {last['step']} steps")
 

@@ -105,6 +105,17 @@ def without_speed(row):
     return {key: value for key, value in row.items() if key != "tokens_per_second"}
 
 
+def test_a_run_resumes_on_another_mesh(run):
+    folder, _ = run
+    optimizer, states = learning.make_optimizer(SETTINGS), records.open_states(folder)
+    one, many = (
+        records.load_state(states, train.abstract_state(CONFIG, optimizer, sharding.make_mesh(*m)))
+        for m in ((1, 1), (2, 2))
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(many)} == {4}
+
+
 def test_the_state_of_another_model_is_refused(run):
     with pytest.raises(ValueError, match="state of another model.*give another --output"):
         state_of(run[0], dataclasses.replace(CONFIG, num_layers=2))
@@ -392,6 +403,27 @@ def test_beginning_from_a_checkpoint(run, tmp_path, weights, form, error):
     expected = runner.logits(tokens)
     np.testing.assert_allclose(trainer.logits(tokens), expected, atol=error)
     assert np.abs(before - expected).max() > 0.2
+
+
+def test_a_run_from_a_checkpoint_says_where_it_begins(run, tmp_path):
+    """Before the first update, once; and its start is the best until something is better."""
+    folder, last = run
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e-9)
+
+    def begin(output, settings):
+        start = {"init": folder / "checkpoint", "teacher": folder / "checkpoint"}
+        train.run(CONFIG, settings, "ternary", TEXT, output, {"command": "test"}, **start)
+        return records.read_log(output, settings.steps)
+
+    log = begin(tmp_path / "same", settings)
+    assert [row["step"] for row in log] == [0, 3, 6]
+    assert log[0]["validation"] == pytest.approx(last["validation"], rel=1e-5)
+    assert log == begin(tmp_path / "same", settings)
+    assert (tmp_path / "same" / "checkpoint" / "config.json").exists()
+    with pytest.raises(FloatingPointError, match="the loss is"):
+        begin(tmp_path / "worse", dataclasses.replace(SETTINGS, learning_rate=1e3))
+    about = json.loads((tmp_path / "worse" / "checkpoint" / "training.json").read_text())
+    assert about["step"] == 0
 
 
 def test_every_saved_matrix_is_ternary(run):
