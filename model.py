@@ -271,8 +271,9 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, base: float) -> jax.Arr
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[:, :, None, None] * frequencies  # [B, T, 1, H/2]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+    sin, cos = jnp.concatenate([-sin, sin], -1), jnp.concatenate([cos, cos], -1)
+    wide = x.astype(jnp.float32)
+    return (wide * cos + jnp.roll(wide, half, axis=-1) * sin).astype(x.dtype)
 
 
 def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVMemory:
