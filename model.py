@@ -363,11 +363,11 @@ def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str
 
 @jax.custom_vjp
 def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
-    """The tokens x [T, D] as rows [R, D]; rows of padding hold any token.
+    """The tokens x [T, D] as rows [R, D]; padding is zeros, which kernels leave out.
 
     The gradients of this and of `gated_sums` read rows, too: a scatter would be slower.
     """
-    return x.at[blocks.token_of_row].get(mode="clip")
+    return x.at[blocks.token_of_row].get(mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
@@ -385,8 +385,7 @@ def _rows_backward(blocks, d_rows):
 
 def _sums_backward(kept, d_sums):
     rows, gates, blocks = kept
-    d_rows = rows_of_tokens(d_sums, blocks)
-    at = blocks.row_of_pair
+    d_rows, at = d_sums.at[blocks.token_of_row].get(mode="clip"), blocks.row_of_pair
     gate_of_row = jnp.zeros(len(rows)).at[at].set(gates, mode="drop")
     d_gates = jnp.sum(rows.astype(jnp.float32) * d_rows, axis=1)
     d_gates = d_gates.at[at].get(mode="fill", fill_value=0)

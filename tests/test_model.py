@@ -375,6 +375,8 @@ def test_grouping_is_that_of_the_docstring(monkeypatch):
     assert blocks.row_of_pair.ravel().tolist() == [2, 0, 3, 4]
     assert blocks.token_of_row.tolist() == [1, 4, 0, 2, 3, 4]
     assert blocks.expert_of_block.tolist() == [0, 1, 1]
+    rows = model.rows_of_tokens(jnp.array([[1], [2], [3], [4]]), blocks)
+    assert rows.ravel().tolist() == [2, 0, 1, 3, 4, 0]
 
 
 @pytest.mark.parametrize(
