@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import sys
 
 import jax
@@ -12,7 +13,7 @@ import model
 import quantize
 import runners
 from benchmarks import __main__ as command
-from benchmarks import compilation, experts, memory
+from benchmarks import compilation, curves, experts, memory
 from benchmarks.products import random_ternary
 
 with_onnxruntime = pytest.mark.skipif(
@@ -77,3 +78,28 @@ def test_a_peer_that_is_missing_is_an_error(peer, package, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=f"error: .* is not installed; pip install {peer}"):
         command.main([f"--{peer}"])
     assert capsys.readouterr().out == ""
+
+
+def test_curves_give_mean_and_spread_of_the_last_losses(tmp_path, capsys):
+    for name, loss in (("a", 1.5), ("b", 1.75)):
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [{"step": 5, "validation": 3.0}, {"step": 9, "validation": loss}]
+        rows[1]["tokens_per_second"] = 100.0
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    png = tmp_path / "curves.png"
+    logs = f"{tmp_path / 'a'},{tmp_path / 'b' / 'log.jsonl'}"
+    curves.main([f"both={logs}", f"one={tmp_path / 'a'}", "--plot", str(png)])
+    both, one = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert both == ["both", "2", "9", "1.6250", "0.2500", "100"]
+    assert one == ["one", "1", "9", "1.5000", "100"]
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("runs", ["no name", "gone={}/gone", "empty={}/empty"])
+def test_curves_of_nothing(runs, tmp_path):
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(
+        SystemExit, match="error: .*(runs are named|No such file|no evaluation yet)"
+    ):
+        curves.main([runs.format(tmp_path)])
