@@ -16,9 +16,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional
 from tqdm import tqdm
 
 import data
@@ -27,6 +24,14 @@ import learning
 import model
 import tokenizer
 import train
+
+try:
+    import torch
+    from torch import nn
+    from torch.nn import functional
+except ImportError:
+    text = "PyTorch is not installed; pip install torch==2.13.0"
+    raise (SystemExit(f"error: {text}") if __name__ == "__main__" else ImportError(text)) from None
 
 LEARNING_RATE, DROPOUT, BETAS, DECAY = 1e-3, 0.2, (0.9, 0.99), 0.1
 
@@ -97,6 +102,11 @@ def learning_rate(step: int, settings: learning.Settings) -> float:
     return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
+def tensor(tokens: np.ndarray) -> torch.Tensor:
+    """int64 [B, T] of int32."""
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
 def update(gpt: Gpt, optimizer, tokens: torch.Tensor) -> torch.Tensor:
     """One step on int64 [B, T + 1]; the loss."""
     logits = gpt(tokens[:, :-1])
@@ -120,14 +130,14 @@ def run(config, settings: learning.Settings, text: str, log: Path) -> dict:
 
     def logits(tokens: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return gpt(torch.from_numpy(tokens.astype(np.int64))).numpy()
+            return gpt(tensor(tokens)).numpy()
 
     losses, since = [], time.perf_counter()
     log.write_text("")
     for i in (bar := tqdm(range(settings.steps), unit="step")):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(i, settings)
-        losses.append(update(gpt, optimizer, torch.from_numpy(texts.batch(i).astype(np.int64))))
+        losses.append(update(gpt, optimizer, tensor(texts.batch(i))))
         if (i + 1) % settings.eval_every and i + 1 != settings.steps:
             continue
         seconds = time.perf_counter() - since

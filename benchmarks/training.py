@@ -41,14 +41,12 @@ def ours(config, settings, weights: str, tokens: np.ndarray):
 
 
 def pytorch(config, dropout: float, tokens: np.ndarray):
-    """The same of a GPT; ImportError without torch."""
-    import torch
-
+    """The same of a GPT; ImportError without PyTorch."""
     from benchmarks import nanogpt
 
     gpt = nanogpt.Gpt(config, dropout)
     optimizer = nanogpt.make_optimizer(gpt)
-    batch = torch.from_numpy(tokens.astype(np.int64))
+    batch = nanogpt.tensor(tokens)
 
     def steps(count: int):
         for _ in range(count):
@@ -78,8 +76,8 @@ def report(config, settings, rounds: int, steps: int) -> dict:
     }
     try:
         runs["PyTorch GPT"] = pytorch(config, settings.dropout, tokens)
-    except ImportError:
-        print("without PyTorch: it is not installed")
+    except ImportError as error:
+        print(f"without PyTorch: {error}")
     seconds = timer.alternate({name: seconds_of(run, steps) for name, run in runs.items()}, rounds)
     batch = settings.batch_size * config.sequence_len
     return {name: round(batch / float(np.median(s))) for name, s in seconds.items()}

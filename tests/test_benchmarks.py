@@ -3,15 +3,18 @@
 import dataclasses
 import importlib.util
 import json
+import runpy
 import sys
 
 import jax
 import numpy as np
 import pytest
 
+import learning
 import model
 import quantize
 import runners
+import train
 from benchmarks import __main__ as command
 from benchmarks import compilation, curves, experts, memory
 from benchmarks.products import random_ternary
@@ -103,3 +106,28 @@ def test_curves_of_nothing(runs, tmp_path):
         SystemExit, match="error: .*(runs are named|No such file|no evaluation yet)"
     ):
         curves.main([runs.format(tmp_path)])
+
+
+def test_the_gpt_beside_ours_has_as_many_parameters_for_a_token_and_learns(tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    from benchmarks import nanogpt
+
+    config = model.PRESETS["1m"]
+    gpt = nanogpt.Gpt(config)
+    count = sum(w.numel() for w in gpt.parameters()) - config.sequence_len * config.emb_size
+    assert count == pytest.approx(train.active_parameters(config), rel=0.01)
+    text = "".join(f"{i} bottles of milk on the wall, {i} bottles of milk.\n" for i in range(400))
+    settings = learning.Settings(steps=12, batch_size=2, warmup=2, eval_every=6)
+    last = nanogpt.run(
+        dataclasses.replace(config, sequence_len=32), settings, text, tmp_path / "log"
+    )
+    first, second = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    assert second == last and last["validation"] < first["validation"]
+
+
+def test_without_pytorch_there_is_one_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.nanogpt", raising=False)
+    for run, error in (("__main__", SystemExit), ("benchmarks.nanogpt", ImportError)):
+        with pytest.raises(error, match="PyTorch is not installed; pip install torch"):
+            runpy.run_module("benchmarks.nanogpt", run_name=run)
