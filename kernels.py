@@ -24,8 +24,15 @@ import numpy as np
 from data import cache_folder
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cc")
-HANDLERS = ("TernarySums", "TableDot", "RmsNorm", "Attend", "AttendGradient", "WriteSlots")
-HANDLERS += ("Transpose",)
+HANDLERS = (
+    "TernarySums",
+    "TableDot",
+    "RmsNorm",
+    "Attend",
+    "AttendGradient",
+    "WriteSlots",
+    "Transpose",
+)
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _LOADING = threading.Lock()
 LARGEST_CAP = 40  # of attention logits: exp(-2 * 40) is still a normal float32
@@ -243,25 +250,30 @@ def attention_kernel(q: jax.Array, k: jax.Array, cap: float) -> Callable | None:
     return None
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
     """`attention.attend`, reading the cache only as far as each query sees it.
 
-    What a query gets depends on no other query, row or head, to the last bit. Needs `on_cpu()`, and
-    a cap of at most `LARGEST_CAP`.
+    What a query gets depends on no other query, row or head, to the last bit. No array of queries
+    by slots is made, for the gradient neither. Needs `on_cpu()`, and a cap of at most
+    `LARGEST_CAP`.
     """
     call = jax.ffi.ffi_call("ternary_grok_Attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
     return call(q, k, v, positions, multiplier=np.float32(multiplier), cap=np.float32(cap))
 
 
-def attend_gradient(q, k, v, positions, y, dy, multiplier: float, cap: float):
-    """The gradients of q, k and v, from the output y of `attend` and its gradient dy.
+def _attend_forward(q, k, v, positions, multiplier, cap):
+    y = attend(q, k, v, positions, multiplier, cap)
+    return y, (q, k, v, positions, y)
 
-    No array of queries by slots is made. Needs what `attend` does.
-    """
-    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+
+def _attend_backward(multiplier, cap, kept, dy):
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept[:3]]
     call = jax.ffi.ffi_call("ternary_grok_AttendGradient", outs)
-    more = {"multiplier": np.float32(multiplier), "cap": np.float32(cap)}
-    return call(q, k, v, positions, y, dy, **more)
+    return *call(*kept, dy, multiplier=np.float32(multiplier), cap=np.float32(cap)), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
