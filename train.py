@@ -257,8 +257,8 @@ def log_row(step: int, metrics: list[dict], texts: Texts, settings: Settings) ->
 
 def check_progress(row: dict, limit: float, output: Path) -> None:
     """FloatingPointError where the loss is no number, or far above that of guessing."""
-    for key in {"loss", "validation"} & row.keys():
-        if not row[key] < limit:
+    for key in ("loss", "validation"):
+        if key in row and not row[key] < limit:
             raise FloatingPointError(
                 f"the {key} is {row[key]} at step {row['step']}: lower --learning-rate; the state "
                 f"and the checkpoint of the evaluations before are kept in {output}"
