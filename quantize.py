@@ -465,10 +465,10 @@ def grouped_dot(
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
     rows, step = x, None
+    if isinstance(w, FakeTernaryWeight) and activations != "int8":
+        w = dequantize(w)  # bfloat16 has 8 bits
     if activations != "float":
         rows, step = _round_rows(x, w, axis_name, activations)
-    elif isinstance(w, FakeTernaryWeight):
-        w = dequantize(w)
     blocks = experts.shape[0]
     y = _block_products(rows.reshape(blocks, -1, x.shape[-1]), w, experts)
     y = y.reshape(x.shape[0], -1)
@@ -534,7 +534,7 @@ def _of_blocks(w, experts):
 
 @jax.custom_vjp
 def _integer_products(x, trits):  # [blocks, R, I], [blocks, I, O] -> [blocks, R, O]
-    """Products of floats that are small integers: exact in bfloat16 with sums in float32.
+    """Products of floats that are integers of 8 bits: exact in bfloat16 with sums in float32.
 
     The gradient that comes back is rounded to bfloat16.
     """

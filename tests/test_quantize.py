@@ -271,7 +271,9 @@ def test_training_sees_exactly_what_is_saved(dtype):
     np.testing.assert_allclose(compiled.scales, seen.scales, rtol=1e-6)
 
 
-@pytest.mark.parametrize("activations, tolerance", [("int8", 1e-6), ("float", 1e-5)])
+@pytest.mark.parametrize(
+    "activations, tolerance", [("int8", 1e-6), ("int15", 1e-5), ("float", 1e-5)]
+)
 def test_training_computes_what_the_packed_weights_do(activations, tolerance):
     """With int8 rows the sums are the same integers; the scales meet in another order."""
     x, w = random_floats(6, 64), random_floats(3, 64, 24, seed=1)
