@@ -939,29 +939,39 @@ void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
   }
 }
 
+// What is wrong with the shapes or dtypes of an attention, if anything.
+ffi::Error Check(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k) {
+  const auto qd = q.dimensions(), kd = k.dimensions();
+  if (kd[0] != qd[0] || kd[3] != qd[3] || qd[2] % kd[1])
+    return ffi::Error::InvalidArgument("queries do not fit the cache");
+  if (q.element_type() != ffi::BF16 && q.element_type() != ffi::F32)
+    return ffi::Error::InvalidArgument("queries are neither float32 nor bfloat16");
+  return ffi::Error::Success();
+}
+
+Attention AttentionOf(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k, const ffi::AnyBuffer& v,
+                      const ffi::Buffer<ffi::S32>& positions, void* out, float multiplier,
+                      float cap) {
+  const auto qd = q.dimensions(), kd = k.dimensions();
+  return {q.untyped_data(), k.untyped_data(), v.untyped_data(), positions.typed_data(), out,
+          qd[0], qd[1], qd[2], kd[1], kd[2], qd[3], multiplier, cap};
+}
+
 // q [B, T, N, H] over k, v [B, K, S, H], all float32 or all bfloat16, and positions int32 [B, T]
 // -> as q. A query sees the slots up to its position; the cap is 40 at most.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                   ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::AnyBuffer> out,
                   float multiplier, float cap) {
-  const auto qd = q.dimensions(), kd = k.dimensions();
-  if (kd[0] != qd[0] || kd[3] != qd[3] || qd[2] % kd[1])
-    return ffi::Error::InvalidArgument("queries do not fit the cache");
-  const Attention a{q.untyped_data(), k.untyped_data(), v.untyped_data(), positions.typed_data(),
-                    out->untyped_data(), qd[0], qd[1], qd[2], kd[1], kd[2], qd[3], multiplier, cap};
-  if (q.element_type() == ffi::BF16)
-    AttendAll<uint16_t>(pool, a);
-  else if (q.element_type() == ffi::F32)
-    AttendAll<float>(pool, a);
-  else
-    return ffi::Error::InvalidArgument("queries are neither float32 nor bfloat16");
+  if (ffi::Error error = Check(q, k); error.failure()) return error;
+  const Attention a = AttentionOf(q, k, v, positions, out->untyped_data(), multiplier, cap);
+  (q.element_type() == ffi::BF16 ? AttendAll<uint16_t> : AttendAll<float>)(pool, a);
   return ffi::Error::Success();
 }
 
-// The gradient of one key/value head: four rows at a time, whose weights over all slots are made again
-// and kept. All arrays are float32, and rows of H numbers are filled up to whole lanes.
 constexpr int kGradientRows = 4;
 
+// The gradient of one key/value head: four rows at a time, whose weights over all slots are made again
+// and kept. All arrays are float32, and rows of H numbers are filled up to whole lanes.
 struct GradientTask {
   const Attention& a;
   int64_t b, slots;          // slots: a multiple of kSlots
@@ -1134,14 +1144,9 @@ ffi::Error AttendGradient(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer
                           ffi::Buffer<ffi::S32> positions, ffi::AnyBuffer y, ffi::AnyBuffer dy,
                           ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
                           ffi::Result<ffi::AnyBuffer> dv, float multiplier, float cap) {
-  const auto qd = q.dimensions(), kd = k.dimensions();
-  if (kd[0] != qd[0] || kd[3] != qd[3] || qd[2] % kd[1])
-    return ffi::Error::InvalidArgument("queries do not fit the keys");
-  const Attention a{q.untyped_data(), k.untyped_data(), v.untyped_data(), positions.typed_data(),
-                    dq->untyped_data(), qd[0], qd[1], qd[2], kd[1], kd[2], qd[3], multiplier, cap};
+  if (ffi::Error error = Check(q, k); error.failure()) return error;
+  const Attention a = AttentionOf(q, k, v, positions, dq->untyped_data(), multiplier, cap);
   auto gradients = q.element_type() == ffi::BF16 ? AttendGradients<uint16_t> : AttendGradients<float>;
-  if (q.element_type() != ffi::BF16 && q.element_type() != ffi::F32)
-    return ffi::Error::InvalidArgument("queries are neither float32 nor bfloat16");
   gradients(pool, a, y.untyped_data(), dy.untyped_data(), dk->untyped_data(), dv->untyped_data());
   return ffi::Error::Success();
 }

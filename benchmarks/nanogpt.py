@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import optax
 from tqdm import tqdm
 
 import data
@@ -94,12 +95,12 @@ def make_optimizer(gpt: Gpt) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, LEARNING_RATE, BETAS, fused=True)
 
 
-def learning_rate(step: int, settings: learning.Settings) -> float:
+def schedule(settings: learning.Settings) -> optax.Schedule:
     """A linear warm-up, then a cosine to a tenth."""
-    if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / (settings.warmup + 1)
-    done = (step - settings.warmup) / (settings.steps - settings.warmup)
-    return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    peak, warmup = settings.learning_rate, settings.warmup
+    return optax.warmup_cosine_decay_schedule(
+        peak / (warmup + 1), peak, warmup, settings.steps, 0.1 * peak
+    )
 
 
 def tensor(tokens: np.ndarray) -> torch.Tensor:
@@ -125,7 +126,7 @@ def run(config, settings: learning.Settings, text: str, log: Path) -> dict:
     training, validation = data.split(text)
     texts = train.Texts(processor, training, settings, config.sequence_len)
     gpt = Gpt(config, settings.dropout)
-    optimizer = make_optimizer(gpt)
+    optimizer, rate = make_optimizer(gpt), schedule(settings)
     print(f"{sum(w.numel() for w in gpt.parameters()):,} parameters")
 
     def logits(tokens: np.ndarray) -> np.ndarray:
@@ -136,7 +137,7 @@ def run(config, settings: learning.Settings, text: str, log: Path) -> dict:
     log.write_text("")
     for i in (bar := tqdm(range(settings.steps), unit="step")):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(i, settings)
+            group["lr"] = float(rate(i))
         losses.append(update(gpt, optimizer, tensor(texts.batch(i))))
         if (i + 1) % settings.eval_every and i + 1 != settings.steps:
             continue
