@@ -24,6 +24,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
+import files
 import quantize
 import shards
 import tensor_file
@@ -53,22 +54,19 @@ def save(folder: str | os.PathLike, params: Params) -> None:
     for path, leaf in leaves:
         check_writable(path, leaf)
     target = pathlib.Path(folder) / FOLDER
-    partial, previous = (target.with_name(f"{FOLDER}.{word}") for word in ("partial", "previous"))
-    for stale in (partial, previous):
-        shutil.rmtree(stale, ignore_errors=True)
+    partial = target.with_name(f"{FOLDER}.partial")
+    files.recover(target)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for i, (_, leaf) in enumerate(leaves):
         write_tensor(partial / file_name(i), leaf)
-    if target.exists():
-        target.rename(previous)
-    partial.rename(target)
-    shutil.rmtree(previous, ignore_errors=True)
+    files.replace_folder(partial, target)
 
 
 def read_config(folder: str | os.PathLike) -> dict | None:
     """The checkpoint's `config.json`, None if it has none; CheckpointError if it is no object."""
     path = pathlib.Path(folder) / "config.json"
-    return shards.read_json(path) if path.exists() else None
+    return files.read_json(path) if path.exists() else None
 
 
 def readable_size(count: float) -> str:
@@ -96,7 +94,7 @@ def save_converted(
     folder: str | os.PathLike,
     params: Params,
     config: dict,
-    files: dict[str, bytes] | None = None,
+    extra: dict[str, bytes] | None = None,
     packing: str = "base3",
 ) -> None:
     """Writes `{module: {name: weight}}` to a new folder, in the format of `docs/format.md`.
@@ -104,7 +102,7 @@ def save_converted(
     Leaves are float32 arrays, QuantizedWeight8bit or QuantizedWeight1_58bit.
 
     config: of the model, with what `quantization` says of the weights
-    files: more files, {name: content}, such as the tokenizer
+    extra: more files, {name: content}, such as the tokenizer
     packing: one of shards.PACKINGS
     """
     leaves = {f"{module}/{name}": params[module][name] for module, name in sorted_keys(params)}
@@ -124,7 +122,7 @@ def save_converted(
         ternary = isinstance(leaf, QuantizedWeight1_58bit)
         return shards.stored_form(leaf, packing) if ternary else leaf
 
-    shards.write(folder, {path: form(leaf) for path, leaf in leaves.items()}, fill, config, files)
+    shards.write(folder, {path: form(leaf) for path, leaf in leaves.items()}, fill, config, extra)
 
 
 def quantization(weights: str, rules: Sequence[tuple[str, str]], packing: str = "base3") -> dict:
@@ -241,9 +239,9 @@ def check_files(folder: pathlib.Path, template: Params, rules) -> list[Entry]:
     unknown = sorted(set(kinds.values()) - set(KINDS))
     if unknown:
         raise CheckpointError(f"unknown precision {unknown[0]!r} in the rules; use one of {KINDS}")
-    files = _converted_files(folder, keys) if shards.exists(folder) else _released(folder, keys)
+    sources = _converted_files(folder, keys) if shards.exists(folder) else _released(folder, keys)
     entries, problems = [], []
-    for (module, name), (file, read) in zip(keys, files, strict=True):
+    for (module, name), (file, read) in zip(keys, sources, strict=True):
         kind = kinds[f"{module}/{name}"]
         try:
             tensor = read()
@@ -270,15 +268,15 @@ def _converted_files(folder: pathlib.Path, keys) -> list[tuple[pathlib.Path, Cal
             f"that the checkpoint was made for\n{problems[0]}"
         )
     _raise_any(problems)
-    files = (found[f"{module}/{name}"] for module, name in keys)
-    return [(file, lambda leaf=leaf: leaf) for file, leaf in files]
+    leaves = (found[f"{module}/{name}"] for module, name in keys)
+    return [(file, lambda leaf=leaf: leaf) for file, leaf in leaves]
 
 
 def _released(folder: pathlib.Path, keys) -> list[tuple[pathlib.Path, Callable]]:
     """The file of each parameter of a released checkpoint, and how to read it."""
     _check_names(folder, keys)
-    files = [folder / FOLDER / file_name(i) for i in range(len(keys))]
-    return [(file, functools.partial(read_tensor, file)) for file in files]
+    tensors = [folder / FOLDER / file_name(i) for i in range(len(keys))]
+    return [(file, functools.partial(read_tensor, file)) for file in tensors]
 
 
 def _check_names(folder: pathlib.Path, keys: list[tuple[str, str]]) -> None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import files
+
 SOURCES = {  # name: (address, sha256)
     "tinyshakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -29,27 +31,17 @@ class Windows(NamedTuple):
     mask: np.ndarray  # bool [W, T], true where the target counts
 
 
-def cache_folder() -> Path:
-    """What is fetched or compiled: `$XDG_CACHE_HOME/ternary-grok`, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternary-grok"
-
-
 def fetch(name: str) -> Path:
     """Path of the text `name` of `SOURCES` in the cache, fetched when it is not there or damaged.
 
     Errors of `fetch_file` pass.
     """
     address, expected = SOURCES[name]
-    path = cache_folder() / f"{name}.txt"
-    if not path.exists() or sha256(path) != expected:
+    path = files.cache_folder() / f"{name}.txt"
+    if not path.exists() or files.sha256(path) != expected:
         cure = f"download it by hand and give its path in place of {name!r}"
         fetch_file(address, expected, path, cure)
     return path
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_file(address: str, expected: str, path: Path, cure: str) -> None:
@@ -71,9 +63,8 @@ def fetch_file(address: str, expected: str, path: Path, cure: str) -> None:
             f"{address} gave {len(content)} bytes with sha256 {found}, expected {expected}: {cure}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")  # a reader never sees half a file
-    part.write_bytes(content)
-    part.replace(path)
+    with files.replacing(path, shared=True) as part:
+        part.write_bytes(content)
 
 
 def load_text(name_or_path: str | os.PathLike) -> str:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import tqdm
 
 import data
+import files
 from checkpoint import FOLDER
 from tokenizer import FILE as TOKENIZER_FILE
 from tokenizer import GROK_1_SHA256
@@ -120,7 +121,7 @@ def tokenizer(folder: str | os.PathLike) -> Path:
     if not path.exists():
         cure = f"run the same command again, or download it by hand to {path}"
         data.fetch_file(TOKENIZER, GROK_1_SHA256, path, cure)
-    elif (found := data.sha256(path)) != GROK_1_SHA256:
+    elif (found := files.sha256(path)) != GROK_1_SHA256:
         raise ValueError(
             f"{path} is not Grok-1's tokenizer: it has sha256 {found}, expected {GROK_1_SHA256};"
             " move it away and run the same command again"

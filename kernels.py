@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data import cache_folder
+from files import cache_folder
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cc")
 HANDLERS = (

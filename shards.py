@@ -12,7 +12,6 @@ Shards are filled in place, through memory maps, so that none is ever in memory 
 
 import concurrent.futures
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -28,9 +27,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
+import files
 import quantize
+from files import CheckpointError
 from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
-from tensor_file import CheckpointError, release
+from tensor_file import release
 
 VERSION = 1  # of the format; also in config.json
 INDEX = "model.safetensors.index.json"
@@ -266,7 +267,7 @@ def write(
     leaves: dict[str, Any],
     fill: Callable[[str, Any], None],
     config: dict,
-    files: dict[str, bytes] | None = None,
+    extra: dict[str, bytes] | None = None,
     *,
     source: str = "",
     shard_size: int = SHARD_SIZE,
@@ -281,7 +282,7 @@ def write(
     leaves: abstract, {path: leaf}, in the order of the files
     fill: called with a path and its leaf, whose arrays, in the file, it is to set
     config: for config.json
-    files: more files, such as the tokenizer
+    extra: more files, {name: content}, such as the tokenizer
     source: what it is made from; an unfinished folder made from something else is an error
     sealed: called for each shard once it is safe, also for those of an earlier call
     """
@@ -289,7 +290,7 @@ def write(
     if folder.exists():
         raise CheckpointError(f"{folder} exists; remove it, or choose another folder")
     partial.mkdir(parents=True, exist_ok=True)
-    with _lock(partial):
+    with files.lock(partial):
         shards = plan(leaves, shard_size)
         names = {name: shard.name for shard in shards for name in shard.tensors}
         total = sum(map(stored_bytes, leaves.values()))
@@ -297,12 +298,12 @@ def write(
         _note(partial / SOURCE, {"source": source})
         _note(partial / "config.json", config)
         _note(partial / INDEX, index)
-        for name, content in (files or {}).items():
-            (partial / name).write_bytes(content)
+        for name, content in (extra or {}).items():
+            files.write_bytes(partial / name, content)
         _write_shards(partial, shards, fill, sealed)
         (partial / SOURCE).unlink()
         partial.rename(folder)
-        _sync(folder.parent)
+        files.sync(folder.parent)
 
 
 def _write_shards(partial, shards, fill, sealed) -> None:
@@ -316,8 +317,8 @@ def _write_shards(partial, shards, fill, sealed) -> None:
         """Sums a filled shard while the next one is filled."""
         sums[shard.name] = _checksums(part)
         os.replace(part, partial / shard.name)
-        _sync(partial)
-        _write_json(partial / CHECKSUMS, sums)
+        files.sync(partial)
+        files.write_json(partial / CHECKSUMS, sums)
         sealed(shard)
 
     with concurrent.futures.ThreadPoolExecutor(1) as background:
@@ -380,53 +381,18 @@ def _checksums(path: pathlib.Path, progress=lambda count: None) -> dict:
     }
 
 
-class _lock:
-    """Holds a folder, so that two processes do not write the same checkpoint."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-
-    def __enter__(self):
-        self.descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.descriptor)
-            raise CheckpointError(f"{self.folder}: another process is writing it") from None
-
-    def __exit__(self, *_):
-        os.close(self.descriptor)
-
-
 def _note(path: pathlib.Path, content: dict) -> None:
     """Writes JSON, or checks that what an earlier call wrote is the same."""
     content = json.loads(json.dumps(content))  # tuples are lists in JSON
-    if path.exists() and read_json(path) != content:
-        old, new = read_json(path), content
+    if path.exists() and files.read_json(path) != content:
+        old, new = files.read_json(path), content
         differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         key = differing[0]
         raise CheckpointError(
             f"{path.parent} was begun with another {key}, {old.get(key)!r:.200}, not "
             f"{new.get(key)!r:.200}; finish it with the same source and options, or remove it"
         )
-    _write_json(path, content)
-
-
-def _write_json(path: pathlib.Path, content: dict) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _sync(folder: pathlib.Path) -> None:
-    """Makes renames in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    files.write_json(path, content)
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -437,23 +403,10 @@ def exists(folder: str | os.PathLike) -> bool:
     return (pathlib.Path(folder) / INDEX).exists()
 
 
-def read_json(path: pathlib.Path) -> dict:
-    """A JSON object; CheckpointError for anything else."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; copy it again") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}; correct or copy it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {content!r:.80}; correct it")
-    return content
-
-
 def read_checksums(folder: pathlib.Path) -> dict:
     """{file: sums} of the finished shards."""
     path = folder / CHECKSUMS
-    return read_json(path) if path.exists() else {}
+    return files.read_json(path) if path.exists() else {}
 
 
 def open_shards(folder: str | os.PathLike) -> dict[str, tuple[pathlib.Path, Any]]:
@@ -483,7 +436,7 @@ def _listed(folder: pathlib.Path) -> dict[str, tuple[set[str], dict | None]]:
             f"{folder}: the conversion was not finished; run the same convert.py again, it goes on "
             "after the last shard"
         )
-    index, sums = read_json(folder / INDEX), read_checksums(folder)
+    index, sums = files.read_json(folder / INDEX), read_checksums(folder)
     names: dict[str, set[str]] = {}
     for name, file in index.get("weight_map", {}).items():
         names.setdefault(file, set()).add(name)

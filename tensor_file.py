@@ -8,6 +8,7 @@ import dataclasses
 import math
 import mmap
 import os
+import pathlib
 import pickle
 import pickletools
 import re
@@ -18,12 +19,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
+import files
+from files import CheckpointError
 from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or not the one asked for; says which file and why."""
-
 
 # --- Reading one tensor ---------------------------------------------------------------------------
 
@@ -411,14 +409,9 @@ def write_tensor(path: str | os.PathLike, value) -> None:
     """
     check_writable(os.fspath(path), value)
     value = jax.tree.map(lambda array: np.ascontiguousarray(array).reshape(array.shape), value)
-    partial = f"{os.fspath(path)}.partial"
-    with open(partial, "wb") as file:
+    with files.replacing(pathlib.Path(path)) as target, open(target, "wb") as file:
         for part in _Writer(value).parts:
-            data = part if isinstance(part, bytes) else part.reshape(-1).view(np.uint8)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+            file.write(part if isinstance(part, bytes) else part.reshape(-1).view(np.uint8))
 
 
 def check_writable(where: str, value) -> None:

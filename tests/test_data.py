@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import data
+import files
 
 TEXT = "Speak, speak.\r\nFirst Citizen:\n\tYou are all résolved?\n"
 
@@ -41,7 +42,7 @@ def test_fetch_keeps_a_copy(source):
     assert data.load_text("speech") == TEXT
     source.unlink()
     assert data.load_text("speech") == TEXT
-    assert [path.name for path in data.cache_folder().iterdir()] == ["speech.txt"]
+    assert [path.name for path in files.cache_folder().iterdir()] == ["speech.txt"]
 
 
 def test_fetch_replaces_a_damaged_copy(source):
@@ -54,7 +55,7 @@ def test_fetch_refuses_other_bytes(source):
     source.write_bytes(b"moved")
     with pytest.raises(ValueError, match=r"gave 5 bytes with sha256 .*download it by hand"):
         data.load_text("speech")
-    assert not data.cache_folder().exists()
+    assert not files.cache_folder().exists()
 
 
 def test_fetch_says_where_it_tried_and_what_to_do(source):
@@ -66,7 +67,7 @@ def test_fetch_says_where_it_tried_and_what_to_do(source):
 def test_cache_folder_is_under_home_by_default(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data.cache_folder().parent == tmp_path / ".cache"
+    assert files.cache_folder().parent == tmp_path / ".cache"
 
 
 def test_split_validates_on_the_last_tenth():

@@ -12,8 +12,8 @@ import pytest
 from hub import CHUNK, Hub, point_to
 from huggingface_hub.utils import close_session
 
-import data
 import download
+import files
 
 ROOT = Path(__file__).parent.parent
 NAMES = [f"tensor{i:05d}_000" for i in range(3)]
@@ -46,7 +46,7 @@ def pauses(monkeypatch):
     return found
 
 
-def files(folder):
+def contents(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -55,12 +55,12 @@ def files(folder):
 
 
 def published(hub):
-    return {name: content for name, content in files(hub.folder).items() if "ckpt-0" in name}
+    return {name: content for name, content in contents(hub.folder).items() if "ckpt-0" in name}
 
 
 def test_release_is_all_of_ckpt_0_and_nothing_else(hub, tmp_path, capsys):
     download.release(tmp_path / "own", NAMES)
-    assert files(tmp_path / "own") == published(hub)
+    assert contents(tmp_path / "own") == published(hub)
     assert "179k/179k" in capsys.readouterr().err  # the bar
     asked = [request for request in hub.requests if request.path.startswith("/store/")]
     assert [request.range for request in asked] == [None] * 3
@@ -94,13 +94,13 @@ def test_release_goes_on_where_the_connection_broke(hub, tmp_path, pauses):
     assert len(pauses) <= 10
     part = own / "ckpt-0" / "partial.tensor00001_000"
     assert part.read_bytes() == published(hub)[LARGE][: 5 * CHUNK]
-    assert LARGE not in files(own)
+    assert LARGE not in contents(own)
     for name in {*NAMES} - {path.name for path in own.rglob("tensor*")} - {Path(LARGE).name}:
         download.tensor(own, name)  # whatever came too late before the break
     hub.cut.clear()
     hub.requests.clear()
     download.release(own, NAMES)
-    assert files(own) == published(hub)
+    assert contents(own) == published(hub)
     assert hub.ranges(LARGE) == [f"bytes={5 * CHUNK}-"]
     assert sum(request.path.startswith("/store/") for request in hub.requests) == 1
 
@@ -153,7 +153,9 @@ download.release({str(own)!r}, {NAMES})"""
     part = own / "ckpt-0" / "partial.tensor00001_000"
     expected = {f"ckpt-0/{part.name}", *published(hub)} - {LARGE}
     deadline = time.monotonic() + 30
-    while not (own.exists() and set(files(own)) == expected and part.stat().st_size == 4 * CHUNK):
+    while not (
+        own.exists() and set(contents(own)) == expected and part.stat().st_size == 4 * CHUNK
+    ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
@@ -161,7 +163,7 @@ download.release({str(own)!r}, {NAMES})"""
     hub.stall.clear()
     hub.requests.clear()
     download.release(own, NAMES)
-    assert files(own) == published(hub)
+    assert contents(own) == published(hub)
     assert hub.ranges(LARGE) == [f"bytes={4 * CHUNK}-"]
     assert sum(request.path.startswith("/store/") for request in hub.requests) == 1
 
@@ -170,7 +172,7 @@ def test_tensor_fetches_one_file_once(hub, tmp_path):
     for _ in range(2):
         path = download.tensor(tmp_path / "own", NAMES[2])
         assert path == tmp_path / "own" / "ckpt-0" / NAMES[2]
-        assert files(tmp_path / "own") == {f"ckpt-0/{NAMES[2]}": path.read_bytes()}
+        assert contents(tmp_path / "own") == {f"ckpt-0/{NAMES[2]}": path.read_bytes()}
     assert path.read_bytes() == published(hub)[f"ckpt-0/{NAMES[2]}"]
     assert hub.ranges(f"ckpt-0/{NAMES[2]}") == [None]
 
@@ -197,7 +199,7 @@ def test_tensor_drops_a_part_of_something_else(hub, tmp_path, length):
     part.write_bytes(bytes(length))
     with pytest.raises(ValueError, match=rf"gave {max(length, SIZES[1])} bytes with sha256 .* run"):
         download.tensor(tmp_path / "own", NAMES[1])
-    assert not files(tmp_path / "own")
+    assert not contents(tmp_path / "own")
     assert download.tensor(tmp_path / "own", NAMES[1]).read_bytes() == published(hub)[LARGE]
 
 
@@ -211,7 +213,7 @@ def test_tensor_leaves_a_file_of_another_size_alone(hub, tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"has 4 bytes, the hub's has {SIZES[1]}: remove it"):
             fetch()
-    assert files(tmp_path / "ckpt-0") == {NAMES[1]: b"mine"}
+    assert contents(tmp_path / "ckpt-0") == {NAMES[1]: b"mine"}
 
 
 def test_a_full_disk_is_noticed_first(hub, tmp_path, monkeypatch):
@@ -219,7 +221,7 @@ def test_a_full_disk_is_noticed_first(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"has 99,000 bytes free, 179,033 are missing: make room"):
         download.release(tmp_path / "own", NAMES)
-    assert not files(tmp_path / "own")
+    assert not contents(tmp_path / "own")
 
 
 def test_an_unreachable_hub_is_one_line_soon(tmp_path, monkeypatch, pauses):
@@ -275,7 +277,7 @@ def model(tmp_path, monkeypatch):
 
 def test_tokenizer_is_fetched_once(model, tmp_path):
     path = download.tokenizer(tmp_path / "own")
-    assert files(tmp_path / "own") == {"tokenizer.model": b"pieces"}
+    assert contents(tmp_path / "own") == {"tokenizer.model": b"pieces"}
     model.unlink()
     assert download.tokenizer(tmp_path / "own") == path
 
@@ -293,7 +295,7 @@ def test_tokenizer_refuses_other_bytes(model, tmp_path):
 def test_tokenizer_leaves_another_one_alone(model, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"mine")
-    digest = data.sha256(path)
+    digest = files.sha256(path)
     with pytest.raises(ValueError, match=rf"not Grok-1's .* sha256 {digest}, .*move it away"):
         download.tokenizer(tmp_path)
     assert path.read_bytes() == b"mine"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import checkpoint
-import data
 import evaluate
+import files
 import model
 import runners
 import tokenizer
@@ -104,7 +104,7 @@ def test_errors_are_one_line(saved, tmp_path, capsys):
 DEMO = Path(evaluate.__file__).parent / "checkpoints/demo"
 TEXTS = (
     DEMO.parents[2] / "shared/data/tinyshakespeare.txt",
-    data.cache_folder() / "tinyshakespeare.txt",
+    files.cache_folder() / "tinyshakespeare.txt",
 )
 
 
