@@ -225,25 +225,22 @@ def quantize_rows(
 
     "int8" is BitNet's: int8, to 127 times the step (BitNet b1.58, section 2). "int15" is fixed
     point in int16, to 16256 = 127 * 128 times the step: finer than bfloat16, and two planes of
-    int8 (`planes`), so that kernels for int8 multiply it.
+    int8 (`planes`), so that kernels for int8 multiply it. No gradient passes: `grouped_dot` lets it
+    go straight through.
 
     axis_name: the mesh axis that I is split over, if any: the maximum is that of the whole row
     """
     levels, dtype = (127, jnp.int8) if activations == "int8" else (127 * 128, jnp.int16)
     whole = axis_name is None or lax.axis_size(axis_name) == 1
-    kernel = kernels.rounding_kernel()
-
-    def plain(x):
-        x = x.astype(jnp.float32)
-        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        if not whole:
-            largest = lax.pmax(lax.stop_gradient(largest), axis_name)
-        step = in_this_order(jnp.maximum(largest, 1e-30) / levels)
-        return jnp.round(x / step).astype(dtype), step
-
-    if kernel is None or not whole:
-        return plain(x)
-    return kernels.differentiable(lambda x: kernel(x, levels, dtype), plain)(x)
+    x, kernel = lax.stop_gradient(x), kernels.rounding_kernel()
+    if kernel is not None and whole:
+        return kernel(x, levels, dtype)
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    if not whole:
+        largest = lax.pmax(largest, axis_name)
+    step = in_this_order(jnp.maximum(largest, 1e-30) / levels)
+    return jnp.round(x / step).astype(dtype), step
 
 
 def in_this_order(x: jax.Array) -> jax.Array:
@@ -438,7 +435,8 @@ def dot(
     """x @ w for a weight [I, O] of any format, in the dtype of x.
 
     activations: one of ACTIVATIONS. "float" multiplies x as it is; "int8" and "int15" round each
-      row first, see `quantize_rows`, and then ternary products are exact integer sums.
+      row first, see `quantize_rows`, and then ternary products are exact integer sums. Gradients go
+      straight through the rounding, to x and to the scales of w.
     axis_name: inside `shard_map`, the mesh axis that I is split over; the result is the whole sum
     """
     stack = jax.tree.map(lambda leaf: leaf[None], w)
@@ -464,17 +462,28 @@ def grouped_dot(
     """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
-    rows, step = x, None
     if isinstance(w, FakeTernaryWeight) and activations != "int8":
         w = dequantize(w)  # bfloat16 has 8 bits
-    if activations != "float":
-        rows, step = _round_rows(x, w, axis_name, activations)
     blocks = experts.shape[0]
-    y = _block_products(rows.reshape(blocks, -1, x.shape[-1]), w, experts)
-    y = y.reshape(x.shape[0], -1)
-    if axis_name is not None:
-        y = lax.psum(y, axis_name)
-    y = y.astype(jnp.float32)
+    step = None
+
+    def sums(rows, w, experts):  # [R, I] -> float32 [R, O], over all of I, not scaled
+        y = _block_products(rows.reshape(blocks, -1, x.shape[-1]), w, experts)
+        y = y.reshape(x.shape[0], -1)
+        return (y if axis_name is None else lax.psum(y, axis_name)).astype(jnp.float32)
+
+    if activations == "float":
+        y = sums(x, w, experts)
+    else:
+        rounded, step = quantize_rows(x, axis_name, activations)
+        if isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
+            y = _of_rounded(sums)(x.astype(jnp.float32) / step, rounded, w, experts)
+        elif isinstance(w, FakeTernaryWeight):
+            scaled = x.astype(jnp.float32) / step
+            y = sums(straight_through(scaled, rounded.astype(jnp.float32)), w, experts)
+        else:  # floats, in training: rounded rows and no step
+            y = sums(straight_through(x, (rounded * step).astype(x.dtype)), w, experts)
+            step = None
     scale = step
     if isinstance(w, QuantizedWeight1_58bit | FakeTernaryWeight):
         gamma = jnp.repeat(w.scales[experts, 0], x.shape[0] // blocks, axis=0)  # [R, 1]
@@ -482,15 +491,25 @@ def grouped_dot(
     return (y if scale is None else y * scale).astype(x.dtype)
 
 
-def _round_rows(x, w, axis_name, activations):
-    """Integer rows and their steps; for float weights, in training, rounded rows and no step."""
-    rounded, step = quantize_rows(x, axis_name, activations)
-    if isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
-        return rounded, step
-    if isinstance(w, FakeTernaryWeight):
-        step = lax.stop_gradient(step)
-        return straight_through(x.astype(jnp.float32) / step, rounded.astype(jnp.float32)), step
-    return straight_through(x, (rounded * step).astype(x.dtype)), None
+def _of_rounded(sums: Callable) -> Callable:
+    """`sums` of integer rows, as a function of the floats that were rounded to them as well.
+
+    Its derivative is that of the product with these floats: straight through the rounding. What is
+    unpacked for it is not kept from the forward pass for the backward pass, but unpacked again.
+    """
+
+    @jax.custom_jvp
+    def of_rounded(scaled, rounded, w, experts):
+        return sums(rounded, w, experts)
+
+    @of_rounded.defjvp
+    def _(primals, tangents):
+        (_, rounded, w, experts), (d_scaled, _, d_w, _) = primals, tangents
+        product = jax.checkpoint(lambda rows, w: sums(rows, w, experts))
+        _, tangent = jax.jvp(product, (rounded.astype(jnp.float32), w), (d_scaled, d_w))
+        return sums(rounded, w, experts), tangent
+
+    return of_rounded
 
 
 def _block_products(x, w, experts):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import kernels
 import quantize
 
 # Largest difference from float64, relative to the largest |result|: sums of some 100 float32
@@ -306,6 +307,51 @@ def test_gradients_go_straight_through():
         dx, dw = jax.grad(loss, argnums=(0, 1))(x, w, form)
         for found, wanted in ((dx, 2 * y @ seen.T), (dw, 2 * (rounded * step).T @ y)):
             assert np.linalg.norm(found - wanted) < error * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("activations", quantize.ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_gradients_through_any_format_are_those_of_its_matrices(
+    form, activations, native, monkeypatch
+):
+    """To x and to the scales, forwards and backwards, from blocks of three experts and a skipped
+    one: those of the product of the rounded rows with the dequantized matrices."""
+    if not native:
+        monkeypatch.setattr(kernels, "on_cpu", lambda: False)
+    w = weight_in(form, random_floats(3, 77, 13))
+    x, weight = random_floats(10, 77, seed=1), random_floats(10, 13, seed=2)
+    experts = jnp.array([2, 0, -1, 0, 1])
+    floats = jax.tree.leaves(w)[-1].astype(jnp.float32)  # scales, or all of a float matrix
+
+    def with_floats(floats):
+        return floats if form == "float" else dataclasses.replace(w, scales=floats)
+
+    def loss(x, floats):
+        y = quantize.grouped_dot(x, with_floats(floats), experts, activations=activations)
+        return jnp.sum(jnp.sin(y) * weight)
+
+    def plain(x, floats):
+        if activations != "float":
+            rounded, step = quantize.quantize_rows(x, activations=activations)
+            x = quantize.straight_through(x, rounded * step)
+        of_block = quantize.dequantize(with_floats(floats))[experts] * (experts >= 0)[:, None, None]
+        y = jnp.einsum("bri,bio->bro", x.reshape(5, 2, 77), of_block, precision="highest")
+        return jnp.sum(jnp.sin(y.reshape(10, 13)) * weight)
+
+    found, expected = (jax.grad(f, argnums=(0, 1))(x, floats) for f in (loss, plain))
+    for one, other in zip(found, expected, strict=True):
+        assert np.linalg.norm(one - other) < 1e-5 * np.linalg.norm(other)  # float32 sums of 77
+    tangent = jax.jvp(loss, (x, floats), (x, floats))[1]
+    np.testing.assert_allclose(tangent, jnp.vdot(found[0], x) + jnp.vdot(found[1], floats), 1e-4)
+
+
+def test_a_gradient_keeps_no_unpacked_matrix():
+    """What the backward pass keeps from the forward pass is smaller than the trits as int8."""
+    w = quantize.ternarize(random_floats(512, 128))
+    x = random_floats(4, 512)
+    _, pullback = jax.vjp(lambda x: quantize.dot(x, w, activations="int8"), x)
+    assert all(leaf.size < 512 * 128 for leaf in jax.tree.leaves(pullback))
 
 
 def test_a_matrix_of_zeros_has_a_gradient():
