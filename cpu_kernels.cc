@@ -1171,6 +1171,88 @@ ffi::Error WriteSlots(ffi::AnyBuffer, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32>
   return ffi::Error::Success();
 }
 
+// --- Rotary embedding and gated sums --------------------------------------------------------------
+//
+// Two products, added: XLA contracts the one or the other into a fused multiply-add, by the shape of
+// its loop. Here both are rounded before they are added, on every processor.
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#define ROUNDED
+#else
+#define ROUNDED __attribute__((optimize("fp-contract=off")))
+#endif
+
+template <class T>
+ROUNDED void RotateHeads(const T* x, const float* sin, const float* cos, int64_t heads, int64_t half,
+                         T* out) {
+  for (int64_t n = 0; n < heads; ++n, x += 2 * half, out += 2 * half)
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = ToFloat(x[i]), b = ToFloat(x[i + half]);
+      FromFloat(a * cos[i] - b * sin[i], out + i);
+      FromFloat(b * cos[i] + a * sin[i], out + half + i);
+    }
+}
+
+template <class T>
+void RotateTokens(ffi::ThreadPool& pool, const void* x, const int32_t* positions,
+                  const float* frequencies, int64_t tokens, int64_t heads, int64_t half, void* out) {
+  const int64_t row = heads * 2 * half;
+  Parallel(pool, tokens, 8 * tokens * row, [=](int64_t t) {
+    static thread_local Aligned kept(0);
+    float* sin = reinterpret_cast<float*>(Kept(kept, 2 * half * sizeof(float)));
+    float* cos = sin + half;
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(positions[t]) * frequencies[i];
+      sin[i] = std::sin(angle), cos[i] = std::cos(angle);
+    }
+    RotateHeads(static_cast<const T*>(x) + t * row, sin, cos, heads, half,
+                static_cast<T*>(out) + t * row);
+  });
+}
+
+// x [B, T, N, H], float32 or bfloat16, positions int32 [B, T], frequencies float32 [H / 2] -> as x:
+// pairs (i, i + H / 2) rotated by position times frequency.
+ffi::Error Rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> positions,
+                  ffi::Buffer<ffi::F32> frequencies, ffi::Result<ffi::AnyBuffer> out) {
+  const auto d = x.dimensions();
+  auto rotate = x.element_type() == ffi::BF16 ? RotateTokens<uint16_t> : RotateTokens<float>;
+  rotate(pool, x.untyped_data(), positions.typed_data(), frequencies.typed_data(), d[0] * d[1], d[2],
+         d[3] / 2, out->untyped_data());
+  return ffi::Error::Success();
+}
+
+template <class T>
+ROUNDED void AddGated(const T* row, float gate, int64_t size, float* sum) {
+  for (int64_t i = 0; i < size; ++i) sum[i] += gate * ToFloat(row[i]);
+}
+
+// rows [R, D], float32 or bfloat16, gates float32 [T, A], index int32 [T, A] -> float32 [T, D]: each
+// token's rows, times its gates, summed in order; those that there are not are left out.
+ffi::Error GatedSums(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::Buffer<ffi::F32> gates,
+                     ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> out) {
+  const int64_t count = rows.dimensions()[0], size = rows.dimensions()[1];
+  const int64_t tokens = index.dimensions()[0], chosen = index.dimensions()[1];
+  const bool half = rows.element_type() == ffi::BF16;
+  const void* from = rows.untyped_data();
+  const float* gate = gates.typed_data();
+  const int32_t* at = index.typed_data();
+  float* to = out->typed_data();
+  Parallel(pool, tokens, 4 * tokens * chosen * size, [=](int64_t t) {
+    float* sum = to + t * size;
+    std::fill(sum, sum + size, 0.f);
+    for (int64_t a = t * chosen; a < (t + 1) * chosen; ++a) {
+      const int64_t row = at[a];
+      if (row < 0 || row >= count) continue;
+      if (half)
+        AddGated(static_cast<const uint16_t*>(from) + row * size, gate[a], size, sum);
+      else
+        AddGated(static_cast<const float*>(from) + row * size, gate[a], size, sum);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 // --- Transposition --------------------------------------------------------------------------------
 
 typedef uint16_t Eight __attribute__((vector_size(16)));
@@ -1224,6 +1306,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TransposeHandler, Transpose,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RotateHandler, Rotate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedSumsHandler, GatedSums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WriteSlotsHandler, WriteSlots,
                               ffi::Ffi::Bind()

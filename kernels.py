@@ -31,6 +31,8 @@ HANDLERS = (
     "Attend",
     "AttendGradient",
     "WriteSlots",
+    "Rotate",
+    "GatedSums",
     "Transpose",
 )
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
@@ -231,6 +233,30 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """
     call = jax.ffi.ffi_call("ternary_grok_RmsNorm", jax.ShapeDtypeStruct(x.shape, x.dtype))
     return call(x, scale, eps=np.float32(eps))
+
+
+# --- Rotary embedding and gated sums --------------------------------------------------------------
+
+
+def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """x [B, T, N, H], float32 or bfloat16, its pairs (i, i + H / 2) rotated.
+
+    By positions int32 [B, T] times frequencies float32 [H / 2]. Products are rounded before they
+    are added, so that a result depends on its pair and angle only. Needs `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ffi.ffi_call("ternary_grok_Rotate", out)(x, positions, frequencies)
+
+
+def gated_sums(rows: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    """The rows of [R, D] that each token names, times its gates, summed: float32 [T, D].
+
+    rows: float32 or bfloat16; gates: float32, index: int32 [T, A]; rows that there are not count
+    nothing. Products are rounded before they are added, in the order of the index. Needs
+    `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct((len(index), rows.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call("ternary_grok_GatedSums", out)(rows, gates, index)
 
 
 # --- Attention ------------------------------------------------------------------------------------

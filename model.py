@@ -16,6 +16,7 @@ from typing import NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import attention
@@ -268,12 +269,17 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, base: float) -> jax.Arr
     Angles are float32: bfloat16 turns position 257 into 256. (RoFormer, section 3.2.2)
     """
     half = x.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None] * frequencies  # [B, T, 1, H/2]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    sin, cos = jnp.concatenate([-sin, sin], -1), jnp.concatenate([cos, cos], -1)
-    wide = x.astype(jnp.float32)
-    return (wide * cos + jnp.roll(wide, half, axis=-1) * sin).astype(x.dtype)
+    frequencies = jnp.asarray(np.float32(base) ** (np.arange(half, dtype=np.float32) / -half))
+
+    def plain(x, positions, frequencies):
+        angles = positions[:, :, None, None] * frequencies  # [B, T, 1, H/2]
+        sin, cos = jnp.sin(angles), jnp.cos(angles)
+        sin, cos = jnp.concatenate([-sin, sin], -1), jnp.concatenate([cos, cos], -1)
+        wide = x.astype(jnp.float32)
+        return (wide * cos + jnp.roll(wide, half, axis=-1) * sin).astype(x.dtype)
+
+    rotate = kernels.differentiable(kernels.rotate, plain) if kernels.on_cpu() else plain
+    return rotate(x, positions, frequencies)
 
 
 def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVMemory:
@@ -373,6 +379,8 @@ def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
 @jax.custom_vjp
 def gated_sums(rows: jax.Array, gates: jax.Array, blocks: ExpertBlocks) -> jax.Array:
     """Each token's rows of [R, D], times its gates [T, A], summed: float32 [T, D]."""
+    if kernels.on_cpu():
+        return kernels.gated_sums(rows, gates, blocks.row_of_pair)
     chosen = rows.at[blocks.row_of_pair].get(mode="clip")  # [T, A, D]
     used = jnp.where(blocks.row_of_pair < len(rows), gates, 0)
     return jnp.sum(chosen.astype(jnp.float32) * used[..., None], axis=1)

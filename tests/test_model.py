@@ -465,7 +465,7 @@ def test_the_gradient_of_a_loaded_model_is_that_of_its_matrices(
     floats that they stand for, with the same rounded activations."""
     if not native:
         monkeypatch.setattr(kernels, "on_cpu", lambda: False)
-    config = dataclasses.replace(CONFIG, activations=activations, embeddings="int8")
+    config = dataclasses.replace(CONFIG, num_layers=1, activations=activations, embeddings="int8")
     tokens = factories.random_tokens(config, 2, 8)
     leaves, tree = jax.tree.flatten(
         runners.cast_embeddings(factories.random_params(config, weights, groups=7), config)
