@@ -31,7 +31,7 @@ EMBEDDINGS = ("float", "int8")  # what the embedding table is kept in
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    """Architecture and arithmetic of a model; the defaults are Grok-1's.
+    """Architecture and arithmetic of a model; the defaults are those of Grok-1's release.
 
     fprop_dtype: dtype of activations and cache; norms, softmax and routing are always float32
     activations: what the ternary and int8 matrices are multiplied with, see
@@ -119,7 +119,8 @@ def small(emb_size: int, num_layers: int, q_heads: int, kv_heads: int, **sizes):
 
 
 PRESETS = {
-    "grok-1": LanguageModelConfig(),
+    # int15: as fine as the bfloat16 that the release multiplies, and kernels take it.
+    "grok-1": LanguageModelConfig(activations="int15"),
     "demo": small(256, 4, 4, 2),  # 7 million parameters
     "bench": LanguageModelConfig(  # 1.3 billion parameters, to measure against other programs
         vocab_size=32768,

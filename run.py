@@ -151,6 +151,7 @@ def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
         f"key/value heads of {c.key_size}, {experts} of {c.ffn_size}",
         parameters=f"{parameters:,}",
         weights=f"{weights}, {c.activations} activations in {c.fprop_dtype}",
+        products=products(runner, weights),
         mesh=f"{data} data x {heads} model, {mesh.devices.flat[0].device_kind}",
         slots=f"{slots} of {c.sequence_len} tokens, vocabulary {c.vocab_size}",
         memory=" + ".join(f"{name} {readable_size(count)}" for name, count in needed.items()),
@@ -168,6 +169,24 @@ def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
             f"this needs {readable_size(total)} on each device, which has {readable_size(limit)}; "
             f"try {', '.join(cures or ['devices with more memory'])}"
         )
+
+
+def products(runner: runners.ModelRunner, weights: str) -> str:
+    """What multiplies the quantized matrices, such as "kernel: moe/linear; plain JAX: ..."."""
+
+    def of(activations):
+        config = dataclasses.replace(runner.config, activations=activations)
+        found = runners.products_by_path(runners.ModelRunner(config, runner.mesh), weights)
+        return {path: names for path, names in found.items() if names}
+
+    found = of(runner.config.activations)
+    if len(found) == 1:
+        text = f"{next(iter(found))}: all quantized matrices"
+    else:
+        text = "; ".join(f"{path}: {', '.join(names)}" for path, names in found.items())
+    if runner.config.activations == "float" and "kernel" in of("int15"):
+        text += "; --activations int15 or int8 have kernels"
+    return text or "plain JAX: float matrices"
 
 
 # --- Text -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from factories import EVEN, random_params
 
 import checkpoint
+import kernels
 import model
 import run
 import runners
@@ -63,6 +64,9 @@ def test_one_prompt(folder, expected, capsys):
     assert lines["model"].startswith("1 layers of 48, 6 query and 2 key/value heads of 8, 2 of 8")
     assert lines["parameters"] == f"{count_parameters():,}"
     assert lines["weights"] == "ternary, float activations in float32"
+    found = lines["products"]
+    assert found.startswith("plain JAX: all quantized matrices")
+    assert found.endswith("--activations int15 or int8 have kernels") == kernels.on_cpu()
     assert lines["mesh"] == "1 data x 1 model, cpu"
     assert lines["slots"] == "1 of 64 tokens, vocabulary 1024"
     assert lines["memory"].startswith("weights 22.6 kB + embeddings 197 kB + cache")
