@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 import attention
+import files
 import kernels
 import quantize
 import sharding
@@ -172,18 +173,36 @@ def precision_table(weights: str) -> tuple[tuple[str, str], ...]:
 def config_from_dict(values: dict | None) -> LanguageModelConfig:
     """A configuration from a checkpoint's `config.json`; without one it is Grok-1.
 
-    Raises ValueError for keys that it does not know, and where a size or a multiplier is missing.
+    Raises ValueError for keys that it does not know, for values of another type than the field's,
+    and where a size or a multiplier is missing.
     """
     if values is None:
         return PRESETS["grok-1"]
     known = {field.name for field in dataclasses.fields(LanguageModelConfig)}
     unknown = set(values) - known - IGNORED_KEYS
     if unknown:
-        raise ValueError(f"unknown configuration keys {sorted(unknown)}; known: {sorted(known)}")
+        raise ValueError(
+            f"unknown configuration keys {files.shown(sorted(unknown))}; known: {sorted(known)}"
+        )
     missing = known - set(values) - OPTIONAL_KEYS
     if missing:
         raise ValueError(f"the configuration lacks {sorted(missing)}; add them to config.json")
+    for field in dataclasses.fields(LanguageModelConfig):
+        _check_type(field, values.get(field.name, field.default))
     return LanguageModelConfig(**{key: values[key] for key in known & set(values)})
+
+
+def _check_type(field: dataclasses.Field, value) -> None:
+    """ValueError unless a value from JSON is of the field's type; a float may be written as 8."""
+    fits = isinstance(value, str)
+    if field.type is not str:
+        number = (int, float) if field.type is float else int
+        fits = isinstance(value, number) and not isinstance(value, bool) and abs(value) < 2**62
+    if not fits:  # NaN and infinity neither
+        raise ValueError(
+            f"bad configuration: {field.name} must be of type {field.type.__name__}, got "
+            f"{files.shown(value)}; correct config.json"
+        )
 
 
 def config_to_dict(config: LanguageModelConfig) -> dict:

@@ -103,6 +103,28 @@ def test_no_configuration_is_grok_1():
     assert model.config_from_dict(None) == PRESETS["grok-1"]
 
 
+@pytest.mark.parametrize(
+    "name, value, type_",
+    [
+        ("vocab_size", "80", "int"),
+        ("vocab_size", 2.0, "int"),
+        ("vocab_size", None, "int"),
+        ("num_layers", True, "int"),
+        ("emb_size", [1], "int"),
+        ("emb_size", 10**400, "int"),
+        ("attn_logit_cap", "30", "float"),
+        ("attn_logit_cap", float("nan"), "float"),
+        ("rms_norm_eps", float("inf"), "float"),
+        ("widening_factor", False, "float"),
+        ("fprop_dtype", 32, "str"),
+    ],
+)
+def test_values_of_another_type_are_named(name, value, type_):
+    values = model.config_to_dict(PRESETS["tiny"]) | {name: value}
+    with pytest.raises(ValueError, match=f"{name} must be of type {type_}, got .*; correct conf"):
+        model.config_from_dict(values)
+
+
 def test_missing_configuration_keys():
     values = dataclasses.asdict(PRESETS["tiny"])
     del values["attn_output_multiplier"], values["activations"]
