@@ -32,7 +32,7 @@ from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
 from shards import StoredTrits, slices
 from tensor_file import CheckpointError, check_writable, read_tensor, write_tensor
 
-FOLDER = "ckpt-0"
+FOLDER = files.RELEASED
 KINDS = ("ternary", "int8", "float32")
 CHUNK = 1 << 21  # bytes of a weight, whole rows, that a thread takes at a time
 COLUMNS = 2048  # columns of these converted at a time: with 256 rows, they stay in a core's cache

@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+RELEASED = "ckpt-0"  # holds the tensors of a released checkpoint
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or not the one asked for; says which file and why."""
