@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 from tqdm import tqdm
 
 import checkpoint
 import data
 import kernels
+import learning
 import model
 import quantize
 import runners
@@ -30,14 +30,6 @@ import tokenizer
 
 BATCH = 8  # windows evaluated together
 MAX_LENGTH = 1024  # tokens of a window, where the model's context is longer
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target) in nats: [..., V], int32 [...] -> float32 [...]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
-
-_cross_entropy = jax.jit(cross_entropy)
 
 
 class Loss(NamedTuple):
@@ -73,10 +65,11 @@ def text_loss(
     logits: int32 [B, T] -> float32 [B, T, V]
     """
     windows = data.windows(tokenizer.encode(processor, text), length)
+    cross_entropy = jax.jit(learning.cross_entropy)
     nats = 0.0
     for start in tqdm(range(0, len(windows.inputs), BATCH), disable=not progress, unit="batch"):
         inputs, targets, mask = (_padded(array[start : start + BATCH]) for array in windows)
-        losses = _cross_entropy(logits(inputs), targets)
+        losses = cross_entropy(logits(inputs), targets)
         nats += float(np.sum(np.asarray(losses, np.float64), where=mask))
     return Loss(nats, int(windows.mask.sum()), len(text))
 
