@@ -117,9 +117,13 @@ def lock(folder: Path) -> Iterator[None]:
     """Holds a folder, so that no other process writes it; CheckpointError if one does."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder}: another process is writing it; wait for its end, or choose another"
+                " folder"
+            ) from None
         yield
-    except BlockingIOError:
-        raise CheckpointError(f"{folder}: another process is writing it") from None
     finally:
         os.close(descriptor)
