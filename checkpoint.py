@@ -32,7 +32,7 @@ from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
 from shards import StoredTrits, slices
 from tensor_file import CheckpointError, check_writable, read_tensor, write_tensor
 
-FOLDER = "ckpt-0"
+FOLDER = files.RELEASED
 KINDS = ("ternary", "int8", "float32")
 CHUNK = 1 << 21  # bytes of a weight, whole rows, that a thread takes at a time
 CHECK = 1 << 18  # floats that are checked at a time: these, too, stay in the cache
@@ -122,6 +122,22 @@ def file_name(index: int) -> str:
 def sorted_keys(tree: Params) -> list[tuple[str, str]]:
     """(module, name) of each parameter in the order of the files, that of `jax.tree.leaves`."""
     return [(module, name) for module in sorted(tree) for name in sorted(tree[module])]
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """CheckpointError, which says where one may be, for a folder that holds no checkpoint."""
+    folder = pathlib.Path(folder)
+    if shards.exists(folder) or (folder / FOLDER).is_dir():
+        return
+    if (folder / file_name(0)).exists():
+        cure = f"give its parent, {folder.resolve().parent}"
+    elif shards.exists(folder / "checkpoint") or (folder / "checkpoint" / FOLDER).is_dir():
+        cure = f"give {folder / 'checkpoint'}"
+    else:
+        cure = "check the path"
+    raise CheckpointError(
+        f"{folder}: no checkpoint here, expected {shards.INDEX} or a folder {FOLDER}; {cure}"
+    )
 
 
 # --- Converted checkpoints ------------------------------------------------------------------------

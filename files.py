@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 MAX_JSON = 1 << 23  # bytes; Grok-1's index has 0.2 MB
 
+RELEASED = "ckpt-0"  # holds the tensors of a released checkpoint
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or not the one asked for; says which file and why."""
@@ -190,9 +192,13 @@ def lock(folder: Path) -> Iterator[None]:
     """Holds a folder, so that no other process writes it; CheckpointError if one does."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder}: another process is writing it; wait for its end, or choose another"
+                " folder"
+            ) from None
         yield
-    except BlockingIOError:
-        raise CheckpointError(f"{folder}: another process is writing it") from None
     finally:
         os.close(descriptor)

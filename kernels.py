@@ -86,6 +86,7 @@ def build(folder: Path | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     command = [compiler, *FLAGS, f"-I{include}", str(SOURCE), "-o", str(part)]
+    print(f"note: compiling {SOURCE.name}, some 20 s, once", file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise OSError(f"{compiler} failed: {done.stderr}")

@@ -3,17 +3,22 @@
     python run.py --prompt "First Citizen:" --max-len 100
     python run.py --checkpoint checkpoints/grok-1 --mesh 1,8 --prompts-file prompts.txt
 
-Without a prompt, on a terminal, it asks for one after the other.
+Without a prompt, on a terminal, it asks for one after the other. It continues texts and does not
+chat: no prompt knows of another.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 import checkpoint
 import kernels
@@ -23,8 +28,17 @@ import runners
 import sharding
 import tokenizer
 from checkpoint import readable_size
+from data import read_text
 
 MAX_SLOTS = 8  # unless --slots asks for more
+FLAGS = {  # of what errors of requests name
+    "max_len": "--max-len",
+    "nucleus_p": "--top-p",
+    "rng_seed": "--seed",
+    "sequence_len": "--sequence-len",
+    "temperature": "--temperature",
+    "truncate": "--truncate",
+}
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -86,11 +100,30 @@ def join_hosts(where: str) -> None:
     jax.distributed.initialize(address, processes, index)
 
 
+def utf8(read: Callable[[], str], source: str) -> str:
+    """The text that `read` gives; ValueError, which names its source, if it is not UTF-8."""
+    try:
+        text = read()
+        text.encode("utf-8")  # of other bytes in flags Python makes half characters
+    except UnicodeError as error:
+        raise ValueError(
+            f"{source} is not UTF-8 text ({error}); convert it, for example with iconv"
+        ) from None
+    return text
+
+
+def read_prompt(prompt: str) -> str:
+    """A prompt as --prompt gives it; - is for stdin, without the newline that shells end with."""
+    if prompt == "-":
+        return utf8(sys.stdin.read, "stdin").removesuffix("\n")
+    return utf8(lambda: prompt, "--prompt")
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the flags; none for a conversation on a terminal."""
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or []]
+    prompts = [read_prompt(prompt) for prompt in args.prompt or []]
     if args.prompts_file is not None:
-        prompts += [line for line in args.prompts_file.read_text("utf-8").splitlines() if line]
+        prompts += [line for line in read_text(args.prompts_file).splitlines() if line]
     if not prompts and (
         args.prompts_file or args.distributed is not None or not sys.stdin.isatty()
     ):
@@ -104,6 +137,11 @@ def resolve_config(args: argparse.Namespace) -> model.LanguageModelConfig:
         config = model.PRESETS[args.preset]
     else:
         config = model.config_from_dict(checkpoint.read_config(args.checkpoint))
+    if (args.sequence_len or 0) > config.sequence_len:
+        report(
+            note=f"--sequence-len {args.sequence_len} is more than the {config.sequence_len} tokens"
+            " of the model: expect worse text beyond them"
+        )
     chosen = {"fprop_dtype": args.dtype, "activations": args.activations}
     chosen |= {"embeddings": args.embeddings, "sequence_len": args.sequence_len}
     return dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})
@@ -192,9 +230,25 @@ def products(runner: runners.ModelRunner, weights: str) -> str:
 # --- Text -----------------------------------------------------------------------------------------
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+
 def write(text: str) -> None:
+    """Text to stdout; on a terminal, which would obey control characters, these are escaped."""
+    if sys.stdout.isatty():
+        text = CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
     if jax.process_index() == 0:
         print(text, end="", flush=True)
+
+
+def prompt_tokens(inference: runners.InferenceRunner, request: runners.Request) -> np.ndarray:
+    """`InferenceRunner.prompt_tokens`; its errors name the flags."""
+    try:
+        return inference.prompt_tokens(request)
+    except ValueError as error:
+        names = "|".join(FLAGS)
+        text = re.sub(rf"(?<![\w-])({names})\b", lambda name: FLAGS[name[0]], str(error))
+        raise ValueError(text) from None
 
 
 def answer(inference: runners.InferenceRunner, requests: list[runners.Request]) -> None:
@@ -208,33 +262,42 @@ def answer(inference: runners.InferenceRunner, requests: list[runners.Request]) 
     alone = len(requests) == 1
     if alone:
         write(texts[0])
-    for number, token in inference.generate(requests):
-        decoder = decoders[number]
-        ended = token.token_id == inference.runner.config.eos_token
-        piece = "" if ended else decoder.push(token.token_id)
-        if token.done:
-            piece += decoder.flush() + "\n"
-        texts[number] += piece
-        if alone:
-            write(piece)
-        elif token.done:
-            write(f"[{number + 1}] {texts[number]}\n")
+    with contextlib.closing(inference.generate(requests)) as generated:
+        for number, token in generated:
+            decoder = decoders[number]
+            ended = token.token_id == inference.runner.config.eos_token
+            piece = "" if ended else decoder.push(token.token_id)
+            if token.done:
+                piece += decoder.flush() + "\n"
+            texts[number] += piece
+            if alone:
+                write(piece)
+            elif token.done:
+                write(f"[{number + 1}] {texts[number]}\n")
 
 
 def converse(inference: runners.InferenceRunner, request: runners.Request) -> None:
     """Asks for prompts until the end of the input; each stands alone."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys edit, and bring back what was asked before
+    report(
+        note="the model continues a text, each prompt by itself, and does not chat;"
+        " Ctrl-C ends an answer, Ctrl-D leaves"
+    )
     while True:
         try:
-            prompt = input("\n> ")
+            prompt = utf8(lambda: input("\n> "), "the prompt")
+            tokens = prompt_tokens(inference, dataclasses.replace(request, prompt=prompt))
         except EOFError:
             print()
             return
-        try:
-            tokens = inference.prompt_tokens(dataclasses.replace(request, prompt=prompt))
         except ValueError as error:
             report(error=str(error))
             continue
-        answer(inference, [dataclasses.replace(request, prompt=tokens)])
+        try:
+            answer(inference, [dataclasses.replace(request, prompt=tokens)])
+        except KeyboardInterrupt:
+            write("\n")
 
 
 def report_speed(timing: runners.Timing) -> None:
@@ -253,8 +316,7 @@ def report_speed(timing: runners.Timing) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.distributed is not None:
         join_hosts(args.distributed)
-    if not args.checkpoint.is_dir():
-        raise ValueError(f"no checkpoint folder {args.checkpoint}; give one with --checkpoint")
+    checkpoint.check_folder(args.checkpoint)
     prompts = read_prompts(args)
     config = resolve_config(args)
     runner = runners.ModelRunner(config, resolve_mesh(args.mesh, config.num_kv_heads))
@@ -272,7 +334,7 @@ def run(args: argparse.Namespace) -> None:
         "", args.temperature, args.top_p, args.seed, args.max_len, args.truncate
     )
     requests = [dataclasses.replace(request, prompt=prompt) for prompt in prompts]
-    requests = [dataclasses.replace(r, prompt=inference.prompt_tokens(r)) for r in requests]
+    requests = [dataclasses.replace(r, prompt=prompt_tokens(inference, r)) for r in requests]
 
     begin = time.perf_counter()
     runner.load(args.checkpoint, weights, progress=sys.stderr.isatty())
