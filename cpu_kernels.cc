@@ -48,7 +48,7 @@ int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // --- What a kernel takes --------------------------------------------------------------------------
 //
 // Each kernel checks all its arrays before it reads one, and throws what is wrong; `Kernel` makes an
-// error of JAX of that.
+// error of JAX of that. XLA calls none whose results have no elements.
 
 template <class... Parts>
 void Check(bool right, const Parts&... parts) {
@@ -67,14 +67,15 @@ class Sizes {
     const auto found = x.dimensions();
     std::string text = what + " is [";
     for (size_t i = 0; i < found.size(); ++i) text += (i ? ", " : "") + std::to_string(found[i]);
-    size_t i = 0, begin = what.find('[') + 1;
-    for (size_t end; (end = what.find_first_of(",]", begin)) != std::string::npos; ++i) {
-      Check(i < found.size(), text, "]: sizes are missing");
-      const auto size = sizes_.emplace(what.substr(begin, end - begin), found[i]).first;
-      Check(size->second == found[i], text, "], but ", size->first, " is ", size->second);
+    const size_t rank = std::count(what.begin(), what.end(), ',') + 1;
+    Check(found.size() == rank, text, "], not of rank ", rank);
+    size_t begin = what.find('[') + 1;
+    for (const int64_t size : found) {
+      const size_t end = what.find_first_of(",]", begin);
+      const auto& [name, known] = *sizes_.emplace(what.substr(begin, end - begin), size).first;
+      Check(size == known, text, "], but ", name, " is ", known);
       begin = end + 2;
     }
-    Check(i == found.size(), text, "]: too many sizes");
   }
   // The same for an array of any dtype, which must be this one.
   void Match(const std::string& what, const ffi::AnyBuffer& x, ffi::DataType dtype) {
@@ -428,7 +429,6 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
   Check(bytes <= kWidest, bytes, " packed bytes of an output, more than ", kWidest);
   Check(inputs <= 4 * bytes, inputs, " inputs do not fit ", bytes, " packed bytes");
   Check(block > 0 && bytes % block == 0, bytes, " packed bytes are no whole blocks of ", block);
-  if (out->element_count() == 0) return;
   const int64_t best = path < 0 ? BestPath() : std::min(path, BestPath());
   const bool amx = best == kAmx && rows >= kFewRows;
   const int64_t width = RoundUp(bytes, kVector), groups = RoundUp(rows, 16) / 16;
@@ -713,7 +713,6 @@ void RmsNorm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> scale
   sizes.Match("x [R, D]", x);
   sizes.Match("scale [D]", scale);
   sizes.Match("y [R, D]", *out, x.element_type());
-  if (out->element_count() == 0) return;
   auto norm = [&](auto* y) {
     NormRows(pool, static_cast<decltype(y)>(x.untyped_data()), scale.typed_data(), sizes["R"],
              sizes["D"], eps, y);

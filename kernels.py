@@ -82,7 +82,7 @@ def build(source: Path = SOURCE, folder: Path | None = None) -> Path:
     takes too long.
     """
     folder = private_folder(folder or cache_folder() / "kernels")
-    command = [*compiler(), *FLAGS]
+    command = [*_compiler(), *FLAGS]
     known = (source.read_bytes(), jax.lib.__version__, platform.machine(), command, sys.platform)
     name = f"{source.stem}-{_sum(repr(known).encode())}"
     with _LOADING:
@@ -92,8 +92,8 @@ def build(source: Path = SOURCE, folder: Path | None = None) -> Path:
         content = _compiled(command, source)
         path = folder / f"{name}-{_sum(content)}.so"
         with files.replacing(path, shared=True) as part:
-            part.touch(0o600)  # as `_is_private` wants it, whatever the umask
             part.write_bytes(content)
+            part.chmod(0o600)  # as `_is_private` wants it, whatever the umask
         return path
 
 
@@ -112,7 +112,7 @@ def _compiled(command: list[str], source: Path) -> bytes:
         return library.read_bytes()
 
 
-def compiler() -> list[str]:
+def _compiler() -> list[str]:
     """$CXX, which may have arguments, or else the first compiler there is; OSError without one."""
     wanted = os.environ.get("CXX", "")
     try:
@@ -134,11 +134,15 @@ def private_folder(path: Path) -> Path:
     """
     for folder in (path.parent, path):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    about = path.parent.stat()
-    if about.st_uid not in (0, os.geteuid()):  # who could exchange what is in it
-        raise OSError(f"{path.parent} belongs to another user; set XDG_CACHE_HOME to your own")
+    above = path.parent.stat()
+    open_to_all = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
+    if open_to_all or above.st_uid not in (
+        0,
+        os.geteuid(),
+    ):  # `path` could be exchanged at any time
+        raise OSError(f"{path.parent} is not only yours; chmod o-w it, or set XDG_CACHE_HOME")
     if not _is_private(path):
-        raise OSError(f"{path} belongs to another user or others can write to it; remove it")
+        raise OSError(f"{path} belongs to another user, or others can write to it; remove it")
     return path
 
 
