@@ -124,22 +124,6 @@ def sorted_keys(tree: Params) -> list[tuple[str, str]]:
     return [(module, name) for module in sorted(tree) for name in sorted(tree[module])]
 
 
-def check_folder(folder: str | os.PathLike) -> None:
-    """CheckpointError, which says where one may be, for a folder that holds no checkpoint."""
-    folder = pathlib.Path(folder)
-    if shards.exists(folder) or (folder / FOLDER).is_dir():
-        return
-    if (folder / file_name(0)).exists():
-        cure = f"give its parent, {folder.resolve().parent}"
-    elif shards.exists(folder / "checkpoint") or (folder / "checkpoint" / FOLDER).is_dir():
-        cure = f"give {folder / 'checkpoint'}"
-    else:
-        cure = "check the path"
-    raise CheckpointError(
-        f"{folder}: no checkpoint here, expected {shards.INDEX} or a folder {FOLDER}; {cure}"
-    )
-
-
 # --- Converted checkpoints ------------------------------------------------------------------------
 
 

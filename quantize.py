@@ -356,10 +356,15 @@ def to_base3(packed: np.ndarray) -> np.ndarray:
 
 
 def from_base3(digits: np.ndarray) -> np.ndarray:
-    """The packed bytes [..., 5 G] that `to_base3` turned into digits [..., 4 G]."""
-    digits = np.ascontiguousarray(digits)
+    """The packed bytes [..., 5 G] that `to_base3` turned into digits uint8 [..., 4 G].
+
+    Raises ValueError for other arrays, and for a byte above 242: five trits make none.
+    """
     if kernels.library() is not None:
         return kernels.from_base3(digits)
+    kernels.check_bytes(digits)
+    kernels.check_digit(digits.max(initial=0))
+    digits = np.ascontiguousarray(digits)
     *lead, width = digits.shape
     d = digits.reshape(-1)
     # With its quotients by 3, 9 and so on added, the trits of d are worth 1, 4, 16, 64 and 256:
