@@ -4,7 +4,7 @@
     python evaluate.py checkpoints/demo --tokens tokens.npy --save-logits logits.npy
 
 The first prints the loss of the loaded weights on the last tenth of a text, which training never
-sees; the second reads int32 [B, T] and writes float32 [B, T, V].
+sees; the second reads integers [B, T] and writes float32 [B, T, V].
 """
 
 import argparse
@@ -98,13 +98,12 @@ def evaluate_text(runner: runners.ModelRunner, folder: Path, text: str, length: 
 
 
 def save_logits(runner: runners.ModelRunner, source: Path, target: Path) -> None:
-    """Writes the float32 logits [B, T, V] of the int32 tokens [B, T] in a file."""
+    """Writes the float32 logits [B, T, V] of the token ids [B, T], integers, in a file."""
     tokens = np.load(source, allow_pickle=False)
-    if tokens.ndim != 2 or tokens.dtype != np.int32 or not tokens.size:
-        raise ValueError(f"{source}: expected int32 [B, T], found {tokens.dtype} {tokens.shape}")
-    low, high, last = tokens.min(), tokens.max(), runner.config.vocab_size - 1
-    if low < 0 or high > last:
-        raise ValueError(f"{source}: token ids must be 0 to {last}, found {low} to {high}")
+    try:
+        tokens = runners.check_tokens(tokens, runner.config.vocab_size, axes=2)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     rows = [np.asarray(runner.logits(row[None])) for row in tqdm(tokens, unit="row")]
     with target.open("wb") as file:  # np.save would add .npy to another name
         np.save(file, np.concatenate(rows))
@@ -116,7 +115,7 @@ def main(argv=None):
     parser.add_argument("checkpoint", type=Path, help="folder with ckpt-0/, and config.json if any")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help=f"text file, or one of {sorted(data.SOURCES)}")
-    what.add_argument("--tokens", type=Path, help="int32 [B, T] as .npy")
+    what.add_argument("--tokens", type=Path, help="integers [B, T] as .npy")
     parser.add_argument("--save-logits", type=Path, help="where to write those of --tokens (.npy)")
     parser.add_argument(
         "--split",
