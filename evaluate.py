@@ -4,7 +4,7 @@
     python evaluate.py checkpoints/demo --tokens tokens.npy --save-logits logits.npy
 
 The first prints the loss of the loaded weights on the last tenth of a text, which training never
-sees; the second reads int32 [B, T] and writes float32 [B, T, V].
+sees; the second reads integers [B, T] and writes float32 [B, T, V].
 """
 
 import argparse
@@ -102,12 +102,10 @@ def read_tokens(source: Path, vocab_size: int) -> np.ndarray:
         ) from None
     if not isinstance(tokens, np.ndarray):
         raise ValueError(f"{source} holds several arrays; write one with numpy.save")
-    if tokens.ndim != 2 or tokens.dtype != np.int32 or not tokens.size:
-        raise ValueError(f"{source}: expected int32 [B, T], found {tokens.dtype} {tokens.shape}")
-    low, high, last = tokens.min(), tokens.max(), vocab_size - 1
-    if low < 0 or high > last:
-        raise ValueError(f"{source}: token ids must be 0 to {last}, found {low} to {high}")
-    return tokens
+    try:
+        return runners.check_tokens(tokens, vocab_size, axes=2)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def save_logits(runner: runners.ModelRunner, tokens: np.ndarray, target: Path) -> None:
@@ -123,7 +121,7 @@ def main(argv=None):
     parser.add_argument("checkpoint", type=Path, help="folder with ckpt-0/, and config.json if any")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help=f"text file, or one of {sorted(data.SOURCES)}")
-    what.add_argument("--tokens", type=Path, help="int32 [B, T] as .npy")
+    what.add_argument("--tokens", type=Path, help="integers [B, T] as .npy")
     parser.add_argument("--save-logits", type=Path, help="where to write those of --tokens (.npy)")
     parser.add_argument(
         "--split",

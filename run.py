@@ -252,28 +252,36 @@ def prompt_tokens(inference: runners.InferenceRunner, request: runners.Request) 
 
 
 def answer(inference: runners.InferenceRunner, requests: list[runners.Request]) -> None:
-    """Writes prompts and continuations: one as it comes, several each when it is complete."""
+    """Writes prompts and continuations: one as it comes, several each when it is complete.
+
+    ValueError, when all are, if one of them failed.
+    """
     decoders = [tokenizer.StreamDecoder(inference.tokenizer) for _ in requests]
     # Through the decoder too: it is then the prompt as the model sees it, spaces included.
     texts = [
         "".join(map(decoder.push, request.prompt))
         for decoder, request in zip(decoders, requests, strict=True)
     ]
+    errors = []
     alone = len(requests) == 1
     if alone:
         write(texts[0])
     with contextlib.closing(inference.generate(requests)) as generated:
         for number, token in generated:
             decoder = decoders[number]
-            ended = token.token_id == inference.runner.config.eos_token
+            ended = token.error or token.token_id == inference.runner.config.eos_token
             piece = "" if ended else decoder.push(token.token_id)
             if token.done:
                 piece += decoder.flush() + "\n"
             texts[number] += piece
+            if token.error:
+                errors.append(f"prompt {number + 1}: {token.error}")
             if alone:
                 write(piece)
             elif token.done:
                 write(f"[{number + 1}] {texts[number]}\n")
+    if errors:
+        raise ValueError("\n".join(errors))
 
 
 def converse(inference: runners.InferenceRunner, request: runners.Request) -> None:

@@ -8,11 +8,18 @@ beside others, in whichever slot.
 Shape letters as in `model.py`; B counts slots here.
 """
 
+import _signal
+import contextlib
 import dataclasses
 import functools
 import math
+import numbers
+import operator
+import reprlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -40,6 +47,7 @@ BOS = 1  # what an empty prompt starts from
 TOP_K = 8  # alternatives that come with each token
 PAD_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # prefill is compiled for each one that is used
 EMBEDDINGS = "language_model/in_out_embed"
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 EXACT = {"xla_allow_excess_precision": False}  # else the batch says where XLA rounds to bfloat16
 
 # --- A model on its mesh --------------------------------------------------------------------------
@@ -53,8 +61,22 @@ class ModelRunner:
         self.config = config
         self.mesh = sharding.make_mesh() if mesh is None else mesh
         self.model = make_model(config)
-        self.params = None
+        self._params = None
         self._logits = jax.jit(lambda params, tokens: self.model.apply(params, None, tokens).logits)
+
+    @property
+    def params(self) -> dict:
+        """The parameters; RuntimeError before there are any."""
+        if self._params is None:
+            raise RuntimeError(
+                "this ModelRunner has no parameters yet; call load(folder) or init(), or set params"
+            )
+        return self._params
+
+    @params.setter
+    def params(self, params: dict | None) -> None:
+        kernels.use_large_pages(params)
+        self._params = params
 
     def init(self, seed: int = 0) -> None:
         """Random float32 parameters, each made where it belongs."""
@@ -80,9 +102,36 @@ class ModelRunner:
         self.params = cast_embeddings(params, self.config)
 
     def logits(self, tokens) -> jax.Array:
-        """One pass without a cache: int32 [B, T] to float32 [B, T, V], on the mesh."""
+        """One pass without a cache: token ids [B, T] to float32 [B, T, V], on the mesh.
+
+        Raises ValueError for what `check_tokens` refuses.
+        """
+        tokens = check_tokens(tokens, self.config.vocab_size, axes=2)
         with jax.set_mesh(self.mesh):
             return self._logits(self.params, tokens)
+
+
+def check_tokens(tokens: Any, vocab_size: int, axes: int) -> np.ndarray:
+    """Token ids as int32, [T] or [B, T] by the number of axes.
+
+    Raises ValueError for anything but integers of the vocabulary in that many axes, and for none.
+    """
+    try:
+        array = np.asarray(tokens)
+    except ValueError:  # rows of different lengths
+        array = np.empty(0, object)
+    if array.dtype.kind not in "iu" or array.ndim != axes or not array.size:
+        raise ValueError(
+            f"token ids are integers, as in {'[5, 6]' if axes == 1 else '[[5, 6], [7, 8]]'}; "
+            f"got {array.dtype} {list(array.shape)}, {reprlib.repr(tokens)}"
+        )
+    bad = array[(array < 0) | (array >= vocab_size)]
+    if bad.size:
+        raise ValueError(
+            f"token id {bad[0]} is not in the vocabulary, 0 to {vocab_size - 1}; "
+            "encode texts with the model's own tokenizer"
+        )
+    return array.astype(np.int32)
 
 
 def cast_embeddings(params: dict, config: LanguageModelConfig) -> dict:
@@ -106,7 +155,10 @@ class SampleSettings(NamedTuple):
 
 
 class SampleOutput(NamedTuple):
-    """A token of each row, int32 [B], and the most likely ones [B, TOP_K], with probabilities."""
+    """A token of each row, int32 [B], and the most likely ones [B, TOP_K], with probabilities.
+
+    prob is NaN if a logit of the row is not finite; then nothing else in it has a meaning.
+    """
 
     token_id: jax.Array
     prob: jax.Array
@@ -166,7 +218,9 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     )
     token = jnp.where(random, drawn, greedy).astype(jnp.int32)
     chosen = jnp.take_along_axis(allowed, token[:, None], axis=-1)
-    return SampleOutput(token, jnp.exp(chosen - total)[:, 0], top_k_ids, jnp.exp(top_k - total))
+    finite = jnp.isfinite(largest[:, 0]) & jnp.isfinite(jnp.min(logits, axis=-1))
+    prob = jnp.where(finite, jnp.exp(chosen - total)[:, 0], jnp.nan)
+    return SampleOutput(token, prob, top_k_ids, jnp.exp(top_k - total))
 
 
 # --- Slots: all that decoding keeps between two steps ---------------------------------------------
@@ -215,11 +269,14 @@ def replicated(x: jax.Array) -> jax.Array:
 
 
 def advance(logits: jax.Array, slots: Slots, eos: int) -> tuple[Slots, SampleOutput]:
-    """The next token of each row from its logits [B, V]; rows that are then complete go idle."""
+    """The next token of each row from its logits [B, V]; rows that are then complete go idle.
+
+    So do rows whose logits are not finite.
+    """
     # One gather here, or each sum and sort of sampling would be one over the vocabulary's shards.
     sample = sample_token(replicated(logits), slots.settings, slots.count)
     count = slots.count + slots.active
-    done = (sample.token_id == eos) | (count >= slots.settings.max_len)
+    done = (sample.token_id == eos) | (count >= slots.settings.max_len) | jnp.isnan(sample.prob)
     active = slots.active & ~done
     return slots._replace(token=sample.token_id, count=count, active=active), sample
 
@@ -284,6 +341,28 @@ def jit_steps(runner: ModelRunner, in_slots: Slots, in_row: Memory) -> tuple[Cal
 # --- Serving --------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the end of a block, where KeyboardInterrupt is then raised.
+
+    What a donated cache became must not get lost between the call and its assignment. Python runs
+    signal handlers in the main thread alone: in another one there is nothing to hold back.
+    """
+    handler = _signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held = []
+    # `signal.signal` makes enums of handlers: two such calls are 4 % of a step of the demo.
+    _signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        yield
+    finally:
+        _signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A prompt to continue.
@@ -309,6 +388,9 @@ class Token(NamedTuple):
 
     Probabilities are those it was sampled from, after temperature and top-p. `done` marks the last
     token of its request, [EOS] or not.
+
+    error: why the request ended without a token: then `token_id` is -1, `prob` 0 and top_k_* empty,
+        and `slot` is -1 if the request never had one
     """
 
     slot: int
@@ -317,6 +399,12 @@ class Token(NamedTuple):
     top_k_token_ids: np.ndarray
     top_k_probs: np.ndarray
     done: bool
+    error: ValueError | None = None
+
+
+def failed(slot: int, error: ValueError) -> Token:
+    """The end of a request without a token."""
+    return Token(slot, -1, 0.0, np.empty(0, np.int32), np.empty(0, np.float32), True, error)
 
 
 @dataclasses.dataclass
@@ -335,6 +423,12 @@ class InferenceRunner:
     `generate` runs any number of them; `insert`, `step` and `remove` are its parts, for callers
     that come and go; `run` is the reference's interface. One at a time: they share the slots.
     With several processes each makes the same calls.
+
+    After Ctrl-C or an error it goes on. Ctrl-C loses nothing but the requests of a `generate` that
+    it ends. An error ends others only if the device has already been given their cache, and then it
+    says so.
+
+    busy: the request that runs in each slot that is not free
     """
 
     def __init__(
@@ -347,19 +441,24 @@ class InferenceRunner:
     ):
         """Allocates the cache: `slots` rows, and one to prefill, of `sequence_len` tokens.
 
+        The parameters may be loaded later.
+
         tokenizer: has `encode` and `decode`; only needed for text
         sequence_len: longest prompt and continuation, by default the model's context
         pad_sizes: what the chunks of a prompt are padded to; the largest bounds a chunk
         """
         config, mesh = runner.config, runner.mesh
         check_slots(slots, mesh)
-        kernels.use_large_pages(runner.params)
         self.runner = runner
         self.tokenizer = tokenizer
-        self.sequence_len = sequence_len or config.sequence_len
+        self.sequence_len = config.sequence_len if sequence_len is None else sequence_len
+        if self.sequence_len < 2:
+            raise ValueError(f"sequence_len must be 2 or more, got {sequence_len}")
         self.pad_sizes = tuple(sorted({min(size, self.sequence_len) for size in pad_sizes}))
         self.num_slots = slots
-        self.busy: set[int] = set()
+        self.busy: dict[int, Request] = {}
+        self._undelivered: list[Token] = []  # of steps that Ctrl-C, or `generate`, did not hand out
+        self._losses = 0  # how many times an error took all requests
         self.timing = Timing()
 
         make = functools.partial(empty_slots, config, sequence_len=self.sequence_len)
@@ -369,8 +468,9 @@ class InferenceRunner:
         )
         everywhere = sharding.activation_sharding(mesh)
         with jax.set_mesh(mesh):
-            self._slots = jax.jit(make_slots, out_shardings=in_slots)()
-            self._row = jax.jit(make_row, out_shardings=in_row)().memory
+            self._new_slots = jax.jit(make_slots, out_shardings=in_slots)
+            self._new_row = jax.jit(make_row, out_shardings=in_row)
+            self._slots, self._row = self._new_slots(), self._new_row().memory
         self._prefill, self._decode = jit_steps(runner, in_slots, in_row.memory)
         self._insert = jax.jit(
             functools.partial(insert_row, eos=config.eos_token),
@@ -383,15 +483,9 @@ class InferenceRunner:
         """The prompt as int32 [T], as it will be fed; ValueError for a request that cannot run."""
         check_sampling(request)
         prompt = request.prompt
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        tokens = np.asarray(tokens if len(tokens) else [BOS], np.int32)
-        vocab_size = self.runner.config.vocab_size
-        if tokens.min() < 0 or tokens.max() >= vocab_size:
-            bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
-            raise ValueError(
-                f"token id {bad} is not in the vocabulary, 0 to {vocab_size - 1}; "
-                "encode the prompt with the model's own tokenizer"
-            )
+        tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
+        empty = operator.length_hint(tokens, 1) == 0
+        tokens = check_tokens([BOS] if empty else tokens, self.runner.config.vocab_size, axes=1)
         room = self.sequence_len - request.max_len
         if room < 1 or (len(tokens) > room and not request.truncate):
             raise ValueError(
@@ -401,10 +495,90 @@ class InferenceRunner:
             )
         return tokens[-room:]
 
+    def _encode(self, text: str) -> Sequence[int]:
+        self._check_tokenizer()
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the prompt has {text[error.start]!r} at character {error.start}, half of a "
+                "character or a byte that was not UTF-8; convert the text to UTF-8"
+            ) from None
+        return self.tokenizer.encode(text)
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError("text needs a tokenizer; give InferenceRunner one, or use token ids")
+
     def insert(self, request: Request) -> Token:
-        """Prefills a request, gives it the lowest free slot, and samples its first token."""
-        tokens = self.prompt_tokens(request)
-        free = set(range(self.num_slots)) - self.busy
+        """Prefills a request, gives it the lowest free slot, and samples its first token.
+
+        ValueError for a request that cannot run, or if no slot is free. After an exception it has
+        no slot.
+        """
+        return self._start(self._with_tokens(request))
+
+    def step(self) -> list[Token]:
+        """The next token of every request that has a slot.
+
+        Those that an interrupted call computed come with the next one, before any others.
+        """
+        return self._deliver(self.busy.keys())
+
+    def remove(self, slot: int) -> None:
+        """Ends a request early; nothing happens to a free slot."""
+        self._release({slot} & self.busy.keys())
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Token]]:
+        """(number of the request, its next token), as they come.
+
+        A request starts as soon as a slot is free, beside those that run. One that cannot run, or
+        whose logits are not finite, ends with a token that has an `error`, and the others go on.
+        Closing the iterator ends them, but none that others inserted.
+        """
+        waiting, losses = enumerate(requests), self._losses
+        running: dict[int, tuple[int, Request]] = {}  # slot: number, and the request as in `busy`
+        try:
+            while True:
+                while len(self.busy) < self.num_slots or not running:
+                    if (item := next(waiting, None)) is None:
+                        break
+                    number, token = item[0], self._try(item[1])
+                    if not token.done:
+                        running[token.slot] = number, self.busy[token.slot]
+                    yield number, token
+                before, running = running, self._own(running)
+                if len(running) < len(before) and self._losses > losses:
+                    raise RuntimeError("an error in another call ended these requests; see there")
+                if not running and item is None:
+                    return
+                for token in self._deliver(running.keys()):
+                    number, _ = running.pop(token.slot) if token.done else running[token.slot]
+                    yield number, token
+        finally:
+            self._release(self._own(running).keys())
+
+    # What follows is what Ctrl-C must not break. Python handles signals when a function is called
+    # or returns from C, and when it loops: lines without these are never left halfway.
+
+    def _with_tokens(self, request: Request) -> Request:
+        return dataclasses.replace(request, prompt=self.prompt_tokens(request))
+
+    def _try(self, request: Request) -> Token:
+        """`insert`; a request that cannot run fails."""
+        try:
+            request = self._with_tokens(request)
+        except ValueError as error:
+            return failed(-1, error)
+        return self._start(request)
+
+    def _own(self, running: dict[int, tuple[int, Request]]) -> dict[int, tuple[int, Request]]:
+        """Those of `generate`'s requests that still have their slot."""
+        return {slot: own for slot, own in running.items() if self.busy.get(slot) is own[1]}
+
+    def _start(self, request: Request) -> Token:
+        """`insert`, of a prompt of tokens."""
+        free = set(range(self.num_slots)) - self.busy.keys()
         if not free:
             raise ValueError(f"all {self.num_slots} slots are busy; step until one is done")
         slot = min(free)
@@ -415,96 +589,155 @@ class InferenceRunner:
             np.int32(request.max_len),
         )
         begin = time.perf_counter()
-        with jax.set_mesh(self.runner.mesh):
+        logits = self._fill_row(request.prompt)
+        with uninterrupted():
+            sample, active = self._exchange(
+                lambda slots: self._insert(slots, self._row, logits, settings, slot)
+            )
+        self.timing.prefill_seconds += time.perf_counter() - begin
+        self.timing.prefill_tokens += len(request.prompt)
+        token = make_token(slot, active, *(x[0] for x in sample))
+        busy = self.busy if token.done else self.busy | {slot: request}
+        # Until here only the device knows of the request, and it computes a row that nobody reads.
+        self.busy = busy
+        return token
+
+    def _fill_row(self, tokens: np.ndarray) -> jax.Array:
+        """Prefills the row of the cache with a prompt; the logits [1, V] after it."""
+        try:
             for start, stop, size in chunks(len(tokens), self.pad_sizes):
                 padded = np.zeros((1, size), np.int32)
                 padded[0, : stop - start] = tokens[start:stop]
-                self._row, logits = self._prefill(
-                    self.runner.params, self._row, padded, start, stop - start
-                )
-            self._slots, sample = self._insert(self._slots, self._row, logits, settings, slot)
-        sample, active = jax.device_get((sample, self._slots.active))
-        self.timing.prefill_seconds += time.perf_counter() - begin
-        self.timing.prefill_tokens += len(tokens)
-        self.busy.add(slot)
-        return self._token(slot, active, *(x[0] for x in sample))
+                with uninterrupted(), jax.set_mesh(self.runner.mesh):
+                    row = self._new_row().memory if self._row is None else self._row
+                    self._row, logits = self._prefill(
+                        self.runner.params, row, padded, start, stop - start
+                    )
+            # An error on the device must come out here, before the slots are given away.
+            return jax.block_until_ready(logits)
+        except BaseException:
+            self._row = None
+            raise
 
-    def step(self) -> list[Token]:
-        """One more token for every request that has a slot."""
-        begin = time.perf_counter()
+    def _exchange(self, call: Callable) -> tuple[SampleOutput, np.ndarray]:
+        """All slots for those that a call makes of them; its samples, and which rows are active.
+
+        The call is given the old ones for good. If it fails then, all requests are lost with them.
+        Needs `uninterrupted`.
+        """
         with jax.set_mesh(self.runner.mesh):
-            self._slots, samples = self._decode(self.runner.params, self._slots)
-        samples, active = jax.device_get((samples, self._slots.active))
+            slots, self._slots = self._slots or self._new_slots(), None
+            try:
+                after, samples = call(slots)
+                found = jax.device_get((samples, after.active))
+            except BaseException as error:
+                if any(x.is_deleted() for x in jax.tree.leaves(slots)):
+                    self.busy, self._undelivered, self._losses = {}, [], self._losses + 1
+                    error.add_note("All requests of this runner are lost; its slots are free.")
+                else:
+                    self._slots = slots
+                raise
+            self._slots = after
+            return found
+
+    def _step(self) -> None:
+        """The next token of every request that has not ended. Needs `uninterrupted`."""
+        ended = {token.slot for token in self._undelivered if token.done}
+        running = sorted(self.busy.keys() - ended)
+        begin = time.perf_counter()
+        samples, active = self._exchange(functools.partial(self._decode, self.runner.params))
         self.timing.decode_seconds += time.perf_counter() - begin
-        self.timing.decode_tokens += len(self.busy)
-        return [
-            self._token(slot, active, *(x[slot] for x in samples)) for slot in sorted(self.busy)
+        self.timing.decode_tokens += len(running)
+        self._undelivered += [
+            make_token(slot, active, *(x[slot] for x in samples)) for slot in running
         ]
 
-    def remove(self, slot: int) -> None:
-        """Ends a request early."""
-        with jax.set_mesh(self.runner.mesh):
-            active = self._free(self._slots.active, slot)
-        self._slots = self._slots._replace(active=active)
-        self.busy.discard(slot)
+    def _deliver(self, slots: Set[int]) -> list[Token]:
+        """The tokens that are there for these slots; of a new step, if there are none."""
+        if not any(token.slot in slots for token in self._undelivered):
+            with uninterrupted():
+                self._step()
+        tokens = [token for token in self._undelivered if token.slot in slots]
+        rest = [token for token in self._undelivered if token.slot not in slots]
+        done = {token.slot for token in tokens if token.done}
+        busy = {slot: request for slot, request in self.busy.items() if slot not in done}
+        # The caller has them as soon as they are gone from here.
+        self._undelivered, self.busy = rest, busy
+        return tokens
 
-    def _token(self, slot, active, token_id, prob, top_k_token_ids, top_k_probs) -> Token:
-        done = not active[slot]
-        if done:
-            self.busy.remove(slot)
-        return Token(slot, int(token_id), float(prob), top_k_token_ids, top_k_probs, done)
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Token]]:
-        """(number of the request, its next token), as they come.
-
-        A request starts as soon as a slot is free, beside those that run. Closing the iterator
-        ends them.
-        """
-        waiting = enumerate(requests)
-        running: dict[int, int] = {}  # slot: number of its request
-        try:
-            while True:
-                while len(self.busy) < self.num_slots and (item := next(waiting, None)):
-                    number, request = item
-                    token = self.insert(request)
-                    running[token.slot] = number
-                    yield number, token
-                if not self.busy:
-                    return
-                for token in self.step():
-                    yield running[token.slot], token
-        finally:
-            for slot in self.busy & running.keys():
-                self.remove(slot)
+    def _release(self, slots: Set[int]) -> None:
+        """Frees slots that are busy."""
+        with uninterrupted(), jax.set_mesh(self.runner.mesh):
+            for slot in slots:
+                self.busy = {other: r for other, r in self.busy.items() if other != slot}
+                self._undelivered = [token for token in self._undelivered if token.slot != slot]
+                active = self._free(self._slots.active, slot)
+                self._slots = self._slots._replace(active=active)
 
     def warm_up(self, lengths: Iterable[int]) -> None:
-        """Compiles what prompts of these lengths need; no request may be running."""
+        """Compiles what prompts of these lengths need; takes a free slot, and resets `timing`."""
         sizes = {size for length in lengths for *_, size in chunks(length, self.pad_sizes)}
         for size in sorted(sizes):
             prompt = [BOS] * min(size, self.sequence_len - 1)
             self.insert(Request(prompt, max_len=1))
-        self.step()
+        with uninterrupted():
+            self._step()
         self.timing = Timing()
 
-    def run(self) -> Generator[str | None, Request | None, None]:
+    def run(self) -> "Server":
         """The reference's server: after a first `next`, `send` a Request to get its text."""
-        text = None
-        while True:
-            request = yield text
-            text = None if request is None else self.text(request)
+        return Server(self)
 
     def text(self, request: Request) -> str:
-        """The continuation of one prompt, without [EOS]."""
-        tokens = [token.token_id for _, token in self.generate([request])]
-        if tokens[-1] == self.runner.config.eos_token:
-            tokens.pop()
-        return self.tokenizer.decode(tokens)
+        """The continuation of one prompt, without [EOS].
+
+        Raises ValueError if it cannot run, or if its logits are not finite.
+        """
+        self._check_tokenizer()
+        # Closed here: a traceback, which a notebook keeps, would keep it open, and its slot busy.
+        with contextlib.closing(self.generate([request])) as generated:
+            tokens = [token for _, token in generated]
+        if tokens[-1].error:
+            raise tokens[-1].error
+        found = [token.token_id for token in tokens]
+        if found[-1] == self.runner.config.eos_token:
+            found.pop()
+        return self.tokenizer.decode(found)
 
 
-def sample_from_model(server: Generator, prompt: str, max_len: int, temperature: float) -> str:
+class Server:
+    """What `next` and `send` are in the reference's generator; an error does not end it."""
+
+    def __init__(self, inference: InferenceRunner):
+        self.inference = inference
+
+    def __next__(self) -> None:
+        """Ready."""
+
+    def send(self, request: Request | None) -> str | None:
+        """The text that a request gets."""
+        return None if request is None else self.inference.text(request)
+
+
+def sample_from_model(server: Server, prompt: str, max_len: int, temperature: float) -> str:
     """The reference's call: the text that a server of `InferenceRunner.run` adds to a prompt."""
     next(server)
     return server.send(Request(prompt, temperature, max_len=max_len))
+
+
+def make_token(
+    slot: int, active: np.ndarray, token_id, prob, top_k_token_ids, top_k_probs
+) -> Token:
+    """The token of a slot, of what it sampled; active: which slots go on."""
+    if math.isnan(prob):
+        return failed(
+            slot,
+            ValueError(
+                "the logits of this request are not finite: its weights are damaged, or too large; "
+                "verify the checkpoint"
+            ),
+        )
+    return Token(slot, int(token_id), float(prob), top_k_token_ids, top_k_probs, not active[slot])
 
 
 def chunks(length: int, pad_sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -530,15 +763,17 @@ def check_slots(slots: int, mesh: jax.sharding.Mesh) -> None:
 
 def check_sampling(request: Request) -> None:
     """ValueError for settings that mean nothing."""
-    limits = {
-        "temperature": (0 <= request.temperature < math.inf, "0 or more"),
-        "nucleus_p": (0 < request.nucleus_p <= 1, "above 0 and at most 1"),
-        "rng_seed": (0 <= request.rng_seed < 2**32, "from 0 to 2**32 - 1"),
-        "max_len": (request.max_len >= 1, "1 or more"),
+    finite, whole = "a number, finite in float32", "a whole number"
+    rules = {
+        "temperature": (numbers.Real, lambda x: 0 <= x <= FLOAT32_MAX, f"0 or more ({finite})"),
+        "nucleus_p": (numbers.Real, lambda x: 0 < x <= 1, "above 0 and at most 1 (a number)"),
+        "rng_seed": (numbers.Integral, lambda x: 0 <= x < 2**32, f"from 0 to 2**32 - 1 ({whole})"),
+        "max_len": (numbers.Integral, lambda x: x >= 1, f"1 or more ({whole})"),
     }
-    for name, (fine, expected) in limits.items():
-        if not fine:
-            raise ValueError(f"{name} must be {expected}, got {getattr(request, name)}")
+    for name, (kind, fine, expected) in rules.items():
+        value = getattr(request, name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not fine(value):
+            raise ValueError(f"{name} must be {expected}, got {reprlib.repr(value)}")
 
 
 # --- Planning -------------------------------------------------------------------------------------

@@ -1,7 +1,12 @@
 """Prompts to tokens: sampling by hand, requests alone and together, the reference's texts."""
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
+import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -227,15 +232,34 @@ def test_an_empty_prompt_starts_from_bos(inference):
     "change, message",
     [
         ({"prompt": [3, 61]}, "token id 61 is not in the vocabulary, 0 to 60"),
+        ({"prompt": [2**32 + 5]}, "token id 4294967301 is not in the vocabulary"),
+        ({"prompt": np.array([2**40])}, "token id 1099511627776 is not in the vocabulary"),
+        ({"prompt": [2**70]}, r"integers, as in \[5, 6\]; got object \[1\], \[118059162"),
+        ({"prompt": [1.9]}, r"integers, as in \[5, 6\]; got float64 \[1\], \[1.9\]"),
+        ({"prompt": ["1"]}, r"integers.*, \['1'\]"),
+        ({"prompt": [True]}, r"integers.*got bool \[1\], \[True\]"),
+        ({"prompt": [[3, 4]]}, r"integers.*got int64 \[1, 2\], \[\[3, 4\]\]"),
+        ({"prompt": [[3], [4, 5]]}, r"integers.*, \[\[3\], \[4, 5\]\]"),
+        ({"prompt": [[]]}, r"integers.*, \[\[\]\]"),
+        ({"prompt": None}, "integers.*, None"),
+        ({"prompt": np.int64(5)}, r"integers.*got int64 \[\]"),
+        ({"prompt": b"text"}, "integers.*, b'text'"),
+        ({"prompt": "half \ud83d"}, r"the prompt has '\\ud83d' at character 5"),
         ({"prompt": [-1]}, "token id -1 is not in the vocabulary"),
         ({"prompt": [3] * 30}, "30 tokens and 8 new ones do not fit into 37 cache slots"),
         ({"max_len": 37, "truncate": True}, "1 tokens and 37 new ones do not fit"),
-        ({"max_len": 0}, "max_len must be 1 or more, got 0"),
-        ({"temperature": -0.5}, "temperature must be 0 or more, got -0.5"),
-        ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
-        ({"nucleus_p": 0}, "nucleus_p must be above 0 and at most 1, got 0"),
-        ({"nucleus_p": 1.5}, "nucleus_p must be above 0 and at most 1, got 1.5"),
+        ({"max_len": 0}, "max_len must be 1 or more .*, got 0"),
+        ({"max_len": 2.5}, r"max_len must be 1 or more \(a whole number\), got 2.5"),
+        ({"max_len": True}, "max_len must be .*, got True"),
+        ({"temperature": -0.5}, "temperature must be 0 or more .*, got -0.5"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more .*, got nan"),
+        ({"temperature": 1e39}, "temperature must be .* finite in float32.*, got 1e"),
+        ({"temperature": "0.5"}, "temperature must be .*, got '0.5'"),
+        ({"nucleus_p": 0}, "nucleus_p must be above 0 and at most 1 .*, got 0"),
+        ({"nucleus_p": 1.5}, "nucleus_p must be above 0 and at most 1 .*, got 1.5"),
+        ({"nucleus_p": None}, "nucleus_p must be .*, got None"),
         ({"rng_seed": -1}, "rng_seed must be from 0 to .*, got -1"),
+        ({"rng_seed": 0.0}, "rng_seed must be from 0 to .*, got 0.0"),
     ],
 )
 def test_requests_that_cannot_run(inference, change, message):
@@ -243,6 +267,31 @@ def test_requests_that_cannot_run(inference, change, message):
     with pytest.raises(ValueError, match=message):
         inference.insert(request)
     assert not inference.busy
+
+
+def test_a_request_that_cannot_run_ends_no_other(inference):
+    good = [Request([5, 6], 0, max_len=4), Request([7], 0, max_len=4)]
+    expected = [exact(complete(inference, request)) for request in good]
+    found = [[] for _ in range(4)]
+    for number, token in inference.generate([good[0], Request([61]), good[1], Request([5], "0")]):
+        found[number].append(token)
+    assert [exact(found[0]), exact(found[2])] == expected
+    for number, message in ((1, "token id 61"), (3, "temperature")):
+        (end,) = found[number]
+        assert end.done and message in str(end.error)
+        assert (end.slot, end.token_id, end.prob, end.top_k_probs.size) == (-1, -1, 0, 0)
+    assert not inference.busy
+    with pytest.raises(ValueError, match="token id 61"):
+        inference.text(Request([61]))
+
+
+def test_text_needs_a_tokenizer(inference):
+    bare = runners.InferenceRunner(inference.runner)
+    for prompt in ("text", [5]):
+        with pytest.raises(ValueError, match="text needs a tokenizer; give InferenceRunner one"):
+            bare.text(Request(prompt, max_len=3))
+    with pytest.raises(ValueError, match="sequence_len must be 2 or more, got 0"):
+        runners.InferenceRunner(inference.runner, sequence_len=0)
 
 
 def test_the_longest_request_fills_the_cache(inference):
@@ -266,7 +315,9 @@ def test_slots_are_taken_and_given_back(inference):
     again = inference.insert(request)
     assert again.slot == 2 and exact([again]) == exact(first[2:3]) == expected[:1]
     assert exact(second[:1]) == expected[1:2]
-    for slot in range(SLOTS):
+    inference.remove(-1)  # there is none: nothing happens to the last one
+    assert [token.done for token in inference.step()] == [False] * SLOTS
+    for slot in (*range(SLOTS), 0, SLOTS):
         inference.remove(slot)
     assert inference.step() == []
 
@@ -294,6 +345,51 @@ def test_requests_are_drawn_only_when_a_slot_is_free(inference):
     assert len(list(tokens)) == 6 * 3 - 1
 
 
+def test_those_who_insert_and_those_who_generate_share_the_slots(inference):
+    requests = [Request([5 + i], 0, max_len=6) for i in range(4)]
+    expected = [exact(complete(inference, request)) for request in requests]
+    mine = [inference.insert(requests[0])]
+    slot = mine[0].slot
+    inference.warm_up([3])
+    generated = inference.generate(requests[1:3])
+    theirs = [next(generated) for _ in range(5)]
+    assert exact(complete(inference, requests[3])) == expected[3]
+    generated.close()
+    assert inference.busy.keys() == {slot}
+    while inference.busy:
+        mine += inference.step()
+    assert exact(mine) == expected[0]
+    for number in (0, 1):
+        tokens = [token for n, token in theirs if n == number]
+        assert tokens and exact(tokens) == expected[1 + number][: len(tokens)]
+
+
+def test_generating_needs_a_slot(inference):
+    for _ in range(SLOTS):
+        inference.insert(Request([5], 0, max_len=9))
+    with pytest.raises(ValueError, match="all 4 slots are busy"):
+        complete(inference, Request([5], max_len=3))
+    for slot in range(SLOTS):
+        inference.remove(slot)
+
+
+def test_a_generated_request_can_be_removed(inference):
+    """Even if its slot has another request when the iterator goes on."""
+    requests = [Request([5 + i], 0, max_len=6) for i in range(3)]
+    expected = [exact(complete(inference, request)) for request in requests]
+    generated = inference.generate(requests[:2])
+    found = [next(generated), next(generated)]
+    inference.remove(found[0][1].slot)
+    mine = [inference.insert(requests[2])]
+    assert mine[0].slot == found[0][1].slot
+    found += generated
+    assert exact([token for number, token in found if number == 0]) == expected[0][:1]
+    assert exact([token for number, token in found if number == 1]) == expected[1]
+    while inference.busy:
+        mine += inference.step()
+    assert exact(mine) == expected[2]
+
+
 def test_nothing_compiles_after_warm_up(inference):
     inference.warm_up([3, 20])
     assert dataclasses.astuple(inference.timing) == (0, 0, 0, 0)
@@ -313,6 +409,206 @@ def test_the_interface_of_the_reference(inference):
     assert text == Letters().decode(ids(tokens)) and len(text) == 9
     assert runners.sample_from_model(server, "GROK", max_len=9, temperature=0.01) == text
     assert server.send(Request("GROK", 0.01, 1.0, 42, 9)) == text
+    with pytest.raises(ValueError, match="max_len"):
+        runners.sample_from_model(server, "GROK", max_len=0, temperature=0.01)
+    assert runners.sample_from_model(server, "GROK", max_len=9, temperature=0.01) == text
+
+
+# Interruptions and errors
+
+
+def failing(function, when, fail):
+    """The function, which once fails "before" it does anything, or "after" it has done it."""
+    left = [fail]
+
+    def call(*args):
+        if when == "before" and left:
+            left.pop()()
+        result = function(*args)
+        if left:
+            left.pop()()
+        return result
+
+    return call
+
+
+def fail_once(monkeypatch, inference, point, when, fail):
+    owner = jax if point == "device_get" else inference
+    monkeypatch.setattr(owner, point, failing(getattr(owner, point), when, fail))
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def broken():
+    raise RuntimeError("out of memory")
+
+
+OTHERS = [Request([5, 6, 7], 0.8, rng_seed=1, max_len=14), Request([9] * 18, 0, max_len=12)]
+CALLS = [(p, when) for p in ("_insert", "_decode", "device_get") for when in ("before", "after")]
+
+
+@pytest.fixture(scope="module")
+def expected(inference):
+    return [exact(complete(inference, request)) for request in OTHERS]
+
+
+def finished(inference, firsts):
+    """All tokens of inserted requests, whose first ones these are; step may be interrupted."""
+    steps = [firsts]
+    while inference.busy:
+        try:
+            while inference.busy:
+                steps.append(inference.step())  # between the two there is no moment to interrupt
+        except KeyboardInterrupt:
+            pass
+    return [
+        exact([token for step in steps for token in step if token.slot == first.slot])
+        for first in firsts
+    ]
+
+
+@pytest.mark.parametrize("point, when", CALLS[2:])
+def test_an_interrupted_step_loses_no_token(inference, expected, monkeypatch, point, when):
+    firsts = [inference.insert(request) for request in OTHERS]
+    fail_once(monkeypatch, inference, point, when, ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        inference.step()
+    again = inference.insert(OTHERS[0])
+    assert finished(inference, [*firsts, again]) == [*expected, expected[0]]
+
+
+@pytest.mark.parametrize("call", ["insert", "text"])
+@pytest.mark.parametrize("point, when", [("_prefill", "before"), ("_prefill", "after"), *CALLS])
+def test_an_interrupted_request_ends_alone(inference, expected, monkeypatch, call, point, when):
+    if (call, point) == ("insert", "_decode"):
+        pytest.skip("it makes no step")
+    firsts = [inference.insert(request) for request in OTHERS]
+    fail_once(monkeypatch, inference, point, when, ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(inference, call)(Request([3] * 20, 0, max_len=6))
+    assert inference.busy.keys() == {first.slot for first in firsts}
+    assert finished(inference, firsts) == expected
+
+
+def test_ctrl_c_is_left_to_whoever_handles_it(inference, expected, monkeypatch):
+    """With a handler that does not raise, and in a thread, where none is run, nothing changes."""
+    calls = []
+    before = signal.signal(signal.SIGINT, lambda *args: calls.append(args))
+    try:
+        fail_once(monkeypatch, inference, "_decode", "after", ctrl_c)
+        assert exact(complete(inference, OTHERS[0])) == expected[0]
+        assert len(calls) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert exact(thread.submit(complete, inference, OTHERS[0]).result()) == expected[0]
+
+
+def test_ctrl_c_at_any_moment(inference, expected):
+    random = np.random.default_rng(0)
+    request = Request([3] * 20, 0, max_len=6)
+    text = inference.text(request)
+    begin = time.perf_counter()
+    inference.text(request)
+    longest = 1.2 * (time.perf_counter() - begin)
+
+    def kill(seconds):
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        return timer
+
+    interrupted = 0
+    for trial in range(40):
+        firsts = [inference.insert(request) for request in OTHERS]
+        try:
+            timer = kill(random.uniform(0, longest))
+            if trial % 2:
+                assert inference.text(request) == text
+            timer.join()
+        except KeyboardInterrupt as error:
+            interrupted += error.__traceback__.tb_next is not None  # inside of a call
+        assert inference.busy.keys() == {first.slot for first in firsts}
+        try:
+            timer = kill(random.uniform(0, longest))
+            found = finished(inference, firsts)
+            timer.join()
+        except KeyboardInterrupt:
+            pass
+        assert found == expected
+    assert interrupted
+
+
+@pytest.mark.parametrize("point, when", [("_prefill", "before"), ("_prefill", "after"), *CALLS])
+def test_after_an_error_it_goes_on(inference, expected, monkeypatch, point, when):
+    """Others are lost only if their cache was already given away, and the error says so."""
+    firsts = [inference.insert(request) for request in OTHERS]
+    fail_once(monkeypatch, inference, point, when, broken)
+    with pytest.raises(RuntimeError, match="out of memory") as error:
+        inference.text(Request([3] * 20, 0, max_len=6))
+    if point == "_prefill" or (point, when) in (("_insert", "before"), ("_decode", "before")):
+        assert not hasattr(error.value, "__notes__")
+        assert finished(inference, firsts) == expected
+    else:
+        assert "All requests of this runner are lost" in error.value.__notes__[0]
+        assert not inference.busy and inference.step() == []
+    assert exact(complete(inference, OTHERS[1])) == expected[1]
+
+
+def test_who_waits_is_told_of_the_loss(inference, monkeypatch):
+    generated = inference.generate(OTHERS)
+    next(generated)
+    fail_once(monkeypatch, inference, "_insert", "after", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        inference.insert(OTHERS[0])
+    first = inference.insert(OTHERS[1])  # in the same slot
+    with pytest.raises(RuntimeError, match="an error in another call ended these requests"):
+        list(generated)
+    assert inference.busy.keys() == {first.slot}
+    inference.remove(first.slot)
+
+
+# Logits that are not finite
+
+
+def test_rows_that_are_not_finite_end(inference):
+    good = jax.random.normal(jax.random.key(0), (1, CONFIG.vocab_size))
+    bad = [good.at[0, 7].set(value) for value in (np.nan, np.inf, -np.inf)]
+    slots = runners.empty_slots(CONFIG, 4, 8)
+    slots = slots._replace(settings=settings(4, max_len=3), active=jnp.ones(4, bool))
+    after, output = runners.advance(jnp.concatenate([*bad, good]), slots, eos=2)
+    assert after.active.tolist() == [False, False, False, True]
+    assert jnp.isnan(output.prob).tolist() == [True, True, True, False]
+    alone = sample(good, settings(1), jnp.zeros(1, jnp.int32))
+    assert output.token_id[3] == alone.token_id[0]
+
+
+def test_a_damaged_expert_ends_the_requests_that_it_reads(inference):
+    runner = runners.ModelRunner(CONFIG)
+    module, name = next(
+        (module, name)
+        for module, entries in inference.runner.params.items()
+        for name, weight in entries.items()
+        if "/moe/" in module and weight.shape[0] == CONFIG.num_experts
+    )
+    weight = inference.runner.params[module][name]
+    damaged = dataclasses.replace(weight, scales=weight.scales.at[3].set(jnp.nan))
+    runner.params = inference.runner.params | {module: {name: damaged}}
+    server = runners.InferenceRunner(runner, Letters(), SLOTS, pad_sizes=(4, 16))
+    requests = [Request([token], 0, max_len=4) for token in range(5, 35)]
+    found = [[] for _ in requests]
+    for number, token in server.generate(requests):
+        found[number].append(token)
+    assert not server.busy
+    ended = [number for number, tokens in enumerate(found) if tokens[-1].error]
+    assert 0 < len(ended) < len(requests)
+    for number, request in enumerate(requests):
+        tokens = [token for token in found[number] if not token.error]
+        assert exact(tokens) == exact(complete(inference, request)[: len(tokens)])
+        assert number in ended or len(tokens) == len(complete(inference, request))
+    with pytest.raises(ValueError, match="logits of this request are not finite.*verify the check"):
+        server.text(requests[ended[0]])
 
 
 # The reference
@@ -342,6 +638,53 @@ def test_greedy_tokens_of_the_reference(case, weights, mesh, dtype):
     assert texts == [arrays[f"{prefix}greedy_tokens"].tolist()] * slots
 
 
+# A model and its parameters
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        ([[5000]], "token id 5000 is not in the vocabulary, 0 to 60"),
+        ([[-1]], "token id -1 is not"),
+        ([3, 4], r"integers, as in \[\[5, 6\], \[7, 8\]\]; got int64 \[2\], \[3, 4\]"),
+        ([[3.0]], "got float64"),
+        (np.zeros((2, 0), np.int32), r"got int32 \[2, 0\]"),
+    ],
+)
+def test_tokens_that_have_no_logits(inference, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        inference.runner.logits(tokens)
+
+
+def test_logits_of_any_integers(inference):
+    logits = inference.runner.logits(np.array([[3, 4]], np.int32))
+    for tokens in ([[3, 4]], np.array([[3, 4]], np.uint8), jnp.array([[3, 4]])):
+        np.testing.assert_array_equal(inference.runner.logits(tokens), logits)
+
+
+def test_without_parameters():
+    runner = runners.ModelRunner(CONFIG)
+    inference = runners.InferenceRunner(runner, Letters())
+    for call in (lambda: runner.logits([[3]]), lambda: inference.text(Request([3], max_len=3))):
+        with pytest.raises(RuntimeError, match=r"no parameters yet; call load\(folder\) or init"):
+            call()
+    runner.params = random_params(CONFIG, "ternary")  # and then it can be used
+    assert len(complete(inference, Request([3], 0, max_len=3))) == 3
+
+
+def test_parameters_are_put_on_large_pages_where_they_arrive(monkeypatch):
+    """In `run.py` an InferenceRunner is there before them."""
+    advised = []
+    monkeypatch.setattr(runners.kernels, "use_large_pages", advised.append)
+    runner = runners.ModelRunner(golden_config("single_device"))
+    runners.InferenceRunner(runner)
+    assert advised == []
+    runner.load(GOLDEN / "single_device")
+    assert len(advised) == 1 and advised[0] is runner.params
+    runner.params = runner.params | {}
+    assert len(advised) == 2 and advised[1] is runner.params
+
+
 # Meshes and memory
 
 
@@ -362,10 +705,13 @@ def test_the_cache_is_spread_and_a_row_inserted_without_moving_it():
     assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute"))
 
 
-def test_init_places_parameters():
+def test_init_places_parameters(monkeypatch):
+    advised = []
+    monkeypatch.setattr(runners.kernels, "use_large_pages", advised.append)
     config = dataclasses.replace(EVEN, num_layers=1)
     runner = runners.ModelRunner(config, sharding.make_mesh(1, 8))
     runner.init(seed=3)
+    assert len(advised) == 1 and advised[0] is runner.params
     query = runner.params["transformer/decoder_layer_0/multi_head_attention/query"]["w"]
     assert query.shape == (40, 96) and query.sharding.shard_shape(query.shape) == (40, 12)
     assert jax.tree.structure(runner.params) == jax.tree.structure(model.abstract_params(config))
