@@ -634,11 +634,24 @@ def quantize_table(table: jax.Array) -> QuantizedTable8bit:
     return QuantizedTable8bit(weight, scales)
 
 
-def table_rows(table: jax.Array | QuantizedTable8bit, index: jax.Array) -> jax.Array:
-    """Rows of a table, float32 [..., D], for index int32 [...]."""
-    if isinstance(table, QuantizedTable8bit):
-        return table.weight[index].astype(jnp.float32) * table.scales[index]
-    return table[index].astype(jnp.float32)
+def table_rows(
+    table: jax.Array | QuantizedTable8bit, index: jax.Array, axis_name: str | None = None
+) -> jax.Array:
+    """Rows of a table, float32 [..., D], for index int32 [...].
+
+    axis_name: inside `shard_map`, the mesh axis that V is split over. Each device looks into its
+      own part, and one row and zeros are added: for one index, XLA:GPU would gather the table
+    """
+
+    def look(array):
+        if axis_name is None:
+            return array[index]
+        here = index - lax.axis_index(axis_name) * table.shape[0]
+        return array.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+    int8 = isinstance(table, QuantizedTable8bit)
+    rows = look(table.weight).astype(jnp.float32) * look(table.scales) if int8 else look(table)
+    return (rows if axis_name is None else lax.psum(rows, axis_name)).astype(jnp.float32)
 
 
 def table_dot(x: jax.Array, table: jax.Array | QuantizedTable8bit) -> jax.Array:
