@@ -368,11 +368,14 @@ def expert_block(pairs: int, num_experts: int) -> int:
     return 1 << max(0, math.ceil(math.log2(rows)))
 
 
-def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str) -> jax.Array:
+def mixture(
+    x, gates, index, valid, linear, linear_v, linear_1, activations: str, axis_name=None
+) -> jax.Array:
     """The experts' gated sum, float32 [B, T, D]: each token is computed by its chosen experts only.
 
     x: [B, T, D]; gates float32, index int32: [B, T, A]; valid: bool [B, T]
     linear, linear_v: [E, D, F]; linear_1: [E, F, D]
+    axis_name: inside `shard_map`, the mesh axis that F is split over, if any
     """
     batch, queries, size = x.shape
     num_experts = linear.shape[0]
@@ -383,7 +386,7 @@ def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str
     )
     rows = rows_of_tokens(flat(x), blocks)  # [R, D]
     hidden = jax.nn.gelu(dot(rows, linear)) * dot(rows, linear_v)  # [R, F]
-    out = dot(hidden, linear_1, axis_name=sharding.mesh_axis("ffn"))  # [R, D]
+    out = dot(hidden, linear_1, axis_name=axis_name)  # [R, D]
     return gated_sums(out, flat(gates), blocks).reshape(batch, queries, size)
 
 
@@ -443,11 +446,8 @@ class Linear(hk.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, I] -> [B, T, O]
         inputs, outputs = self.axes
-
-        def dot(x, w):
-            axis = sharding.mesh_axis(inputs)
-            return quantize.dot(x, w, activations=self.activations, axis_name=axis)
-
+        axis = sharding.mesh_axis(inputs, x.shape[-1])
+        dot = functools.partial(quantize.dot, activations=self.activations, axis_name=axis)
         in_axes = (("batch", None, inputs), self.axes)
         sharded = sharding.shard_map(dot, in_axes, ("batch", None, outputs))
         return sharded(x, self.weight(x.shape[-1]))
@@ -534,9 +534,9 @@ class MoELayer(hk.Module):
             weight("linear_v", c.emb_size, c.ffn_size, up),
             weight("linear_1", c.ffn_size, c.emb_size, down),
         )
-        token = ("batch", None, None)
+        token, axis = ("batch", None, None), sharding.mesh_axis("ffn", c.ffn_size)
         sharded = sharding.shard_map(
-            functools.partial(mixture, activations=c.activations),
+            functools.partial(mixture, activations=c.activations, axis_name=axis),
             (token, token, token, token[:2], up, up, down),
             token,
         )
@@ -610,9 +610,13 @@ class InOutEmbed(hk.Module):
         return hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], init=init)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
-        dtype = self.config.fprop_dtype
-        rows = quantize.table_rows(self.embeddings, tokens).astype(dtype).astype(jnp.float32)
-        return (rows * self.config.embedding_multiplier_scale).astype(dtype)
+        c, dtype = self.config, self.config.fprop_dtype
+        axis = sharding.mesh_axis("vocab", c.vocab_size)
+        look = functools.partial(quantize.table_rows, axis_name=axis)
+        axes = (("vocab", None), ("batch", None))
+        look = sharding.shard_map(look, axes, ("batch", None, None))
+        rows = look(self.embeddings, tokens).astype(dtype).astype(jnp.float32)
+        return (rows * c.embedding_multiplier_scale).astype(dtype)
 
     def decode(self, h: jax.Array) -> jax.Array:  # [..., D] -> float32 [..., V]
         table = self.embeddings

@@ -32,7 +32,7 @@ EPSILON = 1e-5  # added to gamma, so that an all-zero matrix divides by somethin
 MAX_BLOCK = 64  # bytes: 256 weights, one tile of a kernel
 SHARDS = 8  # a block is small enough that this many shards of I each hold whole blocks
 TILE = 1 << 22  # weights unpacked at a time on a CPU: enough for two cores, and no more
-DEVICE_TILE = 1 << 24  # and elsewhere, where each tile is some launches
+DEVICE_TILE = 1 << 24  # and on a GPU, where each tile is some launches
 BATCHED = (((2,), (1,)), ((0,), (0,)))  # dimensions of [B, R, I] times [B, I, O]
 FEW_ROWS = 8  # bfloat16 and int8 products of fewer rows take a slow path on a CPU
 
@@ -633,11 +633,14 @@ def _by_column_tiles(columns, x, shape):
     """Calls `columns(start, size)` over all O columns, so that only one tile is ever unpacked.
 
     The last tile is moved left to end at O: its first columns are then computed twice, alike.
+
+    On a TPU all columns are one tile: a product unpacks as it reads there, and for a slice from a
+    column that might lie inside a tile of the memory layout, XLA first copied all experts.
     """
     inputs, outputs = shape[-2:]
     tile = TILE if jax.default_backend() == "cpu" else DEVICE_TILE
     size = min(outputs, max(1, tile // inputs))
-    if size == outputs:
+    if size == outputs or jax.default_backend() == "tpu":
         return columns(0, outputs)
 
     def body(i, y):
@@ -658,11 +661,24 @@ def quantize_table(table: jax.Array) -> QuantizedTable8bit:
     return QuantizedTable8bit(weight, scales)
 
 
-def table_rows(table: jax.Array | QuantizedTable8bit, index: jax.Array) -> jax.Array:
-    """Rows of a table, float32 [..., D], for index int32 [...]."""
-    if isinstance(table, QuantizedTable8bit):
-        return table.weight[index].astype(jnp.float32) * table.scales[index]
-    return table[index].astype(jnp.float32)
+def table_rows(
+    table: jax.Array | QuantizedTable8bit, index: jax.Array, axis_name: str | None = None
+) -> jax.Array:
+    """Rows of a table, float32 [..., D], for index int32 [...].
+
+    axis_name: inside `shard_map`, the mesh axis that V is split over. Each device looks into its
+      own part, and one row and zeros are added: for one index, XLA:GPU would gather the table
+    """
+
+    def look(array):
+        if axis_name is None:
+            return array[index]
+        here = index - lax.axis_index(axis_name) * table.shape[0]
+        return array.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+    int8 = isinstance(table, QuantizedTable8bit)
+    rows = look(table.weight).astype(jnp.float32) * look(table.scales) if int8 else look(table)
+    return (rows if axis_name is None else lax.psum(rows, axis_name)).astype(jnp.float32)
 
 
 def table_dot(x: jax.Array, table: jax.Array | QuantizedTable8bit) -> jax.Array:
@@ -675,7 +691,10 @@ def table_dot(x: jax.Array, table: jax.Array | QuantizedTable8bit) -> jax.Array:
 
     def plain(x, table):
         table = table.astype(x.dtype) if table.dtype == jnp.int8 else table
-        return _matmul(x.astype(table.dtype), table, (((1,), (1,)), ((), ())))
+        # XLA:TPU gives a single row to the vector unit, which takes 2.6 times as long as two rows.
+        alone = len(x) == 1 and jax.default_backend() == "tpu"
+        rows = jnp.pad(x, [(0, 1), (0, 0)]) if alone else x
+        return _matmul(rows.astype(table.dtype), table, (((1,), (1,)), ((), ())))[: len(x)]
 
     if kernels.takes_table(table):
         return kernels.differentiable(kernels.table_dot, plain)(x.astype(jnp.float32), table)

@@ -499,6 +499,34 @@ def test_no_unpacked_matrix_exists(activations):
     assert factories.largest_array(f, x, w, index) <= quantize.TILE < inputs * outputs / 40
 
 
+@pytest.mark.parametrize("form", ["ternary", "int8"])
+def test_a_tpu_reads_whole_experts(form, monkeypatch):
+    """XLA:TPU copies all experts to slice at a column that it cannot prove aligned."""
+    w = weight_in(form, random_floats(4, 77, 13, seed=1))
+    stored = w.packed if form == "ternary" else w.weight
+    monkeypatch.setattr(quantize, "TILE", 77)
+    monkeypatch.setattr(quantize, "DEVICE_TILE", 77)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    x, experts = random_floats(6, 77), jnp.array([2, 0, -1])
+    f = functools.partial(quantize.grouped_dot, activations="int8")
+    slices = [
+        equation.outvars[0].aval.shape
+        for equation in factories.equations(jax.make_jaxpr(f)(x, w, experts))
+        if equation.primitive.name == "dynamic_slice"
+        and equation.invars[0].aval.shape == stored.shape
+    ]
+    assert slices == [(1, *stored.shape[1:])]
+
+
+def test_a_tpu_multiplies_a_table_with_two_rows(monkeypatch):
+    """A single one would not go to the matrix unit."""
+    x, table = random_floats(1, 7), random_floats(13, 7, seed=1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jaxpr = jax.make_jaxpr(quantize.table_dot)(x, table)
+    (dot,) = (e for e in factories.equations(jaxpr) if e.primitive.name == "dot_general")
+    assert dot.invars[0].aval.shape == (2, 7) and jaxpr.out_avals[0].shape == (1, 13)
+
+
 # --- Tables ---------------------------------------------------------------------------------------
 
 
