@@ -85,15 +85,16 @@ class LanguageModelConfig:
         )
         require(
             self.fprop_dtype in ("float32", "bfloat16"),
-            f"fprop_dtype must be 'float32' or 'bfloat16', got {self.fprop_dtype!r}",
+            f"fprop_dtype must be 'float32' or 'bfloat16', got {files.shown(self.fprop_dtype)}",
         )
         require(
             self.activations in quantize.ACTIVATIONS,
-            f"activations must be one of {quantize.ACTIVATIONS}, got {self.activations!r}",
+            f"activations must be one of {quantize.ACTIVATIONS}, "
+            f"got {files.shown(self.activations)}",
         )
         require(
             self.embeddings in EMBEDDINGS,
-            f"embeddings must be one of {EMBEDDINGS}, got {self.embeddings!r}",
+            f"embeddings must be one of {EMBEDDINGS}, got {files.shown(self.embeddings)}",
         )
 
     @property

@@ -45,7 +45,8 @@ PIECE = 1 << 20  # bytes that a thread takes at a time
 READ = 1 << 24  # bytes that are summed at a time
 
 NAME = re.compile(r"([\w~-]+(?:/[\w~-]+)*)(|\.weight|\.trits|\.scales)", re.ASCII)  # of a tensor
-FILE = re.compile(r"\w[\w.-]*", re.ASCII)  # of a checkpoint, in its folder and nowhere else
+FILE = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # of a checkpoint, in its folder and nowhere else
+MAX_NAME = 200
 MAX_AXES = 8
 MAX_SIZE = 1 << 48  # of an axis, or of a file
 
@@ -314,12 +315,12 @@ def _leaves(tensors: dict[str, jax.ShapeDtypeStruct], metadata: Any) -> dict[str
     groups: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for name, form in tensors.items():
         match = NAME.fullmatch(name)
-        if not match:
+        if not match or len(name) > MAX_NAME:
             raise CheckpointError(f"{files.shown(name)} is not the name of a tensor")
         groups.setdefault(match[1], {})[match[2]] = form
     leaves = {}
     for path, found in groups.items():
-        with files.naming(f"{path:.200}"):
+        with files.naming(path):
             leaves[path] = _leaf(found, metadata.get(path))
     return leaves
 
@@ -479,13 +480,13 @@ def _finished_shards(partial: pathlib.Path) -> dict[str, dict]:
 
 def _begin_again(partial: pathlib.Path) -> None:
     """Removes what an earlier call left that finished no shard: it need not have been the same."""
-    if (partial / SOURCE).exists():
-        for path in partial.iterdir():
+    if (partial / SOURCE).exists():  # it goes last, for it says that the others are ours
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == SOURCE):
             path.unlink()
 
 
 def _write_shards(partial, shards, sums, fill, sealed) -> None:
-    """sums: of the files that are finished; takes those of the others as they are"""
+    """sums: of the files that are finished, {name: sums}; those of the others are added"""
 
     def note_sums():
         files.write_json(partial / CHECKSUMS, dict(sorted(sums.items())))

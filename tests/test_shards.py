@@ -787,6 +787,29 @@ def test_what_finished_no_shard_is_begun_again(tmp_path, options):
     assert contents(folder) == contents(tmp_path / "whole")
 
 
+def test_beginning_again_may_be_interrupted(tmp_path, whole, monkeypatch):
+    folder, unlink = tmp_path / "out", Path.unlink
+    with pytest.raises(Interrupted):
+        write(folder, "layer/p0", source="there")
+    count = len(contents(shards.partial_folder(folder)))
+    for _ in range(count - 1):
+        calls = []
+
+        def once(path, calls=calls):
+            if calls:
+                raise Interrupted
+            calls.append(path)
+            unlink(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", once)
+            with pytest.raises(Interrupted):
+                write(folder)
+    assert set(contents(shards.partial_folder(folder))) == {shards.SOURCE}
+    write(folder)
+    assert contents(folder) == whole
+
+
 def test_all_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
     """After a power failure a folder that is there is whole, down to the small files."""
     synced, fsync = {}, os.fsync
