@@ -306,6 +306,8 @@ def converse(inference: runners.InferenceRunner, request: runners.Request) -> No
             answer(inference, [dataclasses.replace(request, prompt=tokens)])
         except KeyboardInterrupt:
             write("\n")
+        except ValueError as error:
+            report(error=str(error))
 
 
 def report_speed(timing: runners.Timing) -> None:
