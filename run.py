@@ -57,6 +57,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="of activations and cache (the model's)")
     add("--activations", choices=quantize.ACTIVATIONS, help="in products (the model's)")
     add("--embeddings", choices=model.EMBEDDINGS, help="table of them in memory (the model's)")
+    add(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="refuse weights that are no numbers, such as NaN, while they load (yes)",
+    )
 
     add = parser.add_argument_group("devices").add_argument
     add("--mesh", metavar="D,M", help="data,model axes (1, as many devices as divide the heads)")
@@ -347,7 +353,7 @@ def run(args: argparse.Namespace) -> None:
     requests = [dataclasses.replace(r, prompt=prompt_tokens(inference, r)) for r in requests]
 
     begin = time.perf_counter()
-    runner.load(args.checkpoint, weights, progress=sys.stderr.isatty())
+    runner.load(args.checkpoint, weights, progress=sys.stderr.isatty(), check=args.check)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
     report(load=f"{readable_size(weights)} in {time.perf_counter() - begin:.1f} s")
 

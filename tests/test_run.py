@@ -244,6 +244,16 @@ def test_interrupted(folder, capsys, monkeypatch):
     assert refused(command(folder, "--prompt", "x"), capsys) == "\ninterrupted"
 
 
+@pytest.mark.parametrize("flags, check", [([], True), (["--check"], True), (["--no-check"], False)])
+def test_weights_are_checked_unless_asked_not_to(folder, capsys, monkeypatch, flags, check):
+    def load(runner, *_, **settings):
+        raise ValueError(f"check={settings['check']}")
+
+    monkeypatch.setattr(runners.ModelRunner, "load", load)
+    text = refused(command(folder, "--prompt", "x", *flags), capsys)
+    assert text == f"error: check={check}"
+
+
 def test_default_mesh_divides_the_heads():
     assert dict(run.resolve_mesh(None, 2).shape) == {"data": 1, "model": 2}
     assert dict(run.resolve_mesh(None, 6).shape) == {"data": 1, "model": 2}
