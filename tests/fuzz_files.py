@@ -16,6 +16,7 @@ import copy
 import faulthandler
 import functools
 import json
+import math
 import os
 import pickle
 import pickletools
@@ -131,6 +132,25 @@ def rewritten(tree: dict, rng: Random) -> dict:
     return tree
 
 
+def relaid(header: dict, rng: Random) -> tuple[dict, bytes]:
+    """A header with other shapes or dtypes, and as many bytes as these need, where they belong."""
+    names = sorted(header.keys() - {"__metadata__"}, key=lambda n: header[n]["data_offsets"])
+    for name in rng.sample(names, rng.choice((1, 1, 2))):
+        entry, axis = header[name], rng.randrange(len(header[name]["shape"]))
+        if rng.random() < 0.3:
+            entry["dtype"] = rng.choice(list(shards.DTYPES))
+        else:
+            size = entry["shape"][axis] + rng.choice((-2, -1, 1, 2, 100))
+            entry["shape"][axis] = max(0, size)
+    end = 0
+    for name in names:
+        entry = header[name]
+        size = math.prod(entry["shape"]) * shards.DTYPES[entry["dtype"]].itemsize
+        entry["data_offsets"] = [end, end + size]
+        end += size
+    return header, rng.randbytes(end)
+
+
 def dumped(tree: dict, rng: Random) -> bytes:
     """JSON text, now and then with a key twice."""
     text = json.dumps(tree)
@@ -154,26 +174,25 @@ SAMPLES = [path.read_bytes() for path in FILES]
 OPCODES = [token for sample in SAMPLES for token in tokens(sample) if len(token) < 100]
 OPCODES += [bytes([code]) for code in range(256)]
 OPCODES += [b"K%c" % n for n in range(9)] + [b"h%c" % n for n in range(9)]
-OPCODES += [b"cos\nsystem\n", b"(ios\nsystem\n", b"\x8c\x02os\x8c\x06system\x93", b"Pid\n", b"Q"]
-OPCODES += [
-    b"J\xff\xff\xff\x7f",
-    b"J\xff\xff\xff\xff",
-    b"B\xff\xff\xff\xff",
-    b"B\0\1\0\0" + b"\2" * 256,
-]
-OPCODES += [b"\x8e" + b"\xff" * 8, b"\x95" + b"\xff" * 8, b"r\xff\xff\xff\xff", b"\x8a\x01\xff"]
-OPCODES += [b")" + b"".join(b"\x94h%c\x86" % n for n in range(60)), b"K\1" * 30, b"\x85" * 300]
+SHARED = b")" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(200, 255))  # 2 ** 55 leaves
+NASTY = [SHARED, b"}(" + SHARED + b"Nu", SHARED + b"\x8c\x01x\x93", b"B\0\1\0\0" + b"\2" * 256]
+NASTY += [pickle.NEWTRUE, pickle.NONE, b"K\1" * 30, b"\x85" * 300, b"(K\2K\1t", b"C\2\2\1"]
+NASTY += [b"\x8c\x05\x1b]0;a\x8c\x01x\x93", b"c\x1b[2J\nx\n", b"c" + b"x" * 999 + b"\nx\n"]
+NASTY += [b"cos\nsystem\n", b"(ios\nsystem\n", b"\x8c\x02os\x8c\x06system\x93", b"Pid\n", b"Q"]
+NASTY += [b"J\xff\xff\xff\x7f", b"J\xff\xff\xff\xff", b"\x8a\x01\xff", b"r\xff\xff\xff\xff"]
+NASTY += [b"B\xff\xff\xff\xff", b"\x8e" + b"\xff" * 8, b"\x95" + b"\xff" * 8]
 
 
 def program(sample: bytes, rng: Random) -> bytes:
     """A pickle of known opcodes: a good one with some changed, or none that ever was."""
-    if rng.random() < 0.3:
-        return b"\x80\x04" + b"".join(rng.choices(OPCODES, k=rng.randrange(60))) + pickle.STOP
+    if rng.random() < 0.2:
+        return b"\x80\x04" + b"".join(rng.choices(OPCODES + NASTY, k=rng.randrange(60))) + b"."
     parts = tokens(sample)
     for _ in range(rng.choice((1, 1, 2, 5))):
         at = rng.randrange(len(parts))
-        new = rng.choice((rng.choice(OPCODES), rng.choice(parts)))
-        parts[at : at + rng.randrange(3)] = [new] * rng.randrange(3)
+        new = rng.choice(rng.choice((OPCODES, NASTY, parts)))
+        old, count = rng.choice(((1, 1), (0, 1), (1, 0), (1, 2)))
+        parts[at : at + old] = [new] * count
         parts = parts or [pickle.STOP]
     return b"".join(parts)
 
@@ -281,8 +300,12 @@ class Converted:
         """A shard whose sums agree with a header that somebody wrote."""
         name = rng.choice(self.shards)
         header, rest = split_header(self.files[name])
-        if rng.random() < 0.8:
+        how = rng.random()
+        if how < 0.5:
             header = dumped(rewritten(json.loads(header), rng), rng)
+        elif how < 0.8:
+            header, rest = relaid(json.loads(header), rng)
+            header = json.dumps(header).encode()
         else:
             header = damaged(header, self.files[rng.choice(self.names)], rng)
         if rng.random() < 0.3:
