@@ -336,6 +336,13 @@ def test_another_range_than_the_one_asked_for(hub, tmp_path, monkeypatch):
         download.tensor(tmp_path / "own", NAMES[1])
 
 
+def test_a_server_that_knows_no_ranges(hub, tmp_path, pauses):
+    hub.ranged = False
+    hub.cut_once[LARGE] = 50_000
+    assert download.tensor(tmp_path, NAMES[1]).read_bytes() == published(hub)[LARGE]
+    assert hub.ranges(LARGE) == [None, "bytes=50000-"]
+
+
 def listing(hub, **changes):
     """The real listing, but for what it says of LARGE."""
     siblings = []

@@ -559,6 +559,8 @@ def test_a_run_from_a_checkpoint_says_where_it_begins(run, tmp_path):
         begin(tmp_path / "worse", dataclasses.replace(SETTINGS, learning_rate=1e3))
     about = json.loads((tmp_path / "worse" / "checkpoint" / "training.json").read_text())
     assert about["step"] == 0
+    assert not (tmp_path / "worse" / "settings.json").exists()  # other ones may be tried here
+    assert records.open_states(tmp_path / "worse").latest_step() is None
 
 
 def test_every_saved_matrix_is_ternary(run):
