@@ -84,7 +84,7 @@ def build(source: Path = SOURCE, folder: Path | None = None) -> Path:
     takes too long.
     """
     folder = private_folder(folder or cache_folder() / "kernels")
-    command = [*_compiler(), *FLAGS]
+    command = [*compiler(), *FLAGS]
     known = (source.read_bytes(), jax.lib.__version__, platform.machine(), command, sys.platform)
     name = f"{source.stem}-{_sum(repr(known).encode())}"
     with _LOADING:
@@ -115,7 +115,7 @@ def _compiled(command: list[str], source: Path) -> bytes:
         return library.read_bytes()
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """$CXX, which may have arguments, or else the first compiler there is; OSError without one."""
     wanted = os.environ.get("CXX", "")
     try:
