@@ -453,19 +453,24 @@ def expected(inference):
     return [exact(complete(inference, request)) for request in OTHERS]
 
 
-def finished(inference, firsts):
-    """All tokens of inserted requests, whose first ones these are; step may be interrupted."""
-    steps = [firsts]
+def drain(inference, steps):
+    """Adds the lists of tokens that are still to come."""
     while inference.busy:
-        try:
-            while inference.busy:
-                steps.append(inference.step())  # between the two there is no moment to interrupt
-        except KeyboardInterrupt:
-            pass
+        steps.append(inference.step())  # between the two there is no moment to interrupt
+
+
+def of_each(firsts, steps):
+    """The tokens of inserted requests, whose first ones these are."""
     return [
-        exact([token for step in steps for token in step if token.slot == first.slot])
+        exact([first, *(t for step in steps for t in step if t.slot == first.slot)])
         for first in firsts
     ]
+
+
+def finished(inference, firsts):
+    steps = []
+    drain(inference, steps)
+    return of_each(firsts, steps)
 
 
 @pytest.mark.parametrize("point, when", CALLS[2:])
@@ -513,29 +518,28 @@ def test_ctrl_c_at_any_moment(inference, expected):
     inference.text(request)
     longest = 1.2 * (time.perf_counter() - begin)
 
-    def kill(seconds):
-        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    def interrupting():
+        timer = threading.Timer(random.uniform(0, longest), os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
         return timer
 
     interrupted = 0
-    for trial in range(40):
-        firsts = [inference.insert(request) for request in OTHERS]
+    for _ in range(40):
+        firsts, steps, done = [inference.insert(request) for request in OTHERS], [], False
         try:
-            timer = kill(random.uniform(0, longest))
-            if trial % 2:
-                assert inference.text(request) == text
-            timer.join()
-        except KeyboardInterrupt as error:
-            interrupted += error.__traceback__.tb_next is not None  # inside of a call
-        assert inference.busy.keys() == {first.slot for first in firsts}
-        try:
-            timer = kill(random.uniform(0, longest))
-            found = finished(inference, firsts)
+            timer = interrupting()
+            done = inference.text(request) == text
             timer.join()
         except KeyboardInterrupt:
-            pass
-        assert found == expected
+            interrupted += not done
+        assert inference.busy.keys() == {first.slot for first in firsts}
+        try:
+            timer = interrupting()
+            drain(inference, steps)
+            timer.join()
+        except KeyboardInterrupt:
+            drain(inference, steps)
+        assert of_each(firsts, steps) == expected
     assert interrupted
 
 
