@@ -103,5 +103,7 @@ def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array
     def row(cache, new, slots):  # [K, S, H], [T, K, H], [T]
         return cache.at[:, slots].set(new.swapaxes(0, 1), mode="drop")
 
-    write = kernels.write_slots if kernels.on_cpu() else jax.vmap(row)
+    write = jax.vmap(row)
+    if kernels.on_cpu():
+        write = kernels.differentiable(kernels.write_slots, write)
     return write(cache, new.astype(cache.dtype), slots)

@@ -32,9 +32,10 @@ from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
 from shards import StoredTrits, slices
 from tensor_file import CheckpointError, check_writable, read_tensor, write_tensor
 
-FOLDER = "ckpt-0"
+FOLDER = files.RELEASED
 KINDS = ("ternary", "int8", "float32")
 CHUNK = 1 << 21  # bytes of a weight, whole rows, that a thread takes at a time
+CHECK = 1 << 18  # floats that are checked at a time: these, too, stay in the cache
 COLUMNS = 2048  # columns of these converted at a time: with 256 rows, they stay in a core's cache
 
 Params = dict[str, dict[str, Any]]
@@ -63,9 +64,45 @@ def save(folder: str | os.PathLike, params: Params) -> None:
     files.replace_folder(partial, target)
 
 
+def check_folder(folder: str | os.PathLike) -> None:
+    """CheckpointError unless the folder holds a checkpoint, released or converted.
+
+    It names what is likely meant: the checkpoint of a training run, the parent of a `ckpt-0`, or
+    what an interruption left.
+    """
+    folder = pathlib.Path(folder)
+    if _has_checkpoint(folder):
+        return
+    partial, ours = shards.partial_folder(folder), folder / FOLDER
+    moved = [path for path in (ours, folder) if files.previous_name(path).is_dir()]
+    if (folder / file_name(0)).exists():
+        cure = f"give its parent, {folder.resolve().parent}"
+    elif _has_checkpoint(folder / "checkpoint"):
+        cure = f"give the checkpoint of this training run, {folder / 'checkpoint'}"
+    elif moved:
+        old = files.previous_name(moved[0])
+        cure = f"saving another one was interrupted: rename {old} to {moved[0].name}"
+    elif partial.is_dir():
+        cure = f"{partial} was not finished: run the same convert.py again, it goes on"
+    else:
+        cure = "check the path"
+    raise CheckpointError(
+        f"{folder}: no checkpoint here, expected a folder {FOLDER} with tensor files, or a "
+        f"{shards.INDEX}; {cure}"
+    )
+
+
+def _has_checkpoint(folder: pathlib.Path) -> bool:
+    return (folder / FOLDER).is_dir() or shards.exists(folder)
+
+
 def read_config(folder: str | os.PathLike) -> dict | None:
-    """The checkpoint's `config.json`, None if it has none; CheckpointError if it is no object."""
-    path = pathlib.Path(folder) / "config.json"
+    """The checkpoint's `config.json`, None if it has none.
+
+    CheckpointError if it is no JSON object, or not what a converted checkpoint has the sums of.
+    """
+    path = pathlib.Path(folder) / shards.CONFIG
+    shards.check_file(path.parent, path.name)
     return files.read_json(path) if path.exists() else None
 
 
@@ -120,6 +157,8 @@ def save_converted(
 
     def form(leaf):
         ternary = isinstance(leaf, QuantizedWeight1_58bit)
+        if ternary and leaf.block != quantize.packing_block(leaf.shape[-2]):
+            raise CheckpointError(f"packed in blocks of {leaf.block}, which the format has not")
         return shards.stored_form(leaf, packing) if ternary else leaf
 
     shards.write(folder, {path: form(leaf) for path, leaf in leaves.items()}, fill, config, extra)
@@ -143,15 +182,25 @@ def quantization(weights: str, rules: Sequence[tuple[str, str]], packing: str = 
 def default_weights(folder: str | os.PathLike) -> str:
     """The name of the precision to load a checkpoint in: what it was converted to, or "ternary".
 
-    Raises CheckpointError for a format that is newer than this code.
+    Raises CheckpointError for a format that this code does not know.
     """
     about = (read_config(folder) or {}).get("quantization_config")
     if about is None:
         return "ternary"
+    path = pathlib.Path(folder) / shards.CONFIG
+    if not isinstance(about, dict):
+        raise CheckpointError(
+            f"{path}: quantization_config {files.shown(about)}, expected an object; copy it again"
+        )
     if about.get("format_version") != shards.VERSION:
         raise CheckpointError(
-            f"{folder}: format version {about.get('format_version')}, this code reads "
+            f"{path}: format version {files.shown(about.get('format_version'))}, this code reads "
             f"{shards.VERSION}; update it, or convert the checkpoint again"
+        )
+    if not isinstance(about.get("weights"), str):
+        raise CheckpointError(
+            f"{path}: weights {files.shown(about.get('weights'))} in quantization_config, expected "
+            "the name of a precision table; copy it again"
         )
     return about["weights"]
 
@@ -167,6 +216,7 @@ def restore(
     *,
     threads: int | None = None,
     progress: bool = False,
+    check: bool = True,
 ) -> Params:
     """The parameters `{module: {name: weight}}` of a folder, on the devices they belong to.
 
@@ -178,11 +228,14 @@ def restore(
       `functools.partial(sharding.parameter_shardings, mesh)`; None for the default device
     threads: converting one tensor at a time; default: one for each core
     progress: a bar on stderr, of process 0 only
+    check: looks at all numbers, which float32 or packed bytes may hold and a model may not: NaN,
+      infinities, codes of 3
 
     Host memory in use is that of one restored tensor and a few megabytes for each thread. The files
     are mapped, and each process reads the slices of its devices; what is made ternary on the way is
     read once by all processes together besides. Raises CheckpointError, before anything is
-    converted, if a file is missing, left over, damaged, or not what template and rules say.
+    converted, if a file is missing, left over, damaged, or not what template and rules say, and
+    later for what `check` finds.
     """
     entries = check_files(pathlib.Path(folder), template, rules)
     abstract: Params = {module: {} for module in template}
@@ -202,7 +255,7 @@ def restore(
         for i, entry in enumerate(entries):
             bar.set_description(f"tensor {i + 1}/{len(entries)}", refresh=False)
             where = placement[entry.module][entry.name]
-            leaf = jax.block_until_ready(_restore_one(entry, where, pool))
+            leaf = jax.block_until_ready(_restore_one(entry, where, pool, check))
             params[entry.module][entry.name] = leaf
             bar.update(entry.bytes)
     return params
@@ -239,6 +292,7 @@ def check_files(folder: pathlib.Path, template: Params, rules) -> list[Entry]:
     unknown = sorted(set(kinds.values()) - set(KINDS))
     if unknown:
         raise CheckpointError(f"unknown precision {unknown[0]!r} in the rules; use one of {KINDS}")
+    check_folder(folder)
     sources = _converted_files(folder, keys) if shards.exists(folder) else _released(folder, keys)
     entries, problems = [], []
     for (module, name), (file, read) in zip(keys, sources, strict=True):
@@ -281,17 +335,11 @@ def _released(folder: pathlib.Path, keys) -> list[tuple[pathlib.Path, Callable]]
 
 def _check_names(folder: pathlib.Path, keys: list[tuple[str, str]]) -> None:
     tensors = folder / FOLDER
-    if not tensors.is_dir():
-        is_inner = (folder / file_name(0)).exists()
-        cure = f"give its parent, {folder.resolve().parent}" if is_inner else "check the path"
-        raise CheckpointError(
-            f"{folder}: no checkpoint here, expected a folder {FOLDER} with tensor files; {cure}"
-        )
     expected = {file_name(i): "/".join(key) for i, key in enumerate(keys)}
     found = {path.name for path in tensors.iterdir() if re.match(r"tensor\d+_\d+", path.name)}
     missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
     problems = [f"{tensors / name}: missing, should hold {expected[name]}" for name in missing]
-    problems += [f"{tensors / name}: belongs to no parameter" for name in extra]
+    problems += [f"{tensors}: {name!r} belongs to no parameter" for name in extra]
     if problems:
         problems[0] = (
             f"{tensors} has {len(found)} tensor files, this model needs {len(keys)}; choose the "
@@ -329,21 +377,9 @@ def restored_shapes(tensor, shape: tuple[int, ...], kind: str):
         )
     if kind == "float32":
         return jax.ShapeDtypeStruct(shape, np.float32)
-    *lead, inputs, outputs = shape
     if kind == "int8":
         return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tensor)
-    return ternary_shapes(shape)
-
-
-def ternary_shapes(shape: tuple[int, ...]) -> QuantizedWeight1_58bit:
-    """The ShapeDtypeStructs of a ternary weight of logical shape [..., I, O]."""
-    *lead, inputs, outputs = shape
-    return QuantizedWeight1_58bit(
-        jax.ShapeDtypeStruct((*lead, outputs, -(-inputs // 4)), np.uint8),
-        jax.ShapeDtypeStruct((*lead, 1, 1), np.float32),
-        quantize.packing_block(inputs),
-        -inputs % 4,
-    )
+    return shards.ternary_shapes(shape)
 
 
 def _wanted(kind: str) -> str:
@@ -391,18 +427,25 @@ def _check_placement(entries: list[Entry], placement: Params) -> None:
             )
 
 
-def _restore_one(entry: Entry, where, pool):
+def _restore_one(entry: Entry, where, pool, check: bool):
     tensor = entry.read()
+    if not isinstance(tensor, np.ndarray):
+        check_scales(tensor.scales, entry.title)
     if entry.kind != "ternary":
+
+        def copy(array):
+            copied = _aligned_copy(array)
+            if check and entry.kind == "float32":  # of int8 the scales have been looked at
+                check_finite(copied, entry.title)
+            return copied
+
         restored = jax.tree.map(
-            lambda array, sharding: _place(
-                array.shape, sharding, lambda i: _aligned_copy(array[i])
-            ),
+            lambda array, sharding: _place(array.shape, sharding, lambda i: copy(array[i])),
             tensor,
             where,
         )
     elif isinstance(tensor, StoredTrits):
-        restored = _restore_stored(entry, tensor, where, pool)
+        restored = _restore_stored(entry, tensor, where, pool, check)
     else:
         restored = _restore_ternary(entry, tensor, where, pool)
     for leaf in shards.parts("", tensor).values():
@@ -410,12 +453,34 @@ def _restore_one(entry: Entry, where, pool):
     return restored
 
 
-def _restore_stored(entry: Entry, stored: StoredTrits, where, pool) -> QuantizedWeight1_58bit:
+def check_finite(array: np.ndarray, title: str) -> None:
+    """CheckpointError for a NaN or an infinity among floats; one of them ruins every text."""
+    flat = array.reshape(-1)
+    for piece in slices(0, flat.size, CHECK):
+        if not np.isfinite(flat[piece]).all():
+            raise CheckpointError(
+                f"{title}: NaN or infinite numbers; copy or download the file again"
+            )
+
+
+def check_scales(scales: np.ndarray, title: str) -> None:
+    """CheckpointError unless all scales are finite and none is negative."""
+    scales = scales.astype(np.float32)
+    if not (np.isfinite(scales) & (scales >= 0)).all():
+        raise CheckpointError(
+            f"{title}: negative or non-finite scales; copy or download the file again"
+        )
+
+
+def _restore_stored(
+    entry: Entry, stored: StoredTrits, where, pool, check: bool
+) -> QuantizedWeight1_58bit:
     """Trits as they are in the file, in the packing of memory."""
 
     def packed_slice(index):
         out = _aligned_empty([s.stop - s.start for s in index], np.uint8)
-        shards.load_trits(stored, index, out, pool.map)
+        with files.naming(entry.title):
+            shards.load_trits(stored, index, out, pool.map, check)
         return out
 
     packed = _place(entry.restored.packed.shape, where.packed, packed_slice)
@@ -474,11 +539,8 @@ def ternarize(tensor: QuantizedWeight8bit, title: str, pool):
     integers, and each process sums its part), and for the trits.
     """
     stack = jax.tree.map(lambda array: array[None] if array.ndim == 2 else array, tensor)
+    check_scales(stack.scales, title)
     scales = stack.scales.astype(np.float32)
-    if not (np.isfinite(scales) & (scales >= 0)).all():
-        raise CheckpointError(
-            f"{title}: negative or non-finite scales; copy or download the file again"
-        )
     sums = _absolute_sums(stack, pool)
     gamma = quantize.absmean_of_sums(sums, scales, stack.shape[-2])
     zeros = quantize.zero_range(scales, gamma)

@@ -16,7 +16,6 @@ import argparse
 import concurrent.futures
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -34,6 +33,7 @@ import tqdm
 
 import checkpoint
 import download
+import files
 import model
 import quantize
 import shards
@@ -57,7 +57,7 @@ def convert(
     entries: Sequence[checkpoint.Entry],
     output: Path,
     config: dict,
-    files: dict[str, bytes],
+    extra: dict[str, bytes],
     *,
     source: str,
     packing: str = "base3",
@@ -69,7 +69,7 @@ def convert(
     """Writes released parameters to a converted checkpoint, one after the other; resumes.
 
     entries: of all parameters, from `checkpoint.check_files`
-    config, files, source, shard_size, sealed: as in `shards.write`
+    config, extra, source, shard_size, sealed: as in `shards.write`
     packing: one of shards.PACKINGS
     threads: at work on a tensor; default: one for each core
     progress: a bar on stderr
@@ -94,7 +94,10 @@ def convert(
             if entry.kind == "ternary":
                 _fill_ternary(entry, tensor, stored, packing, pool, bar.update)
             else:
-                jax.tree.map(functools.partial(_copy, update=bar.update), tensor, stored)
+                if isinstance(tensor, QuantizedWeight8bit):
+                    checkpoint.check_scales(tensor.scales, entry.title)
+                copy = functools.partial(_copy, title=entry.title, update=bar.update)
+                jax.tree.map(copy, tensor, stored)
             filled.add(path)
             written += shards.stored_bytes(stored)
             bar.set_postfix_str(f"{readable_size(written)} written", refresh=False)
@@ -104,7 +107,7 @@ def convert(
             sealed(shard)
 
         shards.write(
-            output, leaves, fill, config, files, source=source, shard_size=shard_size, sealed=done
+            output, leaves, fill, config, extra, source=source, shard_size=shard_size, sealed=done
         )
 
 
@@ -129,9 +132,11 @@ def _fill_ternary(entry, tensor, stored: StoredTrits, packing: str, pool, update
     update(entry.bytes % len(matrices))
 
 
-def _copy(source: np.ndarray, out: np.ndarray, update) -> None:
+def _copy(source: np.ndarray, out: np.ndarray, title: str, update) -> None:
     rows = max(1, COPY // max(1, source[:1].nbytes))
     for piece in slices(0, len(source), rows):
+        if source.dtype == np.float32:
+            checkpoint.check_finite(source[piece], title)
         out[piece] = source[piece]
         release(source)
         release(out)
@@ -165,7 +170,7 @@ class Stream:
     def _entry(self, module, name, shape, kind) -> checkpoint.Entry:
         file = self.files[f"{module}/{name}"]
         expected = _released_form(module, shape, kind)
-        restored = checkpoint.ternary_shapes(shape) if kind == "ternary" else expected
+        restored = shards.ternary_shapes(shape) if kind == "ternary" else expected
 
         def read():
             self.fetch(file)
@@ -318,6 +323,9 @@ def _difference(stored, original) -> tuple[float, float]:
 
 def inspect(folder: Path, source: Path | None, progress: bool) -> None:
     """Prints a table of a converted checkpoint's parameters, and one of their families."""
+    check_converted(folder)
+    if source is not None:
+        check_source(source)
     stored = shards.open_shards(folder)
     originals: dict[str, Any] = {}
     if source is not None:
@@ -336,9 +344,10 @@ def inspect(folder: Path, source: Path | None, progress: bool) -> None:
             disable=not progress,
         ) as bar,
     ):
-        for path, (_, leaf) in stored.items():
+        for path, (file, leaf) in stored.items():
             original = originals[path].read() if originals else None
-            found = measure(leaf, original, pool, bar.update)
+            with files.naming(f"{file}: {path}"):
+                found = measure(leaf, original, pool, bar.update)
             ternary = isinstance(leaf, StoredTrits)
             scale = f"{leaf.scales.mean():.5g}" if ternary else ""
             shape = " x ".join(map(str, leaf.shape))
@@ -375,6 +384,17 @@ def summed(group: Sequence[Measure]) -> Measure:
 # --- The command ----------------------------------------------------------------------------------
 
 
+def positive(kind: type, text: str) -> float:
+    """A number of an option; the parser says which one."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r:.100}")
+    return value
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -401,20 +421,15 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         default="base3",
         help="of trits in the files: five to a byte, or four, which load faster (%(default)s)",
     )
-    add("--shard-size", type=float, default=2.0, metavar="GB", help="of a file (%(default)s)")
-    add("--threads", type=int, help="at work on a tensor (one for each core)")
+    size, count = functools.partial(positive, float), functools.partial(positive, int)
+    add("--shard-size", type=size, default=2.0, metavar="GB", help="of a file (%(default)s)")
+    add("--threads", type=count, help="at work on a tensor (one for each core)")
     add("--repo", default=download.REPO, help="on the hub, to fetch from (%(default)s)")
     args = parser.parse_args(argv)
     chosen = args.download or args.stream or args.verify or args.inspect
     if len(args.folders) != (0 if chosen else 2):
         parser.error("give SOURCE and OUTPUT folders, or one of the flags with its own")
     return args
-
-
-def read_config(folder: Path | None, preset: str | None = None) -> model.LanguageModelConfig:
-    if preset:
-        return model.PRESETS[preset]
-    return model.config_from_dict(folder and checkpoint.read_config(folder))
 
 
 def report(**lines: str) -> None:
@@ -433,6 +448,25 @@ def resolve_config(folder: Path | None, preset: str | None = None) -> model.Lang
     if preset:
         return model.PRESETS[preset]
     return model.config_from_dict(folder and checkpoint.read_config(folder))
+
+
+def check_source(folder: Path) -> None:
+    """CheckpointError unless the folder holds a released checkpoint."""
+    checkpoint.check_folder(folder)
+    if shards.exists(folder):
+        raise CheckpointError(
+            f"{folder}: is converted already; give the released checkpoint that it was made from"
+        )
+
+
+def check_converted(folder: Path) -> None:
+    """CheckpointError unless the folder holds a converted checkpoint."""
+    checkpoint.check_folder(folder)
+    if not shards.exists(folder):
+        raise CheckpointError(
+            f"{folder}: a released checkpoint, which has no sums; convert.py {folder} OUTPUT makes "
+            "one that has"
+        )
 
 
 def find_tokenizer(folder: Path | None, vocab_size: int) -> dict[str, bytes]:
@@ -475,21 +509,21 @@ def check_space(
 
 def convert_command(args: argparse.Namespace) -> None:
     source, output = (None, args.stream) if args.stream else args.folders
+    if source is not None:
+        check_source(source)
     config = resolve_config(source, args.preset)
     rules, template = model.PRECISIONS[args.weights], model.abstract_params(config)
     about = model.config_to_dict(config) | checkpoint.quantization(
         args.weights, rules, args.packing
     )
+    scratch = output.parent / f"{output.name}.download"
     if output.exists():
-        if checkpoint.read_config(output) != json.loads(json.dumps(about)):
-            raise CheckpointError(
-                f"{output} exists and is something else; remove it, or choose another folder"
-            )
-        shards.open_shards(output)
+        check_complete(output, about)
+        if args.stream:  # what an interruption after the last rename left
+            shutil.rmtree(scratch, ignore_errors=True)
         report(done=f"{output} is complete already; --verify compares it with its checksums")
         return
 
-    scratch = output.with_name(f"{output.name}.download")
     stream = None
     if args.stream:
         fetch_tokenizer(scratch, config)
@@ -528,6 +562,21 @@ def convert_command(args: argparse.Namespace) -> None:
     )
 
 
+def check_complete(output: Path, config: dict) -> None:
+    """CheckpointError unless the folder is a converted checkpoint with this configuration."""
+    found = checkpoint.read_config(output) or {}
+    if not shards.exists(output):
+        differing = "it is no converted checkpoint"
+    elif differing := shards.difference(found, config):
+        differing = f"{shards.CONFIG} has another {differing}"
+    if differing:
+        raise CheckpointError(
+            f"{output} exists and is something else: {differing}; remove it, or choose another "
+            "folder"
+        )
+    shards.open_shards(output)
+
+
 def fetch_tokenizer(folder: Path, config: model.LanguageModelConfig) -> None:
     """Grok-1's, for a model of its vocabulary; others have none to fetch."""
     if config.vocab_size == tokenizer.GROK_1_SIZE:
@@ -544,12 +593,15 @@ def download_command(args: argparse.Namespace) -> None:
 
 
 def verify_command(folder: Path) -> None:
+    check_converted(folder)
     sizes = [sums["bytes"] for sums in shards.read_checksums(folder).values()]
     with byte_bar(total=sum(sizes), disable=not sys.stderr.isatty()) as bar:
         problems = shards.verify(folder, bar.update)
     if problems:
         raise CheckpointError("\n".join(problems))
     print(f"{folder}: {len(sizes)} files, {readable_size(sum(sizes))}, all as they were written")
+    if rest := shards.without_sums(folder):
+        print(f"not compared, for they have no sums: {', '.join(map(repr, rest))}")
 
 
 def main(argv=None) -> None:

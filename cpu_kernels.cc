@@ -15,6 +15,12 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -36,27 +42,110 @@ constexpr int64_t kWorthAThread = 1 << 18;
 constexpr int64_t kFewRows = 8;      // from here on AMX is faster
 constexpr int64_t kChunk = 512;      // codes of an output unpacked at a time, so that they stay in L1
 constexpr int64_t kTileBytes = 1024; // of an AMX tile, 16 rows of 64
+constexpr int64_t kWidest = 1 << 21; // bytes of an output: no int32 sum of any path is exceeded
 
 int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// --- What a kernel takes --------------------------------------------------------------------------
+//
+// Each kernel checks all its arrays before it reads one, and throws what is wrong; `Kernel` makes an
+// error of JAX of that. XLA calls none whose results have no elements.
+
+template <class... Parts>
+void Check(bool right, const Parts&... parts) {
+  if (right) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+// Sizes of the arrays of a call, by name. The first array that has a name gives it a size.
+class Sizes {
+ public:
+  // what: the array and the names of its sizes, a literal such as "k [B, K, S, H]"
+  template <class Buffer>
+  void Match(std::string_view what, const Buffer& x) {
+    const auto found = x.dimensions();
+    const size_t rank = std::count(what.begin(), what.end(), ',') + 1;
+    if (found.size() != rank) Check(false, what, " is ", Text(found), ", not of rank ", rank);
+    size_t begin = what.find('[') + 1;
+    for (const int64_t size : found) {
+      const size_t end = what.find_first_of(",]", begin);
+      const std::string_view name = what.substr(begin, end - begin);
+      const int64_t known = Known(name, size);
+      if (size != known) Check(false, what, " is ", Text(found), ", but ", name, " is ", known);
+      begin = end + 2;
+    }
+  }
+  // The same for an array of any dtype, which must be this one.
+  void Match(std::string_view what, const ffi::AnyBuffer& x, ffi::DataType dtype) {
+    Check(x.element_type() == dtype, what, " is ", x.element_type(), ", not ", dtype);
+    Match(what, x);
+  }
+  int64_t operator[](std::string_view name) { return Known(name, 0); }
+
+ private:
+  int64_t Known(std::string_view name, int64_t size) {  // the size of this name, from now on
+    for (int i = 0; i < count_; ++i)
+      if (sizes_[i].first == name) return sizes_[i].second;
+    sizes_[count_++] = {name, size};
+    return size;
+  }
+  static std::string Text(ffi::Span<const int64_t> sizes) {
+    std::string text;
+    for (const int64_t size : sizes) text += (text.empty() ? "[" : ", ") + std::to_string(size);
+    return text.empty() ? "[]" : text + "]";
+  }
+  std::pair<std::string_view, int64_t> sizes_[8];
+  int count_ = 0;
+};
+
+void CheckFloats(const char* what, const ffi::AnyBuffer& x) {
+  const ffi::DataType dtype = x.element_type();
+  Check(dtype == ffi::F32 || dtype == ffi::BF16, what, " is ", dtype, ", neither F32 nor BF16");
+}
+
+template <auto kernel>
+struct Kernel;
+
+template <class... Arguments, void (*kernel)(Arguments...)>
+struct Kernel<kernel> {
+  static ffi::Error Call(Arguments... arguments) {
+    try {
+      kernel(arguments...);
+      return ffi::Error::Success();
+    } catch (const std::invalid_argument& error) {
+      return ffi::Error::InvalidArgument(error.what());
+    } catch (const std::bad_alloc&) {
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory left for a kernel");
+    }
+  }
+};
+
+// --- Threads and memory ---------------------------------------------------------------------------
 
 // Runs f(0) to f(n - 1) on the pool and this thread, each index once, and returns when all are done.
 // bytes: that all of it reads; a thread is not woken, which takes some 20 microseconds, for few.
 template <class F>
-void Parallel(ffi::ThreadPool& pool, int64_t n, int64_t bytes, F f) {
+void Parallel(ffi::ThreadPool& pool, int64_t n, double bytes, F f) {
   struct State {
     std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> failed{false};
     int64_t n;
     F f;
     State(int64_t n, F f) : n(n), f(std::move(f)) {}
     void Work() {
-      for (int64_t i; (i = next.fetch_add(1)) < n;) {
-        f(i);
-        done.fetch_add(1);
+      for (int64_t i; (i = next.fetch_add(1)) < n; done.fetch_add(1)) {
+        try {
+          f(i);
+        } catch (const std::bad_alloc&) {  // which would end the process in a thread of the pool
+          failed = true;
+        }
       }
     }
   };
   auto state = std::make_shared<State>(n, std::move(f));
-  const int64_t threads = std::min<int64_t>({pool.num_threads(), n, 1 + bytes / kWorthAThread});
+  const int64_t threads = std::min({1. * pool.num_threads(), 1. * n, 1 + bytes / kWorthAThread});
   for (int64_t t = 1; t < threads; ++t)
     pool.Schedule([state] { state->Work(); });
   state->Work();
@@ -65,6 +154,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t n, int64_t bytes, F f) {
     _mm_pause();
 #endif
   }
+  if (state->failed) throw std::bad_alloc();
 }
 
 struct Aligned {  // uninitialised memory at a multiple of 64 bytes
@@ -338,14 +428,19 @@ int64_t BestPath() {  // that the processor has
 
 // x int8 [blocks, R, I], packed uint8 [E, O, B], experts int32 [blocks] -> int32 [blocks, R, O].
 // block: bytes in a packing block; path: the best one to take, -1 for all that the processor has.
-ffi::Error TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> packed,
-                       ffi::Buffer<ffi::S32> experts, ffi::ResultBuffer<ffi::S32> out,
-                       int64_t block, int64_t path) {
-  const auto xd = x.dimensions(), pd = packed.dimensions();
-  const int64_t blocks = xd[0], rows = xd[1], inputs = xd[2], count = pd[0], outputs = pd[1],
-                bytes = pd[2];
-  if (inputs > 4 * bytes || bytes % block)
-    return ffi::Error::InvalidArgument("activations do not fit the packed matrix");
+void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> packed,
+                 ffi::Buffer<ffi::S32> experts, ffi::ResultBuffer<ffi::S32> out,
+                 int64_t block, int64_t path) {
+  Sizes sizes;
+  sizes.Match("x [blocks, R, I]", x);
+  sizes.Match("packed [E, O, B]", packed);
+  sizes.Match("experts [blocks]", experts);
+  sizes.Match("sums [blocks, R, O]", *out);
+  const int64_t blocks = sizes["blocks"], rows = sizes["R"], inputs = sizes["I"],
+                count = sizes["E"], outputs = sizes["O"], bytes = sizes["B"];
+  Check(bytes <= kWidest, bytes, " packed bytes of an output, more than ", kWidest);
+  Check(inputs <= 4 * bytes, inputs, " inputs do not fit ", bytes, " packed bytes");
+  Check(block > 0 && bytes % block == 0, bytes, " packed bytes are no whole blocks of ", block);
   const int64_t best = path < 0 ? BestPath() : std::min(path, BestPath());
   const bool amx = best == kAmx && rows >= kFewRows;
   const int64_t width = RoundUp(bytes, kVector), groups = RoundUp(rows, 16) / 16;
@@ -370,7 +465,7 @@ ffi::Error TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer
       }
     sums[row] = sum;
   };
-  Parallel(pool, blocks * rows, blocks * rows * inputs, arrange);
+  Parallel(pool, blocks * rows, 1. * blocks * rows * inputs, arrange);
   // Padding, rows of zeros behind the others, costs nothing.
   std::vector<int64_t> counts(blocks);
   for (int64_t b = 0; b < blocks; ++b)
@@ -378,7 +473,7 @@ ffi::Error TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer
       if (used[b * rows + m]) counts[b] = m + 1;
 #if defined(__x86_64__)
   if (amx)
-    Parallel(pool, blocks * groups, blocks * rows * inputs, [=](int64_t i) {
+    Parallel(pool, blocks * groups, 1. * blocks * rows * inputs, [=](int64_t i) {
       const int64_t b = i / groups, g = i % groups;
       ArrangeTile(slab_data + b * rows * 4 * width, rows, width, 16 * g,
                   tile_data + i * 64 * width);
@@ -391,7 +486,7 @@ ffi::Error TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer
   const int32_t* chosen = experts.typed_data();
   int32_t* result = out->typed_data();
   const int32_t* row_sums = sums.data();
-  Parallel(pool, blocks * panels, blocks * outputs * bytes, [=, &counts](int64_t i) {
+  Parallel(pool, blocks * panels, 1. * blocks * outputs * bytes, [=, &counts](int64_t i) {
     const int64_t b = i / panels, begin = i % panels * panel;
     Problem p{nullptr,
               slab_data + b * rows * 4 * width,
@@ -424,7 +519,6 @@ ffi::Error TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer
     PlainPanel(p);
 #endif
   });
-  return ffi::Error::Success();
 }
 
 // --- Five trits to a byte -------------------------------------------------------------------------
@@ -435,14 +529,15 @@ ffi::Error TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer
 #define FOR_EVERY_PROCESSOR
 #endif
 
-// quantize.from_base3, which explains the arithmetic, of n bytes, a multiple of 4.
-FOR_EVERY_PROCESSOR void FromBase3Bytes(const uint8_t* digits, int64_t n, uint8_t* packed) {
+// quantize.from_base3, which explains the arithmetic, of n bytes, a multiple of 4; the largest one.
+FOR_EVERY_PROCESSOR uint8_t FromBase3Bytes(const uint8_t* digits, int64_t n, uint8_t* packed) {
   constexpr int64_t some = 256;
-  uint8_t low[some], fifth[some];
+  uint8_t low[some], fifth[some], largest = 0;
   for (int64_t i = 0; i < n; i += some, packed += some / 4 * 5) {
     const int64_t count = std::min(some, n - i);
     for (int64_t j = 0; j < count; ++j) {
       const uint8_t d = digits[i + j];
+      largest = std::max(largest, d);
       fifth[j] = d / 81;
       low[j] = d + d / 3 + 4 * (d / 9) + 16 * (d / 27) + 64 * (d / 81);
     }
@@ -453,6 +548,7 @@ FOR_EVERY_PROCESSOR void FromBase3Bytes(const uint8_t* digits, int64_t n, uint8_
       packed[5 * g + 4] = (four * (1u << 24 | 1u << 18 | 1u << 12 | 1u << 6)) >> 24;
     }
   }
+  return largest;
 }
 
 // --- The embedding table as the output head -------------------------------------------------------
@@ -567,7 +663,7 @@ void TableRows(ffi::ThreadPool& pool, const T* table, const float* x, int64_t ro
                int64_t vocab, float* out) {
   constexpr int64_t some = 64;  // rows of the table and, of x, rows that stay in a cache meanwhile
   const int64_t panels = (vocab + some - 1) / some, groups = (rows + some - 1) / some;
-  const int64_t bytes = vocab * size * sizeof(T) * std::max<int64_t>(1, rows / 8);
+  const double bytes = 1. * vocab * size * sizeof(T) * std::max<int64_t>(1, rows / 8);
   Parallel(pool, panels * groups, bytes, [=](int64_t i) {
     const int64_t v0 = i % panels * some, m0 = i / panels * some;
     for (int64_t m = m0; m < std::min(rows, m0 + some); m += 4)
@@ -578,23 +674,24 @@ void TableRows(ffi::ThreadPool& pool, const T* table, const float* x, int64_t ro
 }
 
 // x float32 [R, D] times table float32, bfloat16 or int8 [V, D] -> float32 [R, V]
-ffi::Error TableDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer table,
-                    ffi::ResultBuffer<ffi::F32> out) {
-  const int64_t rows = x.dimensions()[0], size = x.dimensions()[1], vocab = table.dimensions()[0];
-  if (table.dimensions()[1] != size)
-    return ffi::Error::InvalidArgument("rows do not fit the table");
-  if (table.element_type() == ffi::BF16)
-    TableRows(pool, static_cast<const uint16_t*>(table.untyped_data()), x.typed_data(), rows, size,
-              vocab, out->typed_data());
-  else if (table.element_type() == ffi::F32)
-    TableRows(pool, static_cast<const float*>(table.untyped_data()), x.typed_data(), rows, size,
-              vocab, out->typed_data());
-  else if (table.element_type() == ffi::S8)
-    TableRows(pool, static_cast<const int8_t*>(table.untyped_data()), x.typed_data(), rows, size,
-              vocab, out->typed_data());
+void TableDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer table,
+              ffi::ResultBuffer<ffi::F32> out) {
+  Sizes sizes;
+  sizes.Match("x [R, D]", x);
+  sizes.Match("table [V, D]", table);
+  sizes.Match("logits [R, V]", *out);
+  auto rows_of = [&](const auto* data) {
+    TableRows(pool, data, x.typed_data(), sizes["R"], sizes["D"], sizes["V"], out->typed_data());
+  };
+  const ffi::DataType dtype = table.element_type();
+  if (dtype == ffi::BF16)
+    rows_of(static_cast<const uint16_t*>(table.untyped_data()));
+  else if (dtype == ffi::F32)
+    rows_of(static_cast<const float*>(table.untyped_data()));
+  else if (dtype == ffi::S8)
+    rows_of(static_cast<const int8_t*>(table.untyped_data()));
   else
-    return ffi::Error::InvalidArgument("the table is neither float32, bfloat16 nor int8");
-  return ffi::Error::Success();
+    Check(false, "table is ", dtype, ", neither F32, BF16 nor S8");
 }
 
 // --- Norm -----------------------------------------------------------------------------------------
@@ -609,7 +706,7 @@ void FromFloat(float value, uint16_t* out) {  // to nearest, halves to even
 template <class T>
 void NormRows(ffi::ThreadPool& pool, const T* x, const float* scale, int64_t rows, int64_t size,
               float eps, T* out) {
-  Parallel(pool, rows, rows * size * sizeof(float), [=](int64_t m) {
+  Parallel(pool, rows, 1. * rows * size * sizeof(float), [=](int64_t m) {
     static thread_local Aligned kept(0);
     float* row = reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
     for (int64_t i = 0; i < size; ++i) row[i] = ToFloat(x[m * size + i]);
@@ -621,19 +718,21 @@ void NormRows(ffi::ThreadPool& pool, const T* x, const float* scale, int64_t row
 }
 
 // x [R, D], float32 or bfloat16, and scale float32 [D] -> as x: scale x / sqrt(mean square + eps).
-ffi::Error RmsNorm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> scale,
-                   ffi::Result<ffi::AnyBuffer> out, float eps) {
-  const int64_t rows = x.dimensions()[0], size = x.dimensions()[1];
-  const float* scales = scale.typed_data();
+void RmsNorm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> scale,
+             ffi::Result<ffi::AnyBuffer> out, float eps) {
+  Sizes sizes;
+  CheckFloats("x", x);
+  sizes.Match("x [R, D]", x);
+  sizes.Match("scale [D]", scale);
+  sizes.Match("y [R, D]", *out, x.element_type());
+  auto norm = [&](auto* y) {
+    NormRows(pool, static_cast<decltype(y)>(x.untyped_data()), scale.typed_data(), sizes["R"],
+             sizes["D"], eps, y);
+  };
   if (x.element_type() == ffi::BF16)
-    NormRows(pool, static_cast<const uint16_t*>(x.untyped_data()), scales, rows, size, eps,
-             static_cast<uint16_t*>(out->untyped_data()));
-  else if (x.element_type() == ffi::F32)
-    NormRows(pool, static_cast<const float*>(x.untyped_data()), scales, rows, size, eps,
-             static_cast<float*>(out->untyped_data()));
+    norm(static_cast<uint16_t*>(out->untyped_data()));
   else
-    return ffi::Error::InvalidArgument("rows are neither float32 nor bfloat16");
-  return ffi::Error::Success();
+    norm(static_cast<float*>(out->untyped_data()));
 }
 
 // --- Attention ------------------------------------------------------------------------------------
@@ -649,6 +748,7 @@ constexpr int64_t kWidth = 16;   // floats in Lanes
 constexpr int64_t kSlots = 32;   // that are turned into float32 and taken at a time
 constexpr int64_t kPart = 256;   // slots
 constexpr int64_t kQueries = 64; // rows of a task: queries of the heads that share keys and values
+constexpr float kLargestCap = 40;  // exp(-2 * 40) is still a normal number
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -664,11 +764,11 @@ struct Attention {
   int64_t offset(int64_t b, int64_t g, int64_t row) const {  // of a row in q and out
     return ((b * queries + row / group()) * heads + g * group() + row % group()) * size;
   }
-  int64_t last(int64_t b, int64_t row) const {  // the last slot that a row sees
-    return std::min<int64_t>(positions[b * queries + row / group()], slots - 1);
+  int64_t last(int64_t b, int64_t row) const {  // the last slot that a row sees; -1 for none
+    return std::clamp<int64_t>(positions[b * queries + row / group()], -1, slots - 1);
   }
   int64_t last(int64_t b, int64_t first, int64_t count) const {  // that any of several rows sees
-    int64_t largest = 0;
+    int64_t largest = -1;
     for (int64_t i = 0; i < count; ++i) largest = std::max(largest, last(b, first + i));
     return largest;
   }
@@ -888,7 +988,7 @@ auto BestParts() {
   return PlainParts<T>;
 }
 
-// The output of the rows from first on, from their sums.
+// The output of the rows from first on, from their sums; zeros for one that sees no slot.
 template <class T>
 void Finish(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
             const float* sums) {
@@ -896,6 +996,7 @@ void Finish(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t row
     const float* weights = sums + rows * a.padded() + r * kWidth;
     float total = 0;
     for (int i = 0; i < kWidth; ++i) total += weights[i];
+    if (total == 0) total = 1;
     T* out = static_cast<T*>(a.out) + a.offset(b, g, first + r);
     for (int64_t h = 0; h < a.size; ++h) FromFloat(sums[r * a.padded() + h] / total, out + h);
   }
@@ -909,9 +1010,9 @@ void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
   const int64_t splits = split ? parts : 1, size = kQueries * (a.padded() + kWidth);
   Aligned memory(split ? tasks * parts * size * sizeof(float) : 0);
   float* sums = reinterpret_cast<float*>(memory.data);
-  int64_t seen = 0;
+  double seen = 0;
   for (int64_t b = 0; b < a.batch; ++b) seen += a.last(b, 0, rows) + 1;
-  const int64_t bytes = seen * a.kv_heads * a.size * sizeof(T) * 2 * tiles;
+  const double bytes = seen * a.kv_heads * a.size * sizeof(T) * 2 * tiles;
   struct Task {
     int64_t b, g, first, rows, parts;
   };
@@ -939,33 +1040,34 @@ void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
   }
 }
 
-// What is wrong with the shapes or dtypes of an attention, if anything.
-ffi::Error Check(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k) {
-  const auto qd = q.dimensions(), kd = k.dimensions();
-  if (kd[0] != qd[0] || kd[3] != qd[3] || qd[2] % kd[1])
-    return ffi::Error::InvalidArgument("queries do not fit the cache");
-  if (q.element_type() != ffi::BF16 && q.element_type() != ffi::F32)
-    return ffi::Error::InvalidArgument("queries are neither float32 nor bfloat16");
-  return ffi::Error::Success();
-}
-
-Attention AttentionOf(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k, const ffi::AnyBuffer& v,
-                      const ffi::Buffer<ffi::S32>& positions, void* out, float multiplier,
-                      float cap) {
-  const auto qd = q.dimensions(), kd = k.dimensions();
-  return {q.untyped_data(), k.untyped_data(), v.untyped_data(), positions.typed_data(), out,
-          qd[0], qd[1], qd[2], kd[1], kd[2], qd[3], multiplier, cap};
+// An attention whose arrays fit each other; throws what does not. Adds their sizes.
+Attention AttentionOf(Sizes& sizes, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,
+                      const ffi::AnyBuffer& v, const ffi::Buffer<ffi::S32>& positions,
+                      const ffi::AnyBuffer& out, float multiplier, float cap) {
+  CheckFloats("q", q);
+  sizes.Match("q [B, T, N, H]", q);
+  sizes.Match("k [B, K, S, H]", k, q.element_type());
+  sizes.Match("v [B, K, S, H]", v, q.element_type());
+  sizes.Match("positions [B, T]", positions);
+  sizes.Match("result [B, T, N, H]", out, q.element_type());
+  const int64_t heads = sizes["N"], kv_heads = sizes["K"], slots = sizes["S"];
+  Check(kv_heads > 0 && heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads,
+        " key/value heads");
+  Check(slots > 0, "a cache without slots");
+  Check(cap > 0 && cap <= kLargestCap, "cap ", cap, " is not above 0 and at most ", kLargestCap);
+  return {q.untyped_data(), k.untyped_data(), v.untyped_data(), positions.typed_data(),
+          out.untyped_data(), sizes["B"], sizes["T"], heads, kv_heads, slots, sizes["H"],
+          multiplier, cap};
 }
 
 // q [B, T, N, H] over k, v [B, K, S, H], all float32 or all bfloat16, and positions int32 [B, T]
-// -> as q. A query sees the slots up to its position; the cap is 40 at most.
-ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::AnyBuffer> out,
-                  float multiplier, float cap) {
-  if (ffi::Error error = Check(q, k); error.failure()) return error;
-  const Attention a = AttentionOf(q, k, v, positions, out->untyped_data(), multiplier, cap);
+// -> as q. A query sees the slots up to its position, and is zeros if that is negative.
+void Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+            ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::AnyBuffer> out, float multiplier,
+            float cap) {
+  Sizes sizes;
+  const Attention a = AttentionOf(sizes, q, k, v, positions, *out, multiplier, cap);
   (q.element_type() == ffi::BF16 ? AttendAll<uint16_t> : AttendAll<float>)(pool, a);
-  return ffi::Error::Success();
 }
 
 constexpr int kGradientRows = 4;
@@ -1099,7 +1201,8 @@ template <class T>
 void AttendGradients(ffi::ThreadPool& pool, const Attention& a, const void* y, const void* dy,
                      void* dk, void* dv) {
   const int64_t padded = a.padded(), slots = RoundUp(a.slots, kSlots);
-  const int64_t rows = RoundUp(a.rows(), kGradientRows), flops = a.batch * a.heads * a.queries * slots * a.size;
+  const int64_t rows = RoundUp(a.rows(), kGradientRows);
+  const double flops = 1. * a.batch * a.heads * a.queries * slots * a.size;
   Parallel(pool, a.batch * a.kv_heads, flops, [=](int64_t i) {
     const int64_t b = i / a.kv_heads, g = i % a.kv_heads;
     static thread_local Aligned kept(0);
@@ -1140,35 +1243,132 @@ void AttendGradients(ffi::ThreadPool& pool, const Attention& a, const void* y, c
 }
 
 // What `Attend` takes, its output y and the gradient dy of that -> those of q, k and v.
-ffi::Error AttendGradient(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                          ffi::Buffer<ffi::S32> positions, ffi::AnyBuffer y, ffi::AnyBuffer dy,
-                          ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
-                          ffi::Result<ffi::AnyBuffer> dv, float multiplier, float cap) {
-  if (ffi::Error error = Check(q, k); error.failure()) return error;
-  const Attention a = AttentionOf(q, k, v, positions, dq->untyped_data(), multiplier, cap);
+void AttendGradient(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                    ffi::Buffer<ffi::S32> positions, ffi::AnyBuffer y, ffi::AnyBuffer dy,
+                    ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
+                    ffi::Result<ffi::AnyBuffer> dv, float multiplier, float cap) {
+  Sizes sizes;
+  const Attention a = AttentionOf(sizes, q, k, v, positions, *dq, multiplier, cap);
+  sizes.Match("y [B, T, N, H]", y, q.element_type());
+  sizes.Match("dy [B, T, N, H]", dy, q.element_type());
+  sizes.Match("dk [B, K, S, H]", *dk, q.element_type());
+  sizes.Match("dv [B, K, S, H]", *dv, q.element_type());
   auto gradients = q.element_type() == ffi::BF16 ? AttendGradients<uint16_t> : AttendGradients<float>;
   gradients(pool, a, y.untyped_data(), dy.untyped_data(), dk->untyped_data(), dv->untyped_data());
-  return ffi::Error::Success();
 }
 
 // new rows [B, T, K, H] into the slots int32 [B, T] of a cache [B, K, S, H], which is the output, too;
 // those that it does not have are dropped.
-ffi::Error WriteSlots(ffi::AnyBuffer, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> slots,
-                      ffi::Result<ffi::AnyBuffer> cache) {
-  const auto cd = cache->dimensions(), rd = rows.dimensions();
-  if (cache->element_type() != rows.element_type() || cd[0] != rd[0] || cd[1] != rd[2] ||
-      cd[3] != rd[3])
-    return ffi::Error::InvalidArgument("new rows do not fit the cache");
-  const int64_t size = cd[3] * cache->size_bytes() / cache->element_count();
+void WriteSlots(ffi::AnyBuffer before, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> slots,
+                ffi::Result<ffi::AnyBuffer> cache) {
+  Sizes sizes;
+  sizes.Match("cache [B, K, S, H]", *cache);
+  sizes.Match("rows [B, T, K, H]", rows, cache->element_type());
+  sizes.Match("slots [B, T]", slots);
+  Check(before.untyped_data() == cache->untyped_data(), "the cache is not the output");
+  const int64_t batch = sizes["B"], heads = sizes["K"], there = sizes["S"], count = sizes["T"];
+  const int64_t size = sizes["H"] * ffi::ByteWidth(cache->element_type());
   const auto* from = static_cast<const char*>(rows.untyped_data());
   auto* to = static_cast<char*>(cache->untyped_data());
-  for (int64_t b = 0; b < rd[0]; ++b)
-    for (int64_t t = 0; t < rd[1]; ++t) {
-      const int64_t slot = slots.typed_data()[b * rd[1] + t];
-      for (int64_t k = 0; k < rd[2]; ++k, from += size)
-        if (slot >= 0 && slot < cd[2]) std::memcpy(to + ((b * cd[1] + k) * cd[2] + slot) * size, from, size);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t slot = slots.typed_data()[b * count + t];
+      for (int64_t k = 0; k < heads; ++k, from += size)
+        if (slot >= 0 && slot < there)
+          std::memcpy(to + ((b * heads + k) * there + slot) * size, from, size);
     }
-  return ffi::Error::Success();
+}
+
+// --- Rotary embedding and gated sums --------------------------------------------------------------
+//
+// Two products, added: XLA contracts the one or the other into a fused multiply-add, by the shape of
+// its loop. Here both are rounded before they are added, on every processor.
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#define ROUNDED
+#else
+#define ROUNDED __attribute__((optimize("fp-contract=off")))
+#endif
+
+template <class T>
+ROUNDED void RotateHeads(const T* x, const float* sin, const float* cos, int64_t heads, int64_t half,
+                         T* out) {
+  for (int64_t n = 0; n < heads; ++n, x += 2 * half, out += 2 * half)
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = ToFloat(x[i]), b = ToFloat(x[i + half]);
+      FromFloat(a * cos[i] - b * sin[i], out + i);
+      FromFloat(b * cos[i] + a * sin[i], out + half + i);
+    }
+}
+
+template <class T>
+void RotateTokens(ffi::ThreadPool& pool, const void* x, const int32_t* positions,
+                  const float* frequencies, int64_t tokens, int64_t heads, int64_t half, void* out) {
+  const int64_t row = heads * 2 * half;
+  Parallel(pool, tokens, 8. * tokens * row, [=](int64_t t) {
+    static thread_local Aligned kept(0);
+    float* sin = reinterpret_cast<float*>(Kept(kept, 2 * half * sizeof(float)));
+    float* cos = sin + half;
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(positions[t]) * frequencies[i];
+      sin[i] = std::sin(angle), cos[i] = std::cos(angle);
+    }
+    RotateHeads(static_cast<const T*>(x) + t * row, sin, cos, heads, half,
+                static_cast<T*>(out) + t * row);
+  });
+}
+
+// x [B, T, N, H], float32 or bfloat16, positions int32 [B, T], frequencies float32 [H / 2] -> as x:
+// pairs (i, i + H / 2) rotated by position times frequency.
+void Rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> positions,
+            ffi::Buffer<ffi::F32> frequencies, ffi::Result<ffi::AnyBuffer> out) {
+  Sizes sizes;
+  CheckFloats("x", x);
+  sizes.Match("x [B, T, N, H]", x);
+  sizes.Match("positions [B, T]", positions);
+  sizes.Match("frequencies [H / 2]", frequencies);
+  sizes.Match("rotated [B, T, N, H]", *out, x.element_type());
+  const int64_t half = sizes["H / 2"];
+  Check(sizes["H"] == 2 * half, "heads of ", sizes["H"], " numbers, but ", half, " frequencies");
+  auto rotate = x.element_type() == ffi::BF16 ? RotateTokens<uint16_t> : RotateTokens<float>;
+  rotate(pool, x.untyped_data(), positions.typed_data(), frequencies.typed_data(),
+         sizes["B"] * sizes["T"], sizes["N"], half, out->untyped_data());
+}
+
+template <class T>
+ROUNDED void AddGated(const T* row, float gate, int64_t size, float* sum) {
+  for (int64_t i = 0; i < size; ++i) sum[i] += gate * ToFloat(row[i]);
+}
+
+// rows [R, D], float32 or bfloat16, gates float32 [T, A], index int32 [T, A] -> float32 [T, D]: each
+// token's rows, times its gates, summed in order; those that there are not are left out.
+void GatedSums(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::Buffer<ffi::F32> gates,
+               ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> out) {
+  Sizes sizes;
+  CheckFloats("rows", rows);
+  sizes.Match("rows [R, D]", rows);
+  sizes.Match("gates [T, A]", gates);
+  sizes.Match("index [T, A]", index);
+  sizes.Match("sums [T, D]", *out);
+  const int64_t count = sizes["R"], size = sizes["D"], tokens = sizes["T"], chosen = sizes["A"];
+  const bool half = rows.element_type() == ffi::BF16;
+  const void* from = rows.untyped_data();
+  const float* gate = gates.typed_data();
+  const int32_t* at = index.typed_data();
+  float* to = out->typed_data();
+  Parallel(pool, tokens, 4. * tokens * chosen * size, [=](int64_t t) {
+    float* sum = to + t * size;
+    std::fill(sum, sum + size, 0.f);
+    for (int64_t a = t * chosen; a < (t + 1) * chosen; ++a) {
+      const int64_t row = at[a];
+      if (row < 0 || row >= count) continue;
+      if (half)
+        AddGated(static_cast<const uint16_t*>(from) + row * size, gate[a], size, sum);
+      else
+        AddGated(static_cast<const float*>(from) + row * size, gate[a], size, sum);
+    }
+  });
 }
 
 // --- Transposition --------------------------------------------------------------------------------
@@ -1191,14 +1391,15 @@ INLINE void TransposeEight(const uint16_t* from, int64_t stride, uint16_t* to, i
 }
 
 // x [B, R, C] of two bytes each -> [B, C, R]
-ffi::Error Transpose(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
-  const auto d = x.dimensions();
-  const int64_t rows = d[1], columns = d[2], strips = RoundUp(columns, 32) / 32;
-  if (x.size_bytes() != 2 * x.element_count())
-    return ffi::Error::InvalidArgument("numbers to transpose must have two bytes");
+void Transpose(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
+  Sizes sizes;
+  sizes.Match("x [B, R, C]", x);
+  sizes.Match("transposed [B, C, R]", *out, x.element_type());
+  Check(ffi::ByteWidth(x.element_type()) == 2, "x is ", x.element_type(), ", not of two bytes");
+  const int64_t rows = sizes["R"], columns = sizes["C"], strips = RoundUp(columns, 32) / 32;
   const auto* from = static_cast<const uint16_t*>(x.untyped_data());
   auto* to = static_cast<uint16_t*>(out->untyped_data());
-  Parallel(pool, d[0] * strips, x.size_bytes(), [=](int64_t i) {
+  Parallel(pool, sizes["B"] * strips, x.size_bytes(), [=](int64_t i) {
     const int64_t b = i / strips, first = i % strips * 32;
     const int64_t last = std::min(columns, first + 32);
     const uint16_t* matrix = from + b * rows * columns;
@@ -1214,25 +1415,40 @@ ffi::Error Transpose(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::An
             turned[k * rows + j] = matrix[j * columns + k];
       }
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(TransposeHandler, Transpose,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TransposeHandler, Kernel<Transpose>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WriteSlotsHandler, WriteSlots,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RotateHandler, Kernel<Rotate>::Call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedSumsHandler, Kernel<GatedSums>::Call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WriteSlotsHandler, Kernel<WriteSlots>::Call,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendHandler, Attend,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendHandler, Kernel<Attend>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
@@ -1243,7 +1459,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendHandler, Attend,
                                   .Attr<float>("multiplier")
                                   .Attr<float>("cap"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendGradientHandler, AttendGradient,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendGradientHandler, Kernel<AttendGradient>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
@@ -1258,14 +1474,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendGradientHandler, AttendGradient,
                                   .Attr<float>("multiplier")
                                   .Attr<float>("cap"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(TableDotHandler, TableDot,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TableDotHandler, Kernel<TableDot>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(RmsNormHandler, RmsNorm,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RmsNormHandler, Kernel<RmsNorm>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
@@ -1275,11 +1491,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RmsNormHandler, RmsNorm,
 
 extern "C" int64_t BestTernaryPath() { return BestPath(); }
 
-extern "C" void FromBase3(const uint8_t* digits, int64_t n, uint8_t* packed) {
-  FromBase3Bytes(digits, n, packed);
+// digits [rows, width] -> packed [rows, packed_width]; the largest digit, or -1 if widths do not fit.
+extern "C" int64_t FromBase3(const uint8_t* digits, int64_t rows, int64_t width, uint8_t* packed,
+                             int64_t packed_width) {
+  if (rows < 0 || width < 0 || width % 4 || packed_width != width / 4 * 5) return -1;
+  return FromBase3Bytes(digits, rows * width, packed);
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(TernarySumsHandler, TernarySums,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TernarySumsHandler, Kernel<TernarySums>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::S8>>()

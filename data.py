@@ -3,12 +3,15 @@
 Shapes: B batch, T tokens of a sequence, W evaluation windows, N tokens of a text.
 """
 
+import concurrent.futures
 import hashlib
 import http.client
 import os
+import threading
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,7 +23,10 @@ SOURCES = {  # name: (address, sha256)
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
 }
-TIMEOUT = 30  # seconds without an answer
+LARGEST = 1 << 24  # bytes of a file that `fetch_file` takes
+STALL = 30  # seconds in which a server must send
+LEAST = 30_000  # bytes
+T = TypeVar("T")
 
 
 class Windows(NamedTuple):
@@ -29,6 +35,43 @@ class Windows(NamedTuple):
     inputs: np.ndarray  # int32 [W, T]
     targets: np.ndarray  # int32 [W, T]
     mask: np.ndarray  # bool [W, T], true where the target counts
+
+
+# --- Fetching -------------------------------------------------------------------------------------
+
+
+def watched(work: Callable[[Callable[[int], None]], T], seconds: float | None = None) -> T:
+    """The result of `work(advance)`, where `work` tells `advance` how many bytes came, as they do.
+
+    TimeoutError if fewer than LEAST come in so many seconds, by default STALL. A timeout of a
+    socket is not enough: a byte now and then, in the header too, keeps it waiting for ever. `work`
+    runs in a thread that is left to itself then; its next `advance` raises CancelledError.
+    """
+    seconds = STALL if seconds is None else seconds
+    came, stopped, done = 0, threading.Event(), concurrent.futures.Future()
+
+    def advance(count: int) -> None:
+        nonlocal came
+        if stopped.is_set():
+            raise concurrent.futures.CancelledError
+        came += count
+
+    def run() -> None:
+        try:
+            done.set_result(work(advance))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while not done.done():
+            before = came
+            concurrent.futures.wait([done], seconds)
+            if not done.done() and came - before < LEAST:
+                raise TimeoutError(f"fewer than {LEAST:,} bytes came in {seconds:g} seconds")
+        return done.result()
+    finally:
+        stopped.set()
 
 
 def fetch(name: str) -> Path:
@@ -47,16 +90,17 @@ def fetch(name: str) -> Path:
 def fetch_file(address: str, expected: str, path: Path, cure: str) -> None:
     """Writes the small file at `address`, whose sha256 must be `expected`, to `path`.
 
-    Raises OSError when it cannot be fetched, ValueError when the bytes are not the expected ones;
-    `cure` ends the message.
+    Raises OSError when it cannot be fetched, ValueError when the bytes are not the expected ones,
+    or more than LARGEST; `cure` ends the message.
     """
     try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
-            content = answer.read()
+        content = watched(lambda advance: _read(address, advance))
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
             f"cannot fetch {path.stem} from {address}: {error}; it is not in {path} either: {cure}"
         ) from error
+    if len(content) > LARGEST:
+        raise ValueError(f"{address} sends more than {LARGEST:,} bytes: {cure}")
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise ValueError(
@@ -65,6 +109,26 @@ def fetch_file(address: str, expected: str, path: Path, cure: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path, shared=True) as part:
         part.write_bytes(content)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib reads all that comes with a redirect, however long it is."""
+
+    def redirect_request(self, *_) -> None:
+        return None
+
+
+def _read(address: str, advance: Callable[[int], None]) -> bytes:
+    """What an address sends, no more of it than a byte above LARGEST."""
+    content = bytearray()
+    with urllib.request.build_opener(_NoRedirects).open(address, timeout=STALL) as answer:
+        while len(content) <= LARGEST and (piece := answer.read1(1 << 16)):
+            advance(len(piece))
+            content += piece
+    return bytes(content[: LARGEST + 1])
+
+
+# --- Texts ----------------------------------------------------------------------------------------
 
 
 def load_text(name_or_path: str | os.PathLike) -> str:
@@ -76,6 +140,11 @@ def load_text(name_or_path: str | os.PathLike) -> str:
     path = fetch(name_or_path) if name_or_path in SOURCES else Path(name_or_path)
     if not path.is_file():
         raise FileNotFoundError(f"no text file {path}; give a path, or one of {sorted(SOURCES)}")
+    return read_text(path)
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file, line ends as they are; ValueError for bytes that are not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

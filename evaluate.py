@@ -10,18 +10,20 @@ sees; the second reads integers [B, T] and writes float32 [B, T, V].
 import argparse
 import dataclasses
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 from tqdm import tqdm
 
 import checkpoint
 import data
+import files
 import kernels
+import learning
 import model
 import quantize
 import runners
@@ -30,14 +32,6 @@ import tokenizer
 
 BATCH = 8  # windows evaluated together
 MAX_LENGTH = 1024  # tokens of a window, where the model's context is longer
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target) in nats: [..., V], int32 [...] -> float32 [...]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
-
-_cross_entropy = jax.jit(cross_entropy)
 
 
 class Loss(NamedTuple):
@@ -73,10 +67,11 @@ def text_loss(
     logits: int32 [B, T] -> float32 [B, T, V]
     """
     windows = data.windows(tokenizer.encode(processor, text), length)
+    cross_entropy = jax.jit(learning.cross_entropy)
     nats = 0.0
     for start in tqdm(range(0, len(windows.inputs), BATCH), disable=not progress, unit="batch"):
         inputs, targets, mask = (_padded(array[start : start + BATCH]) for array in windows)
-        losses = _cross_entropy(logits(inputs), targets)
+        losses = cross_entropy(logits(inputs), targets)
         nats += float(np.sum(np.asarray(losses, np.float64), where=mask))
     return Loss(nats, int(windows.mask.sum()), len(text))
 
@@ -97,15 +92,26 @@ def evaluate_text(runner: runners.ModelRunner, folder: Path, text: str, length: 
     print(f"perplexity per token {loss.perplexity:>12.2f}")
 
 
-def save_logits(runner: runners.ModelRunner, source: Path, target: Path) -> None:
-    """Writes the float32 logits [B, T, V] of the token ids [B, T], integers, in a file."""
-    tokens = np.load(source, allow_pickle=False)
+def read_tokens(source: Path, vocab_size: int) -> np.ndarray:
+    """int32 [B, T] of a .npy file; ValueError for anything else."""
     try:
-        tokens = runners.check_tokens(tokens, runner.config.vocab_size, axes=2)
+        tokens = np.load(source, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{source} is no .npy file ({error!s:.200}); write it with numpy.save"
+        ) from None
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"{source} holds several arrays; write one with numpy.save")
+    try:
+        return runners.check_tokens(tokens, vocab_size, axes=2)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def save_logits(runner: runners.ModelRunner, tokens: np.ndarray, target: Path) -> None:
+    """Writes the float32 logits [B, T, V] of int32 tokens [B, T]."""
     rows = [np.asarray(runner.logits(row[None])) for row in tqdm(tokens, unit="row")]
-    with target.open("wb") as file:  # np.save would add .npy to another name
+    with files.replacing(target) as part, part.open("wb") as file:  # np.save would add .npy
         np.save(file, np.concatenate(rows))
     print(f"{target}: float32 {(*tokens.shape, runner.config.vocab_size)}")
 
@@ -135,26 +141,32 @@ def main(argv=None):
     parser.add_argument(
         "--embeddings", choices=model.EMBEDDINGS, help="table in memory (default: the model's)"
     )
-    parser.add_argument("--mesh", default="1,1", metavar="D,M", help="devices: data,model axes")
+    parser.add_argument(
+        "--mesh", default="1,1", metavar="D,M", help="devices: data,model axes (1,1)"
+    )
     args = parser.parse_args(argv)
     if (args.tokens is None) != (args.save_logits is None):
         parser.error("--tokens and --save-logits go together")
     kernels.keep_compilations()
     try:
+        checkpoint.check_folder(args.checkpoint)
         config = model.config_from_dict(checkpoint.read_config(args.checkpoint))
         chosen = {"fprop_dtype": args.dtype, "activations": args.activations}
         chosen["embeddings"] = args.embeddings
         config = dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})
         text = args.data and data.load_text(args.data)
+        tokens = args.tokens and read_tokens(args.tokens, config.vocab_size)
         runner = runners.ModelRunner(config, sharding.parse_mesh(args.mesh))
         runner.load(args.checkpoint, args.weights, progress=True)
         if text is None:
-            save_logits(runner, args.tokens, args.save_logits)
+            save_logits(runner, tokens, args.save_logits)
         else:
             part = text if args.split == "all" else data.split(text)[1]
             evaluate_text(runner, args.checkpoint, part, min(config.sequence_len, MAX_LENGTH))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
 
 
 if __name__ == "__main__":

@@ -83,18 +83,32 @@ def ternary_sums(
 
     x: int8 [blocks, R, I]
     packed: uint8 [E, O, B]; experts are read where they lie
-    experts: int32 [blocks]; a block whose expert is -1 is skipped, and its sums are zeros
+    experts: int32 [blocks]; a block whose expert is -1, or not there, is skipped: zeros
     block: bytes of a packing block; `takes` says which shapes will do
     interpret: run on any device, slowly
     """
     if not takes(x.shape, packed.shape, block):
         raise ValueError(f"no kernel for {x.shape} times {packed.shape} in blocks of {block} bytes")
+    _check("x", x, x.shape, jnp.int8)
+    _check("packed", packed, packed.shape, jnp.uint8)
+    _check("experts", experts, x.shape[:1], experts.dtype)
     tile = tile or tile_for(x.shape[1])
     sums = jnp.sum(_partial_sums(x, packed, experts.astype(jnp.int32), tile, interpret), axis=1)
     if tile.shift:  # so far of trit + 1; in the kernel, that would cost more than the unpacking
         offsets = jnp.sum(x, axis=2, keepdims=True, dtype=jnp.int32)
-        sums -= jnp.where(experts[:, None, None] < 0, 0, offsets)
+        sums -= jnp.where(_is_there(experts, packed)[:, None, None], offsets, 0)
     return sums
+
+
+def _is_there(expert, packed):
+    return (expert >= 0) & (expert < packed.shape[0])
+
+
+def _check(name: str, array, shape, dtype) -> None:
+    """ValueError for an array of another shape or dtype; Pallas would read beyond its end."""
+    if array.shape != tuple(shape) or array.dtype != dtype:
+        wanted = f"{jnp.dtype(dtype).name} {list(shape)}"
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, expected {wanted}")
 
 
 def _splits(programs: int, steps: int, wanted: int) -> int:
@@ -169,7 +183,7 @@ def _kernel(
 
     zeros = jnp.zeros((tile_outputs, tile_rows), jnp.int32)
     start = ((zeros,) * (1 if shift else 4), jnp.zeros((tile_rows, BLOCK), jnp.int32))
-    count = jnp.where(expert < 0, jnp.int32(0), jnp.int32(steps))
+    count = jnp.where(_is_there(expert, packed_ref), jnp.int32(steps), jnp.int32(0))
     sums, offsets = lax.fori_loop(jnp.int32(0), count, add_block, start)
     total = functools.reduce(jnp.add, (s >> 2 * slab for slab, s in enumerate(sums))).T
     total -= jnp.sum(offsets, axis=1, keepdims=True)
@@ -212,9 +226,12 @@ ATTENTION_PROGRAMS = 128  # the cache is split into parts until there are about 
 
 def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...], cap: float) -> bool:
     """Whether `decode_attention` has a kernel for q [B, N, H] and a cache [B, K, S, H]."""
-    (_, heads, size), (_, kv_heads, slots, _) = q_shape, k_shape
+    if len(q_shape) != 3 or len(k_shape) != 4 or 0 in (*q_shape, *k_shape):
+        return False
+    (batch, heads, size), (_, kv_heads, slots, _) = q_shape, k_shape
     return (
-        heads % kv_heads == 0
+        tuple(k_shape) == (batch, kv_heads, slots, size)
+        and heads % kv_heads == 0
         and size in (16, 32, 64, 128)
         and slots % SLOTS == 0
         and 0 < cap <= kernels.LARGEST_CAP
@@ -241,6 +258,9 @@ def decode_attention(
     """
     if not takes_attention(q.shape, k.shape, cap):
         raise ValueError(f"no kernel for q {q.shape}, cache {k.shape} and cap {cap}")
+    _check("k", k, k.shape, q.dtype)
+    _check("v", v, k.shape, q.dtype)
+    _check("lengths", lengths, q.shape[:1], lengths.dtype)
     batch, heads, size = q.shape
     kv_heads, slots = k.shape[1:3]
     group = heads // kv_heads
@@ -317,6 +337,7 @@ def _attention_kernel(
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, interpret: bool = False) -> jax.Array:
     """scale * x / rms(x), in float32, of rows x [R, D] in their dtype; scale float32 [D]."""
+    _check("scale", scale, x.shape[-1:], jnp.float32)
 
     def kernel(x_ref, scale_ref, y_ref):
         row, column, here = _row_of(x_ref)
@@ -357,6 +378,8 @@ def _row_of(ref):
 
 
 def _rows_call(kernel, shape, out, name: str, interpret: bool):
+    if len(shape) != 2:
+        raise ValueError(f"{name} takes rows of rank 2, found {list(shape)}")
     return pl.pallas_call(
         kernel,
         grid=(shape[0],),

@@ -3,16 +3,23 @@
 On a CPU they are C++, `cpu_kernels.cc`, compiled on first use with the system's compiler and kept
 in a cache folder. On an NVIDIA GPU they are those of `gpu_kernels.py`. Without a compiler, or for
 other shapes and devices, plain JAX beside each call does the same, to the same integers, slower.
+
+The C++ checks all arrays that it is given: what does not fit is an error of JAX that starts with
+INVALID_ARGUMENT and shows the sizes.
 """
 
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import files
 from files import cache_folder
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cc")
@@ -31,10 +39,12 @@ HANDLERS = (
     "Attend",
     "AttendGradient",
     "WriteSlots",
+    "Rotate",
+    "GatedSums",
     "Transpose",
 )
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
-_LOADING = threading.Lock()
+_LOADING = threading.RLock()
 LARGEST_CAP = 40  # of attention logits: exp(-2 * 40) is still a normal float32
 DISABLE = "TERNARY_GROK_NATIVE"  # environment variable; 0: plain JAX
 
@@ -65,30 +75,81 @@ def _load() -> ctypes.CDLL | None:
         return None
 
 
-def build(folder: Path | None = None) -> Path:
-    """Compiles the kernels unless that was done before; the path of the library.
+def build(source: Path = SOURCE, folder: Path | None = None) -> Path:
+    """Compiles a C++ file unless that was done before; the path of the library.
 
-    folder: by default `cache_folder()`
-    Raises OSError without a compiler, subprocess.SubprocessError if it fails.
+    folder: by default `cache_folder() / "kernels"`
+    The name ends in a sum of the content, so that a damaged library is not loaded but built again.
+    Raises OSError without a compiler, or for a folder that is not private; SubprocessError if it
+    takes too long.
     """
-    include = jax.ffi.include_dir()
-    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
-    compiler = next((path for name in compilers if name and (path := shutil.which(name))), None)
-    known = (SOURCE.read_bytes(), jax.lib.__version__, platform.machine(), FLAGS, sys.platform)
-    key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
-    path = (folder or cache_folder()) / f"kernels-{key}.so"
-    if path.exists():
+    folder = private_folder(folder or cache_folder() / "kernels")
+    command = [*_compiler(), *FLAGS]
+    known = (source.read_bytes(), jax.lib.__version__, platform.machine(), command, sys.platform)
+    name = f"{source.stem}-{_sum(repr(known).encode())}"
+    with _LOADING:
+        for path in folder.glob(f"{name}-*.so"):
+            if _is_private(path) and path.name == f"{name}-{_sum(path.read_bytes())}.so":
+                return path
+        content = _compiled(command, source)
+        path = folder / f"{name}-{_sum(content)}.so"
+        with files.replacing(path, shared=True) as part:
+            part.write_bytes(content)
+            part.chmod(0o600)  # as `_is_private` wants it, whatever the umask
         return path
-    if compiler is None:
-        raise OSError("no C++ compiler; install g++ or clang++, or set CXX")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    command = [compiler, *FLAGS, f"-I{include}", str(SOURCE), "-o", str(part)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise OSError(f"{compiler} failed: {done.stderr}")
-    os.replace(part, path)
+
+
+def _sum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _compiled(command: list[str], source: Path) -> bytes:
+    """The library that a compiler makes of a file; OSError if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "library.so"
+        print(f"note: compiling {source.name}, some 20 s, once", file=sys.stderr)
+        command = [*command, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            raise OSError(f"{shlex.join(command[:-3])} failed: {done.stderr}")
+        return library.read_bytes()
+
+
+def _compiler() -> list[str]:
+    """$CXX, which may have arguments, or else the first compiler there is; OSError without one."""
+    wanted = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(wanted)
+    except ValueError as error:
+        raise OSError(f"CXX is {wanted!r}: {error}; correct it or unset it") from None
+    for name in command[:1] or ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return [path, *command[1:]]
+    if command:
+        raise OSError(f"CXX names {command[0]!r}, which is not there; correct it or unset it")
+    raise OSError("no C++ compiler; install g++ or clang++, or set CXX")
+
+
+def private_folder(path: Path) -> Path:
+    """A folder for code to be run, made if it is not there: nobody else may be able to put any in.
+
+    Raises OSError otherwise. (To compile elsewhere instead would take its time at every start.)
+    """
+    for folder in (path.parent, path):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    above = path.parent.stat()
+    open_to_all = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
+    if open_to_all or above.st_uid not in (0, os.geteuid()):  # who could exchange `path`
+        raise OSError(f"{path.parent} is not only yours; chmod o-w it, or set XDG_CACHE_HOME")
+    if not _is_private(path):
+        raise OSError(f"{path} belongs to another user, or others can write to it; remove it")
     return path
+
+
+def _is_private(path: Path) -> bool:
+    """Whether a file or folder is the user's own, and nobody else can write to it."""
+    about = path.stat()
+    return about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def on_cpu() -> bool:
@@ -107,7 +168,12 @@ def keep_compilations() -> None:
         lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
         known = sorted({line for line in lines if line.startswith(("model name", "flags"))})
         key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"xla-{key}"))
+        try:
+            folder = private_folder(cache_folder() / f"xla-{key}")
+        except OSError as error:
+            print(f"note: what JAX compiles is not kept: {error}", file=sys.stderr)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
@@ -147,13 +213,35 @@ def use_large_pages(arrays) -> None:
 
 
 def from_base3(digits: np.ndarray) -> np.ndarray:
-    """`quantize.from_base3`, of contiguous digits; needs `library()`."""
+    """`quantize.from_base3`, with the same errors; needs `library()`."""
+    check_bytes(digits)
+    digits = np.ascontiguousarray(digits)
     packed = np.empty((*digits.shape[:-1], digits.shape[-1] // 4 * 5), np.uint8)
-    size = ctypes.c_int64(digits.size)
-    library().FromBase3(
-        ctypes.c_void_p(digits.ctypes.data), size, ctypes.c_void_p(packed.ctypes.data)
+    convert = library().FromBase3
+    convert.restype = ctypes.c_int64
+    rows, width, packed_width = math.prod(digits.shape[:-1]), digits.shape[-1], packed.shape[-1]
+    largest = convert(
+        ctypes.c_void_p(digits.ctypes.data),
+        *(ctypes.c_int64(n) for n in (rows, width)),
+        ctypes.c_void_p(packed.ctypes.data),
+        ctypes.c_int64(packed_width),
     )
+    assert largest >= 0, (digits.shape, packed.shape)
+    check_digit(largest)
     return packed
+
+
+def check_bytes(digits: np.ndarray) -> None:
+    """ValueError unless these are digits uint8 [..., 4 G]."""
+    if digits.dtype != np.uint8 or not digits.ndim or digits.shape[-1] % 4:
+        found = f"{digits.dtype} {list(digits.shape)}"
+        raise ValueError(f"bytes of five trits come in fours, uint8 [..., 4 G]; found {found}")
+
+
+def check_digit(largest: int) -> None:
+    """ValueError if the largest of some bytes is none of five trits."""
+    if largest > 242:  # 3**5 - 1
+        raise ValueError(f"a byte is {largest}, but the largest that five trits make is 242")
 
 
 # --- Products -------------------------------------------------------------------------------------
@@ -177,12 +265,13 @@ def ternary_kernel(x: jax.Array, packed: jax.Array, block: int, padding: int) ->
 def ternary_sums(x: jax.Array, packed: jax.Array, experts: jax.Array, block: int, path: int = -1):
     """Exact sums int32 [blocks, R, O] of rows x int8 [blocks, R, I] times each block's expert.
 
-    packed: uint8 [E, O, B], B >= I / 4, in blocks of `block` bytes, see `quantize.py`
-    experts: int32 [blocks]; -1 gives zeros
+    packed: uint8 [E, O, B], B >= I / 4, in blocks of `block` bytes, see `quantize.py`; codes 0 to
+        2, for what a code of 3 gives depends on the processor
+    experts: int32 [blocks]; -1 gives zeros, and so does one that there is not
     path: the best way to take, 0 plain C++, 1 AVX2, 2 AVX-512 VNNI, 3 AMX; -1 for any
     Needs `on_cpu()`.
     """
-    out = jax.ShapeDtypeStruct((*x.shape[:2], packed.shape[1]), jnp.int32)
+    out = jax.ShapeDtypeStruct((*x.shape[:2], *packed.shape[1:2]), jnp.int32)
     call = jax.ffi.ffi_call("ternary_grok_TernarySums", out)
     return call(x, packed, experts, block=np.int64(block), path=np.int64(path))
 
@@ -197,7 +286,7 @@ def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
 
     The order of the sums depends on D only. Needs `takes_table`.
     """
-    out = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), jnp.float32)
+    out = jax.ShapeDtypeStruct((*x.shape[:1], *table.shape[:1]), jnp.float32)
     return jax.ffi.ffi_call("ternary_grok_TableDot", out)(x, table)
 
 
@@ -233,6 +322,30 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return call(x, scale, eps=np.float32(eps))
 
 
+# --- Rotary embedding and gated sums --------------------------------------------------------------
+
+
+def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """x [B, T, N, H], float32 or bfloat16, its pairs (i, i + H / 2) rotated.
+
+    By positions int32 [B, T] times frequencies float32 [H / 2]. Products are rounded before they
+    are added, so that a result depends on its pair and angle only. Needs `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ffi.ffi_call("ternary_grok_Rotate", out)(x, positions, frequencies)
+
+
+def gated_sums(rows: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    """The rows of [R, D] that each token names, times its gates, summed: float32 [T, D].
+
+    rows: float32 or bfloat16; gates: float32, index: int32 [T, A]; rows that there are not count
+    nothing. Products are rounded before they are added, in the order of the index. Needs
+    `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct((len(index), rows.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call("ternary_grok_GatedSums", out)(rows, gates, index)
+
+
 # --- Attention ------------------------------------------------------------------------------------
 
 
@@ -254,9 +367,9 @@ def attention_kernel(q: jax.Array, k: jax.Array, cap: float) -> Callable | None:
 def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
     """`attention.attend`, reading the cache only as far as each query sees it.
 
-    What a query gets depends on no other query, row or head, to the last bit. No array of queries
-    by slots is made, for the gradient neither. Needs `on_cpu()`, and a cap of at most
-    `LARGEST_CAP`.
+    What a query gets depends on no other query, row or head, to the last bit; with a negative
+    position, zeros. No array of queries by slots is made, for the gradient neither. Needs
+    `on_cpu()`, and a cap of at most `LARGEST_CAP`.
     """
     call = jax.ffi.ffi_call("ternary_grok_Attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
     return call(q, k, v, positions, multiplier=np.float32(multiplier), cap=np.float32(cap))
@@ -288,13 +401,15 @@ def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """[B, R, C] as [B, C, R], for a product that contracts R.
+    """[..., R, C] as [..., C, R], for a product that contracts R.
 
     On a CPU bfloat16 is really moved: XLA would fold a transposition of its own into the product,
     which is then one for float32, eight times as slow.
     """
-    *lead, rows, columns = x.shape
     if not on_cpu() or x.dtype != jnp.bfloat16:
         return x.swapaxes(-1, -2)
-    out = jax.ShapeDtypeStruct((*lead, columns, rows), x.dtype)
-    return jax.ffi.ffi_call("ternary_grok_Transpose", out)(x)
+    *lead, rows, columns = x.shape
+    batch = math.prod(lead)
+    out = jax.ShapeDtypeStruct((batch, columns, rows), x.dtype)
+    turned = jax.ffi.ffi_call("ternary_grok_Transpose", out)(x.reshape(batch, rows, columns))
+    return turned.reshape(*lead, columns, rows)

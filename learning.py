@@ -5,6 +5,7 @@ Shape letters as in `model.py`; a batch has T + 1 tokens in a row, the last one 
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import evaluate
 import model
 import quantize
 
@@ -46,6 +46,8 @@ class Settings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0
+            if value == math.inf:
+                raise ValueError(f"{field.name} must be finite, got {value}")
             if field.name in ("steps", "batch_size", "accumulate", "eval_every"):
                 least = 1
             if not value >= least:
@@ -132,6 +134,11 @@ def jitter(key: jax.Array, x: jax.Array, amount: float) -> jax.Array:
 # --- Losses ---------------------------------------------------------------------------------------
 
 
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target) in nats: [..., V], int32 [...] -> float32 [...]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
 def expert_load(index: jax.Array, experts: int) -> jax.Array:
     """The share of the choices, index int32 [B, T, A], that fell on each expert: float32 [E]."""
     return jnp.mean(index.reshape(-1) == jnp.arange(experts)[:, None], axis=1, dtype=jnp.float32)
@@ -179,7 +186,7 @@ def loss_and_metrics(apply, settings: Settings, params: dict, tokens, key=None, 
     key: of dropout and router noise; teach: the teacher, from tokens to its output
     """
     output = apply(params, key, tokens[:, :-1])
-    metrics = {"loss": jnp.mean(evaluate.cross_entropy(output.logits, tokens[:, 1:]))}
+    metrics = {"loss": jnp.mean(cross_entropy(output.logits, tokens[:, 1:]))}
     parts = [(1.0, metrics["loss"])]
     routed = [layer for layer in output.layers if layer.expert_index is not None]
     if routed:

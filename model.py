@@ -16,9 +16,11 @@ from typing import NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import attention
+import files
 import kernels
 import quantize
 import sharding
@@ -30,7 +32,7 @@ EMBEDDINGS = ("float", "int8")  # what the embedding table is kept in
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    """Architecture and arithmetic of a model; the defaults are Grok-1's.
+    """Architecture and arithmetic of a model; the defaults are those of Grok-1's release.
 
     fprop_dtype: dtype of activations and cache; norms, softmax and routing are always float32
     activations: what the ternary and int8 matrices are multiplied with, see
@@ -83,15 +85,16 @@ class LanguageModelConfig:
         )
         require(
             self.fprop_dtype in ("float32", "bfloat16"),
-            f"fprop_dtype must be 'float32' or 'bfloat16', got {self.fprop_dtype!r}",
+            f"fprop_dtype must be 'float32' or 'bfloat16', got {files.shown(self.fprop_dtype)}",
         )
         require(
             self.activations in quantize.ACTIVATIONS,
-            f"activations must be one of {quantize.ACTIVATIONS}, got {self.activations!r}",
+            f"activations must be one of {quantize.ACTIVATIONS}, "
+            f"got {files.shown(self.activations)}",
         )
         require(
             self.embeddings in EMBEDDINGS,
-            f"embeddings must be one of {EMBEDDINGS}, got {self.embeddings!r}",
+            f"embeddings must be one of {EMBEDDINGS}, got {files.shown(self.embeddings)}",
         )
 
     @property
@@ -118,7 +121,8 @@ def small(emb_size: int, num_layers: int, q_heads: int, kv_heads: int, **sizes):
 
 
 PRESETS = {
-    "grok-1": LanguageModelConfig(),
+    # int15: as fine as the bfloat16 that the release multiplies, and kernels take it.
+    "grok-1": LanguageModelConfig(activations="int15"),
     "demo": small(256, 4, 4, 2),  # 7 million parameters
     "bench": LanguageModelConfig(  # 1.3 billion parameters, to measure against other programs
         vocab_size=32768,
@@ -170,18 +174,36 @@ def precision_table(weights: str) -> tuple[tuple[str, str], ...]:
 def config_from_dict(values: dict | None) -> LanguageModelConfig:
     """A configuration from a checkpoint's `config.json`; without one it is Grok-1.
 
-    Raises ValueError for keys that it does not know, and where a size or a multiplier is missing.
+    Raises ValueError for keys that it does not know, for values of another type than the field's,
+    and where a size or a multiplier is missing.
     """
     if values is None:
         return PRESETS["grok-1"]
     known = {field.name for field in dataclasses.fields(LanguageModelConfig)}
     unknown = set(values) - known - IGNORED_KEYS
     if unknown:
-        raise ValueError(f"unknown configuration keys {sorted(unknown)}; known: {sorted(known)}")
+        raise ValueError(
+            f"unknown configuration keys {files.shown(sorted(unknown))}; known: {sorted(known)}"
+        )
     missing = known - set(values) - OPTIONAL_KEYS
     if missing:
         raise ValueError(f"the configuration lacks {sorted(missing)}; add them to config.json")
+    for field in dataclasses.fields(LanguageModelConfig):
+        _check_type(field, values.get(field.name, field.default))
     return LanguageModelConfig(**{key: values[key] for key in known & set(values)})
+
+
+def _check_type(field: dataclasses.Field, value) -> None:
+    """ValueError unless a value from JSON is of the field's type; a float may be written as 8."""
+    fits = isinstance(value, str)
+    if field.type is not str:
+        number = (int, float) if field.type is float else int
+        fits = isinstance(value, number) and not isinstance(value, bool) and abs(value) < 2**62
+    if not fits:  # NaN and infinity neither
+        raise ValueError(
+            f"bad configuration: {field.name} must be of type {field.type.__name__}, got "
+            f"{files.shown(value)}; correct config.json"
+        )
 
 
 def config_to_dict(config: LanguageModelConfig) -> dict:
@@ -268,12 +290,17 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, base: float) -> jax.Arr
     Angles are float32: bfloat16 turns position 257 into 256. (RoFormer, section 3.2.2)
     """
     half = x.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None] * frequencies  # [B, T, 1, H/2]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    sin, cos = jnp.concatenate([-sin, sin], -1), jnp.concatenate([cos, cos], -1)
-    wide = x.astype(jnp.float32)
-    return (wide * cos + jnp.roll(wide, half, axis=-1) * sin).astype(x.dtype)
+    frequencies = jnp.asarray(np.float32(base) ** (np.arange(half, dtype=np.float32) / -half))
+
+    def plain(x, positions, frequencies):
+        angles = positions[:, :, None, None] * frequencies  # [B, T, 1, H/2]
+        sin, cos = jnp.sin(angles), jnp.cos(angles)
+        sin, cos = jnp.concatenate([-sin, sin], -1), jnp.concatenate([cos, cos], -1)
+        wide = x.astype(jnp.float32)
+        return (wide * cos + jnp.roll(wide, half, axis=-1) * sin).astype(x.dtype)
+
+    rotate = kernels.differentiable(kernels.rotate, plain) if kernels.on_cpu() else plain
+    return rotate(x, positions, frequencies)
 
 
 def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVMemory:
@@ -342,11 +369,14 @@ def expert_block(pairs: int, num_experts: int) -> int:
     return 1 << max(0, math.ceil(math.log2(rows)))
 
 
-def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str) -> jax.Array:
+def mixture(
+    x, gates, index, valid, linear, linear_v, linear_1, activations: str, axis_name=None
+) -> jax.Array:
     """The experts' gated sum, float32 [B, T, D]: each token is computed by its chosen experts only.
 
     x: [B, T, D]; gates float32, index int32: [B, T, A]; valid: bool [B, T]
     linear, linear_v: [E, D, F]; linear_1: [E, F, D]
+    axis_name: inside `shard_map`, the mesh axis that F is split over, if any
     """
     batch, queries, size = x.shape
     num_experts = linear.shape[0]
@@ -357,7 +387,7 @@ def mixture(x, gates, index, valid, linear, linear_v, linear_1, activations: str
     )
     rows = rows_of_tokens(flat(x), blocks)  # [R, D]
     hidden = jax.nn.gelu(dot(rows, linear)) * dot(rows, linear_v)  # [R, F]
-    out = dot(hidden, linear_1, axis_name=sharding.mesh_axis("ffn"))  # [R, D]
+    out = dot(hidden, linear_1, axis_name=axis_name)  # [R, D]
     return gated_sums(out, flat(gates), blocks).reshape(batch, queries, size)
 
 
@@ -373,6 +403,8 @@ def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
 @jax.custom_vjp
 def gated_sums(rows: jax.Array, gates: jax.Array, blocks: ExpertBlocks) -> jax.Array:
     """Each token's rows of [R, D], times its gates [T, A], summed: float32 [T, D]."""
+    if kernels.on_cpu():
+        return kernels.gated_sums(rows, gates, blocks.row_of_pair)
     chosen = rows.at[blocks.row_of_pair].get(mode="clip")  # [T, A, D]
     used = jnp.where(blocks.row_of_pair < len(rows), gates, 0)
     return jnp.sum(chosen.astype(jnp.float32) * used[..., None], axis=1)
@@ -415,11 +447,8 @@ class Linear(hk.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, I] -> [B, T, O]
         inputs, outputs = self.axes
-
-        def dot(x, w):
-            axis = sharding.mesh_axis(inputs)
-            return quantize.dot(x, w, activations=self.activations, axis_name=axis)
-
+        axis = sharding.mesh_axis(inputs, x.shape[-1])
+        dot = functools.partial(quantize.dot, activations=self.activations, axis_name=axis)
         in_axes = (("batch", None, inputs), self.axes)
         sharded = sharding.shard_map(dot, in_axes, ("batch", None, outputs))
         return sharded(x, self.weight(x.shape[-1]))
@@ -506,9 +535,9 @@ class MoELayer(hk.Module):
             weight("linear_v", c.emb_size, c.ffn_size, up),
             weight("linear_1", c.ffn_size, c.emb_size, down),
         )
-        token = ("batch", None, None)
+        token, axis = ("batch", None, None), sharding.mesh_axis("ffn", c.ffn_size)
         sharded = sharding.shard_map(
-            functools.partial(mixture, activations=c.activations),
+            functools.partial(mixture, activations=c.activations, axis_name=axis),
             (token, token, token, token[:2], up, up, down),
             token,
         )
@@ -582,9 +611,13 @@ class InOutEmbed(hk.Module):
         return hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], init=init)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
-        dtype = self.config.fprop_dtype
-        rows = quantize.table_rows(self.embeddings, tokens).astype(dtype).astype(jnp.float32)
-        return (rows * self.config.embedding_multiplier_scale).astype(dtype)
+        c, dtype = self.config, self.config.fprop_dtype
+        axis = sharding.mesh_axis("vocab", c.vocab_size)
+        look = functools.partial(quantize.table_rows, axis_name=axis)
+        axes = (("vocab", None), ("batch", None))
+        look = sharding.shard_map(look, axes, ("batch", None, None))
+        rows = look(self.embeddings, tokens).astype(dtype).astype(jnp.float32)
+        return (rows * c.embedding_multiplier_scale).astype(dtype)
 
     def decode(self, h: jax.Array) -> jax.Array:  # [..., D] -> float32 [..., V]
         table = self.embeddings

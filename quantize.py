@@ -32,7 +32,7 @@ EPSILON = 1e-5  # added to gamma, so that an all-zero matrix divides by somethin
 MAX_BLOCK = 64  # bytes: 256 weights, one tile of a kernel
 SHARDS = 8  # a block is small enough that this many shards of I each hold whole blocks
 TILE = 1 << 22  # weights unpacked at a time on a CPU: enough for two cores, and no more
-DEVICE_TILE = 1 << 24  # and elsewhere, where each tile is some launches
+DEVICE_TILE = 1 << 24  # and on a GPU, where each tile is some launches
 BATCHED = (((2,), (1,)), ((0,), (0,)))  # dimensions of [B, R, I] times [B, I, O]
 FEW_ROWS = 8  # bfloat16 and int8 products of fewer rows take a slow path on a CPU
 
@@ -225,25 +225,22 @@ def quantize_rows(
 
     "int8" is BitNet's: int8, to 127 times the step (BitNet b1.58, section 2). "int15" is fixed
     point in int16, to 16256 = 127 * 128 times the step: finer than bfloat16, and two planes of
-    int8 (`planes`), so that kernels for int8 multiply it.
+    int8 (`planes`), so that kernels for int8 multiply it. No gradient passes: `grouped_dot` lets it
+    go straight through.
 
     axis_name: the mesh axis that I is split over, if any: the maximum is that of the whole row
     """
     levels, dtype = (127, jnp.int8) if activations == "int8" else (127 * 128, jnp.int16)
     whole = axis_name is None or lax.axis_size(axis_name) == 1
-    kernel = kernels.rounding_kernel()
-
-    def plain(x):
-        x = x.astype(jnp.float32)
-        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        if not whole:
-            largest = lax.pmax(lax.stop_gradient(largest), axis_name)
-        step = in_this_order(jnp.maximum(largest, 1e-30) / levels)
-        return jnp.round(x / step).astype(dtype), step
-
-    if kernel is None or not whole:
-        return plain(x)
-    return kernels.differentiable(lambda x: kernel(x, levels, dtype), plain)(x)
+    x, kernel = lax.stop_gradient(x), kernels.rounding_kernel()
+    if kernel is not None and whole:
+        return kernel(x, levels, dtype)
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    if not whole:
+        largest = lax.pmax(largest, axis_name)
+    step = in_this_order(jnp.maximum(largest, 1e-30) / levels)
+    return jnp.round(x / step).astype(dtype), step
 
 
 def in_this_order(x: jax.Array) -> jax.Array:
@@ -359,10 +356,15 @@ def to_base3(packed: np.ndarray) -> np.ndarray:
 
 
 def from_base3(digits: np.ndarray) -> np.ndarray:
-    """The packed bytes [..., 5 G] that `to_base3` turned into digits [..., 4 G]."""
-    digits = np.ascontiguousarray(digits)
+    """The packed bytes [..., 5 G] that `to_base3` turned into digits uint8 [..., 4 G].
+
+    Raises ValueError for other arrays, and for a byte above 242: five trits make none.
+    """
     if kernels.library() is not None:
         return kernels.from_base3(digits)
+    kernels.check_bytes(digits)
+    kernels.check_digit(digits.max(initial=0))
+    digits = np.ascontiguousarray(digits)
     *lead, width = digits.shape
     d = digits.reshape(-1)
     # With its quotients by 3, 9 and so on added, the trits of d are worth 1, 4, 16, 64 and 256:
@@ -438,7 +440,8 @@ def dot(
     """x @ w for a weight [I, O] of any format, in the dtype of x.
 
     activations: one of ACTIVATIONS. "float" multiplies x as it is; "int8" and "int15" round each
-      row first, see `quantize_rows`, and then ternary products are exact integer sums.
+      row first, see `quantize_rows`, and then ternary products are exact integer sums. Gradients go
+      straight through the rounding, to x and to the scales of w.
     axis_name: inside `shard_map`, the mesh axis that I is split over; the result is the whole sum
     """
     stack = jax.tree.map(lambda leaf: leaf[None], w)
@@ -464,17 +467,28 @@ def grouped_dot(
     """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
-    rows, step = x, None
     if isinstance(w, FakeTernaryWeight) and activations != "int8":
         w = dequantize(w)  # bfloat16 has 8 bits
-    if activations != "float":
-        rows, step = _round_rows(x, w, axis_name, activations)
     blocks = experts.shape[0]
-    y = _block_products(rows.reshape(blocks, -1, x.shape[-1]), w, experts)
-    y = y.reshape(x.shape[0], -1)
-    if axis_name is not None:
-        y = lax.psum(y, axis_name)
-    y = y.astype(jnp.float32)
+    step = None
+
+    def sums(rows, w, experts):  # [R, I] -> float32 [R, O], over all of I, not scaled
+        y = _block_products(rows.reshape(blocks, -1, x.shape[-1]), w, experts)
+        y = y.reshape(x.shape[0], -1)
+        return (y if axis_name is None else lax.psum(y, axis_name)).astype(jnp.float32)
+
+    if activations == "float":
+        y = sums(x, w, experts)
+    else:
+        rounded, step = quantize_rows(x, axis_name, activations)
+        if isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
+            y = _of_rounded(sums)(x.astype(jnp.float32) / step, rounded, w, experts)
+        elif isinstance(w, FakeTernaryWeight):
+            scaled = x.astype(jnp.float32) / step
+            y = sums(straight_through(scaled, rounded.astype(jnp.float32)), w, experts)
+        else:  # floats, in training: rounded rows and no step
+            y = sums(straight_through(x, (rounded * step).astype(x.dtype)), w, experts)
+            step = None
     scale = step
     if isinstance(w, QuantizedWeight1_58bit | FakeTernaryWeight):
         gamma = jnp.repeat(w.scales[experts, 0], x.shape[0] // blocks, axis=0)  # [R, 1]
@@ -482,15 +496,25 @@ def grouped_dot(
     return (y if scale is None else y * scale).astype(x.dtype)
 
 
-def _round_rows(x, w, axis_name, activations):
-    """Integer rows and their steps; for float weights, in training, rounded rows and no step."""
-    rounded, step = quantize_rows(x, axis_name, activations)
-    if isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
-        return rounded, step
-    if isinstance(w, FakeTernaryWeight):
-        step = lax.stop_gradient(step)
-        return straight_through(x.astype(jnp.float32) / step, rounded.astype(jnp.float32)), step
-    return straight_through(x, (rounded * step).astype(x.dtype)), None
+def _of_rounded(sums: Callable) -> Callable:
+    """`sums` of integer rows, as a function of the floats that were rounded to them as well.
+
+    Its derivative is that of the product with these floats: straight through the rounding. What is
+    unpacked for it is not kept from the forward pass for the backward pass, but unpacked again.
+    """
+
+    @jax.custom_jvp
+    def of_rounded(scaled, rounded, w, experts):
+        return sums(rounded, w, experts)
+
+    @of_rounded.defjvp
+    def _(primals, tangents):
+        (_, rounded, w, experts), (d_scaled, _, d_w, _) = primals, tangents
+        product = jax.checkpoint(lambda rows, w: sums(rows, w, experts))
+        _, tangent = jax.jvp(product, (rounded.astype(jnp.float32), w), (d_scaled, d_w))
+        return sums(rounded, w, experts), tangent
+
+    return of_rounded
 
 
 def _block_products(x, w, experts):
@@ -609,11 +633,14 @@ def _by_column_tiles(columns, x, shape):
     """Calls `columns(start, size)` over all O columns, so that only one tile is ever unpacked.
 
     The last tile is moved left to end at O: its first columns are then computed twice, alike.
+
+    On a TPU all columns are one tile: a product unpacks as it reads there, and for a slice from a
+    column that might lie inside a tile of the memory layout, XLA first copied all experts.
     """
     inputs, outputs = shape[-2:]
     tile = TILE if jax.default_backend() == "cpu" else DEVICE_TILE
     size = min(outputs, max(1, tile // inputs))
-    if size == outputs:
+    if size == outputs or jax.default_backend() == "tpu":
         return columns(0, outputs)
 
     def body(i, y):
@@ -634,11 +661,24 @@ def quantize_table(table: jax.Array) -> QuantizedTable8bit:
     return QuantizedTable8bit(weight, scales)
 
 
-def table_rows(table: jax.Array | QuantizedTable8bit, index: jax.Array) -> jax.Array:
-    """Rows of a table, float32 [..., D], for index int32 [...]."""
-    if isinstance(table, QuantizedTable8bit):
-        return table.weight[index].astype(jnp.float32) * table.scales[index]
-    return table[index].astype(jnp.float32)
+def table_rows(
+    table: jax.Array | QuantizedTable8bit, index: jax.Array, axis_name: str | None = None
+) -> jax.Array:
+    """Rows of a table, float32 [..., D], for index int32 [...].
+
+    axis_name: inside `shard_map`, the mesh axis that V is split over. Each device looks into its
+      own part, and one row and zeros are added: for one index, XLA:GPU would gather the table
+    """
+
+    def look(array):
+        if axis_name is None:
+            return array[index]
+        here = index - lax.axis_index(axis_name) * table.shape[0]
+        return array.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+    int8 = isinstance(table, QuantizedTable8bit)
+    rows = look(table.weight).astype(jnp.float32) * look(table.scales) if int8 else look(table)
+    return (rows if axis_name is None else lax.psum(rows, axis_name)).astype(jnp.float32)
 
 
 def table_dot(x: jax.Array, table: jax.Array | QuantizedTable8bit) -> jax.Array:
@@ -651,7 +691,10 @@ def table_dot(x: jax.Array, table: jax.Array | QuantizedTable8bit) -> jax.Array:
 
     def plain(x, table):
         table = table.astype(x.dtype) if table.dtype == jnp.int8 else table
-        return _matmul(x.astype(table.dtype), table, (((1,), (1,)), ((), ())))
+        # XLA:TPU gives a single row to the vector unit, which takes 2.6 times as long as two rows.
+        alone = len(x) == 1 and jax.default_backend() == "tpu"
+        rows = jnp.pad(x, [(0, 1), (0, 0)]) if alone else x
+        return _matmul(rows.astype(table.dtype), table, (((1,), (1,)), ((), ())))[: len(x)]
 
     if kernels.takes_table(table):
         return kernels.differentiable(kernels.table_dot, plain)(x.astype(jnp.float32), table)

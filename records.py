@@ -1,5 +1,6 @@
 """What a training run leaves in its folder: log, plots, states to go on from, and the checkpoint.
 
+settings.json          the command, from the first state on
 log.jsonl              a line for each evaluation
 loss.png, learning_rate.png, expert_load.png
 states/                the last state, written by Orbax
@@ -8,7 +9,6 @@ checkpoint/            the best weights so far, as `run.py` reads them
 
 import functools
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import checkpoint
+import files
 import model
 import quantize
 import sharding
@@ -33,7 +34,9 @@ def open_states(folder: Path) -> ocp.CheckpointManager:
 
 
 def save_state(states: ocp.CheckpointManager, state) -> None:
-    states.save(int(state.step), args=ocp.args.StandardSave(state))
+    """Saves a state, if the last one is not of the same step."""
+    if states.latest_step() != int(state.step):
+        states.save(int(state.step), args=ocp.args.StandardSave(state))
 
 
 def load_state(states: ocp.CheckpointManager, like):
@@ -51,16 +54,30 @@ def load_state(states: ocp.CheckpointManager, like):
 
 
 def read_log(folder: Path, last_step: int) -> list[dict]:
-    """The rows of a log up to a step; later ones are of work that was lost."""
+    """The rows of a log up to a step; later ones are of work that was lost.
+
+    A last line that was cut short is lost too; ValueError for any other line that is no row.
+    """
     path = folder / "log.jsonl"
-    rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    return [row for row in rows if row["step"] <= last_step]
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if row["step"] <= last_step:
+                rows.append(row)
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}: line {number} is no row of a log, {line!r:.80}; remove it"
+            ) from None
+    return rows
 
 
 def write_log(folder: Path, log: list[dict]) -> None:
-    part = folder / "log.jsonl.part"
-    part.write_text("".join(json.dumps(row) + "\n" for row in log))
-    os.replace(part, folder / "log.jsonl")
+    lines = "".join(json.dumps(row) + "\n" for row in log)
+    files.write_bytes(folder / "log.jsonl", lines.encode())
 
 
 def plot(folder: Path, log: list[dict]) -> None:
@@ -86,8 +103,7 @@ def _plot_lines(path: Path, log: list[dict], lines: dict[str, str], unit: str) -
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def _plot_load(path: Path, log: list[dict]) -> None:
@@ -113,7 +129,14 @@ def _plot_load(path: Path, log: list[dict]) -> None:
     axes.set_yticklabels([f"layer {i}" for i in range(layers)])
     axes.hlines(np.arange(1, layers) * experts, 0, rows[-1]["step"], color="black", linewidth=0.8)
     figure.colorbar(image, label="load of each expert, 1 = even")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    with files.replacing(path) as part:
+        figure.savefig(part, format="png", dpi=120)
     pyplot.close(figure)
 
 
@@ -128,22 +151,19 @@ def export(folder: Path, config, params, weights: str, form: str, processor, abo
       as int8, which turn into these trits on load
     about: the command, the settings, the loss; for `training.json`
     """
-    part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
-    for stale in (part, old):
-        shutil.rmtree(stale, ignore_errors=True)
-    files = {
+    part = folder.with_name(f"{folder.name}.part")
+    files.recover(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    extra = {
         tokenizer.FILE: processor.serialized_model_proto(),
         "training.json": (json.dumps(about, indent=2) + "\n").encode(),
     }
     write = _write_converted if form == "converted" else _write_released
-    write(part, jax.device_get(params), weights, model.config_to_dict(config), files)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    write(part, jax.device_get(params), weights, model.config_to_dict(config), extra)
+    files.replace_folder(part, folder)
 
 
-def _write_converted(folder: Path, params, weights: str, described: dict, files: dict) -> None:
+def _write_converted(folder: Path, params, weights: str, described: dict, extra: dict) -> None:
     def stored(path, kind, w):
         if kind != "ternary":
             return w
@@ -154,16 +174,16 @@ def _write_converted(folder: Path, params, weights: str, described: dict, files:
     rules = model.PRECISIONS[weights]
     described = described | checkpoint.quantization(weights, rules)
     saved = quantize.apply_rules(rules, params, stored)
-    checkpoint.save_converted(folder, saved, described, files)
+    checkpoint.save_converted(folder, saved, described, extra)
 
 
-def _write_released(folder: Path, params, weights: str, described: dict, files: dict) -> None:
+def _write_released(folder: Path, params, weights: str, described: dict, extra: dict) -> None:
     def stored(_, kind, w):
         return quantize.quantize_int8_keeping_trits(w) if kind == "int8" else w
 
     checkpoint.save(folder, quantize.apply_rules(model.PRECISIONS["int8"], params, stored))
-    files = files | {"config.json": (json.dumps(described, indent=2) + "\n").encode()}
-    for name, content in files.items():
+    extra = extra | {"config.json": (json.dumps(described, indent=2) + "\n").encode()}
+    for name, content in extra.items():
         (folder / name).write_bytes(content)
 
 
@@ -172,8 +192,7 @@ def _write_released(folder: Path, params, weights: str, described: dict, files: 
 
 def read_model(folder: Path) -> tuple[model.LanguageModelConfig, str]:
     """A checkpoint's configuration, and what its weights are: as converted, or "int8"."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder {folder}; give one that holds a model")
+    checkpoint.check_folder(folder)
     config = model.config_from_dict(checkpoint.read_config(folder))
     return config, checkpoint.default_weights(folder) if shards.exists(folder) else "int8"
 

@@ -3,17 +3,22 @@
     python run.py --prompt "First Citizen:" --max-len 100
     python run.py --checkpoint checkpoints/grok-1 --mesh 1,8 --prompts-file prompts.txt
 
-Without a prompt, on a terminal, it asks for one after the other.
+Without a prompt, on a terminal, it asks for one after the other. It continues texts and does not
+chat: no prompt knows of another.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 import checkpoint
 import kernels
@@ -23,8 +28,17 @@ import runners
 import sharding
 import tokenizer
 from checkpoint import readable_size
+from data import read_text
 
 MAX_SLOTS = 8  # unless --slots asks for more
+FLAGS = {  # of what errors of requests name
+    "max_len": "--max-len",
+    "nucleus_p": "--top-p",
+    "rng_seed": "--seed",
+    "sequence_len": "--sequence-len",
+    "temperature": "--temperature",
+    "truncate": "--truncate",
+}
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -43,6 +57,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="of activations and cache (the model's)")
     add("--activations", choices=quantize.ACTIVATIONS, help="in products (the model's)")
     add("--embeddings", choices=model.EMBEDDINGS, help="table of them in memory (the model's)")
+    add(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="refuse weights that are no numbers, such as NaN, while they load (yes)",
+    )
 
     add = parser.add_argument_group("devices").add_argument
     add("--mesh", metavar="D,M", help="data,model axes (1, as many devices as divide the heads)")
@@ -86,11 +106,30 @@ def join_hosts(where: str) -> None:
     jax.distributed.initialize(address, processes, index)
 
 
+def utf8(read: Callable[[], str], source: str) -> str:
+    """The text that `read` gives; ValueError, which names its source, if it is not UTF-8."""
+    try:
+        text = read()
+        text.encode("utf-8")  # of other bytes in flags Python makes half characters
+    except UnicodeError as error:
+        raise ValueError(
+            f"{source} is not UTF-8 text ({error}); convert it, for example with iconv"
+        ) from None
+    return text
+
+
+def read_prompt(prompt: str) -> str:
+    """A prompt as --prompt gives it; - is for stdin, without the newline that shells end with."""
+    if prompt == "-":
+        return utf8(sys.stdin.read, "stdin").removesuffix("\n")
+    return utf8(lambda: prompt, "--prompt")
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the flags; none for a conversation on a terminal."""
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or []]
+    prompts = [read_prompt(prompt) for prompt in args.prompt or []]
     if args.prompts_file is not None:
-        prompts += [line for line in args.prompts_file.read_text("utf-8").splitlines() if line]
+        prompts += [line for line in read_text(args.prompts_file).splitlines() if line]
     if not prompts and (
         args.prompts_file or args.distributed is not None or not sys.stdin.isatty()
     ):
@@ -104,6 +143,11 @@ def resolve_config(args: argparse.Namespace) -> model.LanguageModelConfig:
         config = model.PRESETS[args.preset]
     else:
         config = model.config_from_dict(checkpoint.read_config(args.checkpoint))
+    if (args.sequence_len or 0) > config.sequence_len:
+        report(
+            note=f"--sequence-len {args.sequence_len} is more than the {config.sequence_len} tokens"
+            " of the model: expect worse text beyond them"
+        )
     chosen = {"fprop_dtype": args.dtype, "activations": args.activations}
     chosen |= {"embeddings": args.embeddings, "sequence_len": args.sequence_len}
     return dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})
@@ -151,6 +195,7 @@ def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
         f"key/value heads of {c.key_size}, {experts} of {c.ffn_size}",
         parameters=f"{parameters:,}",
         weights=f"{weights}, {c.activations} activations in {c.fprop_dtype}",
+        products=products(runner, weights),
         mesh=f"{data} data x {heads} model, {mesh.devices.flat[0].device_kind}",
         slots=f"{slots} of {c.sequence_len} tokens, vocabulary {c.vocab_size}",
         memory=" + ".join(f"{name} {readable_size(count)}" for name, count in needed.items()),
@@ -170,12 +215,46 @@ def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
         )
 
 
+def products(runner: runners.ModelRunner, weights: str) -> str:
+    """What multiplies the quantized matrices, such as "kernel: moe/linear; plain JAX: ..."."""
+
+    def of(activations):
+        config = dataclasses.replace(runner.config, activations=activations)
+        found = runners.products_by_path(runners.ModelRunner(config, runner.mesh), weights)
+        return {path: names for path, names in found.items() if names}
+
+    found = of(runner.config.activations)
+    if len(found) == 1:
+        text = f"{next(iter(found))}: all quantized matrices"
+    else:
+        text = "; ".join(f"{path}: {', '.join(names)}" for path, names in found.items())
+    if runner.config.activations == "float" and "kernel" in of("int15"):
+        text += "; --activations int15 or int8 have kernels"
+    return text or "plain JAX: float matrices"
+
+
 # --- Text -----------------------------------------------------------------------------------------
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+
 def write(text: str) -> None:
+    """Text to stdout; on a terminal, which would obey control characters, these are escaped."""
+    if sys.stdout.isatty():
+        text = CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
     if jax.process_index() == 0:
         print(text, end="", flush=True)
+
+
+def prompt_tokens(inference: runners.InferenceRunner, request: runners.Request) -> np.ndarray:
+    """`InferenceRunner.prompt_tokens`; its errors name the flags."""
+    try:
+        return inference.prompt_tokens(request)
+    except ValueError as error:
+        names = "|".join(FLAGS)
+        text = re.sub(rf"(?<![\w-])({names})\b", lambda name: FLAGS[name[0]], str(error))
+        raise ValueError(text) from None
 
 
 def answer(inference: runners.InferenceRunner, requests: list[runners.Request]) -> None:
@@ -193,37 +272,48 @@ def answer(inference: runners.InferenceRunner, requests: list[runners.Request]) 
     alone = len(requests) == 1
     if alone:
         write(texts[0])
-    for number, token in inference.generate(requests):
-        decoder = decoders[number]
-        ended = token.error or token.token_id == inference.runner.config.eos_token
-        piece = "" if ended else decoder.push(token.token_id)
-        if token.done:
-            piece += decoder.flush() + "\n"
-        texts[number] += piece
-        if token.error:
-            errors.append(f"prompt {number + 1}: {token.error}")
-        if alone:
-            write(piece)
-        elif token.done:
-            write(f"[{number + 1}] {texts[number]}\n")
+    with contextlib.closing(inference.generate(requests)) as generated:
+        for number, token in generated:
+            decoder = decoders[number]
+            ended = token.error or token.token_id == inference.runner.config.eos_token
+            piece = "" if ended else decoder.push(token.token_id)
+            if token.done:
+                piece += decoder.flush() + "\n"
+            texts[number] += piece
+            if token.error:
+                errors.append(f"prompt {number + 1}: {token.error}")
+            if alone:
+                write(piece)
+            elif token.done:
+                write(f"[{number + 1}] {texts[number]}\n")
     if errors:
         raise ValueError("\n".join(errors))
 
 
 def converse(inference: runners.InferenceRunner, request: runners.Request) -> None:
     """Asks for prompts until the end of the input; each stands alone."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys edit, and bring back what was asked before
+    report(
+        note="the model continues a text, each prompt by itself, and does not chat;"
+        " Ctrl-C ends an answer, Ctrl-D leaves"
+    )
     while True:
         try:
-            prompt = input("\n> ")
+            prompt = utf8(lambda: input("\n> "), "the prompt")
+            tokens = prompt_tokens(inference, dataclasses.replace(request, prompt=prompt))
         except EOFError:
             print()
             return
-        try:
-            tokens = inference.prompt_tokens(dataclasses.replace(request, prompt=prompt))
         except ValueError as error:
             report(error=str(error))
             continue
-        answer(inference, [dataclasses.replace(request, prompt=tokens)])
+        try:
+            answer(inference, [dataclasses.replace(request, prompt=tokens)])
+        except KeyboardInterrupt:
+            write("\n")
+        except ValueError as error:
+            report(error=str(error))
 
 
 def report_speed(timing: runners.Timing) -> None:
@@ -242,8 +332,7 @@ def report_speed(timing: runners.Timing) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.distributed is not None:
         join_hosts(args.distributed)
-    if not args.checkpoint.is_dir():
-        raise ValueError(f"no checkpoint folder {args.checkpoint}; give one with --checkpoint")
+    checkpoint.check_folder(args.checkpoint)
     prompts = read_prompts(args)
     config = resolve_config(args)
     runner = runners.ModelRunner(config, resolve_mesh(args.mesh, config.num_kv_heads))
@@ -261,10 +350,10 @@ def run(args: argparse.Namespace) -> None:
         "", args.temperature, args.top_p, args.seed, args.max_len, args.truncate
     )
     requests = [dataclasses.replace(request, prompt=prompt) for prompt in prompts]
-    requests = [dataclasses.replace(r, prompt=inference.prompt_tokens(r)) for r in requests]
+    requests = [dataclasses.replace(r, prompt=prompt_tokens(inference, r)) for r in requests]
 
     begin = time.perf_counter()
-    runner.load(args.checkpoint, weights, progress=sys.stderr.isatty())
+    runner.load(args.checkpoint, weights, progress=sys.stderr.isatty(), check=args.check)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
     report(load=f"{readable_size(weights)} in {time.perf_counter() - begin:.1f} s")
 

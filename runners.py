@@ -827,3 +827,38 @@ def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: i
         "cache": sum(device_bytes(row, slots_shardings(mesh, row)) for row in rows),
         "activations": 4 * (3 * scores + 2 * slots * config.vocab_size),
     }
+
+
+def products_by_path(runner: ModelRunner, weights: str) -> dict[str, list[str]]:
+    """Which quantized matrices of a layer a kernel multiplies on this backend, and which plain JAX.
+
+    {"kernel": names, "plain JAX": names}, such as "moe/linear_v"; of one row as of many.
+    """
+    config = dataclasses.replace(runner.config, num_layers=1)
+    params = abstract_weights(config, weights)
+    shardings = sharding.parameter_shardings(runner.mesh, params)
+    found: dict[str, list[str]] = {"kernel": [], "plain JAX": []}
+    for module, entries in params.items():
+        w, where = entries.get("w"), shardings[module].get("w")
+        if isinstance(w, quantize.QuantizedWeight1_58bit | quantize.QuantizedWeight8bit):
+            local = jax.tree.map(lambda x, s: s.shard_shape(x.shape), w, where)
+            kind = "kernel" if _has_kernel(local, config.activations) else "plain JAX"
+            found[kind].append(module.split("/", 2)[2])
+    return found
+
+
+def _has_kernel(w, activations: str) -> bool:
+    """Whether a weight, given by the shapes of its arrays, has a kernel for such activations."""
+    if activations == "float" or not isinstance(w, quantize.QuantizedWeight1_58bit):
+        return False
+    *lead, outputs, width = w.packed
+    packed = jax.ShapeDtypeStruct((math.prod(lead), outputs, width), jnp.uint8)
+    return all(
+        kernels.ternary_kernel(
+            jax.ShapeDtypeStruct((1, rows, 4 * width - w.padding), jnp.int8),
+            packed,
+            w.block,
+            w.padding,
+        )
+        for rows in (1, PAD_SIZES[-1])
+    )

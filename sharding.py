@@ -158,9 +158,13 @@ def _check_whole_blocks(mesh, path, weight, axis):
 # --- Inside the model -----------------------------------------------------------------------------
 
 
-def mesh_axis(axis: str | None) -> str | None:
-    """The mesh axis that a logical one is split over; None outside of any mesh."""
-    return None if jax.sharding.get_abstract_mesh().empty else AXES[axis]
+def mesh_axis(axis: str | None, size: int) -> str | None:
+    """The mesh axis that `shard_map` splits a logical one of this size over, of the whole array.
+
+    None outside of any mesh, and where the size does not split evenly, so that sums are whole.
+    """
+    mesh, name = jax.sharding.get_abstract_mesh(), AXES[axis]
+    return None if mesh.empty or name is None or size % mesh.shape[name] else name
 
 
 def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:

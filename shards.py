@@ -18,6 +18,7 @@ import math
 import mmap
 import os
 import pathlib
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +37,18 @@ from tensor_file import release
 VERSION = 1  # of the format; also in config.json
 INDEX = "model.safetensors.index.json"
 CHECKSUMS = "checksums.json"
+CONFIG = "config.json"
 SOURCE = "source.json"  # in an unfinished folder: what it is made from
 PACKINGS = ("base3", "2bit")
 SHARD_SIZE = 2_000_000_000  # bytes; a parameter is never split, so one shard may be larger
 PIECE = 1 << 20  # bytes that a thread takes at a time
 READ = 1 << 24  # bytes that are summed at a time
+
+NAME = re.compile(r"([\w~-]+(?:/[\w~-]+)*)(|\.weight|\.trits|\.scales)", re.ASCII)  # of a tensor
+FILE = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # of a checkpoint, in its folder and nowhere else
+MAX_NAME = 200
+MAX_AXES = 8
+MAX_SIZE = 1 << 48  # of an axis, or of a file
 
 DTYPES = {
     "F32": np.dtype("<f4"),
@@ -71,6 +79,17 @@ class StoredTrits:
     def matrices(self) -> np.ndarray:
         """The trits, with an axis of experts in any case: uint8 [E, O, bytes]."""
         return self.trits.reshape(-1, *self.trits.shape[-2:])
+
+
+def ternary_shapes(shape: tuple[int, ...]) -> QuantizedWeight1_58bit:
+    """The ShapeDtypeStructs of a ternary weight of logical shape [..., I, O]."""
+    *lead, inputs, outputs = shape
+    return QuantizedWeight1_58bit(
+        jax.ShapeDtypeStruct((*lead, outputs, -(-inputs // 4)), np.uint8),
+        jax.ShapeDtypeStruct((*lead, 1, 1), np.float32),
+        quantize.packing_block(inputs),
+        -inputs % 4,
+    )
 
 
 def stored_form(weight: QuantizedWeight1_58bit, packing: str) -> StoredTrits:
@@ -107,10 +126,14 @@ def store_trits(packed: np.ndarray, out: np.ndarray, packing: str, run=map) -> N
         pass
 
 
-def load_trits(stored: StoredTrits, index: Sequence[slice], out: np.ndarray, run=map) -> None:
+def load_trits(
+    stored: StoredTrits, index: Sequence[slice], out: np.ndarray, run=map, check: bool = True
+) -> None:
     """Reads packed bytes `[..., O, B][index]` into `out`, from no more of the file than needed.
 
     run: `map`, or that of a pool of threads
+    check: for codes of 3 in "2bit"; "base3" bytes above 242 are refused in any case
+    Raises ValueError for bytes that are no trits: each way to multiply would take them otherwise.
     """
     trits = stored.matrices
     experts, outputs, width = index if len(index) == 3 else (slice(0, 1), *index)
@@ -121,6 +144,8 @@ def load_trits(stored: StoredTrits, index: Sequence[slice], out: np.ndarray, run
         here = slice(rows.start - outputs.start, rows.stop - outputs.start)
         if stored.packing == "2bit":
             piece = trits[expert, rows, width]
+            if check and (piece & piece >> 1 & 0b01_01_01_01).any():
+                raise ValueError("packed bytes with codes of 3, which no trit has")
         else:  # whole groups: four bytes are five
             first = width.start // 5
             digits = trits[expert, rows, 4 * first : -(-width.stop // 5) * 4]
@@ -152,7 +177,11 @@ def parts(path: str, leaf) -> dict[str, Any]:
 
 def stored_bytes(leaf) -> int:
     """Bytes of a parameter's tensors."""
-    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in parts("", leaf).values())
+    return sum(map(_bytes, parts("", leaf).values()))
+
+
+def _bytes(tensor) -> int:
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +208,9 @@ class Shard:
                 entries["__metadata__"][path] = json.dumps(about)
         end = 0
         for name, x in self.tensors.items():
-            dtype = np.dtype(x.dtype)
-            start, end = end, end + math.prod(x.shape) * dtype.itemsize
+            start, end = end, end + _bytes(x)
             entries[name] = {
-                "dtype": codes[dtype],
+                "dtype": codes[np.dtype(x.dtype)],
                 "shape": list(x.shape),
                 "data_offsets": [start, end],
             }
@@ -213,44 +241,166 @@ def plan(leaves: dict[str, Any], shard_size: int = SHARD_SIZE) -> list[Shard]:
     ]
 
 
+# --- The header of a shard ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a shard holds, in abstract form, {path: leaf}, and where its tensors lie."""
+
+    leaves: dict[str, Any]
+    offsets: dict[str, tuple[int, int]]  # name: start and end in the file, ascending
+
+
+def parse_header(content: bytes, size: int) -> Header:
+    """Reads, and checks every word of, the first bytes of a shard: a length, and as much JSON.
+
+    size: bytes of the file
+    Raises CheckpointError unless its tensors make up whole parameters, each in one of the three
+    forms, with the bytes that their shapes and dtypes need, and fill the file without a gap.
+    """
+    entries = files.parse_json(content[8:])
+    metadata = entries.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in entries.items():
+        with files.naming(files.shown(name)):
+            tensors[name] = _parse_tensor(entry)
+    offsets, end = {}, len(content)
+    for name, (_, start, stop) in sorted(tensors.items(), key=lambda item: item[1][1:]):
+        start, stop = len(content) + start, len(content) + stop
+        if start != end:
+            raise CheckpointError(
+                f"{files.shown(name)} begins at byte {start}, the one before ends at {end}"
+            )
+        offsets[name], end = (start, stop), stop
+    if end != size:
+        raise CheckpointError(f"the tensors end at byte {end}, the file at {size}")
+    return Header(_leaves({name: form for name, (form, *_) in tensors.items()}, metadata), offsets)
+
+
+def _parse_tensor(entry: Any) -> tuple[jax.ShapeDtypeStruct, int, int]:
+    """Shape and dtype of a tensor, and the start and end of its bytes after the header."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"expected dtype, shape and data_offsets, found {files.shown(entry)}")
+    if entry["dtype"] not in list(DTYPES):  # a list, for what is no string may have no hash
+        raise CheckpointError(f"dtype {files.shown(entry['dtype'])}, expected one of {[*DTYPES]}")
+    form = jax.ShapeDtypeStruct(_parse_sizes(entry["shape"]), DTYPES[entry["dtype"]])
+    offsets = _parse_sizes(entry["data_offsets"])
+    if len(offsets) != 2 or offsets[1] - offsets[0] != _bytes(form):
+        raise CheckpointError(
+            f"data_offsets {list(offsets)} of {entry['dtype']} {list(form.shape)}, which has "
+            f"{_bytes(form)} bytes"
+        )
+    return form, *offsets
+
+
+def _parse_sizes(value: Any) -> tuple[int, ...]:
+    if not (
+        isinstance(value, list)
+        and len(value) <= MAX_AXES
+        and all(type(n) is int and 0 <= n < MAX_SIZE for n in value)
+    ):
+        raise CheckpointError(
+            f"expected a list of up to {MAX_AXES} sizes, found {files.shown(value)}"
+        )
+    return tuple(value)
+
+
+def _leaves(tensors: dict[str, jax.ShapeDtypeStruct], metadata: Any) -> dict[str, Any]:
+    """The abstract parameters, {path: leaf}, that the tensors of a shard make up."""
+    if not isinstance(metadata, dict) or metadata.get("format_version") != str(VERSION):
+        raise CheckpointError(
+            f"expected __metadata__ with format_version '{VERSION}', found {files.shown(metadata)}"
+        )
+    groups: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for name, form in tensors.items():
+        match = NAME.fullmatch(name)
+        if not match or len(name) > MAX_NAME:
+            raise CheckpointError(f"{files.shown(name)} is not the name of a tensor")
+        groups.setdefault(match[1], {})[match[2]] = form
+    leaves = {}
+    for path, found in groups.items():
+        with files.naming(path):
+            leaves[path] = _leaf(found, metadata.get(path))
+    return leaves
+
+
+def _leaf(found: dict[str, jax.ShapeDtypeStruct], about: Any) -> Any:
+    """The abstract parameter that tensors make up, here by the ends of their names.
+
+    about: what `__metadata__` says of a ternary one
+    """
+    if ".trits" in found:
+        leaf = _parse_trits(about)
+    elif ".weight" in found:
+        *lead, inputs, outputs = _matrix(found[".weight"].shape)
+        scales = found.get(".scales", found[".weight"]).shape
+        groups = math.gcd(inputs, scales[-2]) if len(scales) > 1 else 1  # a divisor of `inputs`
+        leaf = QuantizedWeight8bit(
+            jax.ShapeDtypeStruct((*lead, inputs, outputs), np.int8),
+            jax.ShapeDtypeStruct((*lead, groups, outputs), ml_dtypes.bfloat16),
+        )
+    else:
+        leaf = jax.ShapeDtypeStruct(next(iter(found.values())).shape, np.float32)
+    expected = parts("", leaf)
+    if found != expected:
+        found, expected = (
+            ", ".join(f"{name} {x.dtype} {list(x.shape)}".strip() for name, x in sorted(t.items()))
+            for t in (found, expected)
+        )
+        raise CheckpointError(f"expected {expected}, found {found}")
+    return leaf
+
+
+def _parse_trits(text: Any) -> StoredTrits:
+    about = files.parse_json(text) if isinstance(text, str) else None
+    if about is None or about.keys() != {"shape", "packing", "block"}:
+        raise CheckpointError(f"expected its shape in __metadata__, found {files.shown(text)}")
+    shape = _matrix(_parse_sizes(about["shape"]))
+    if about["packing"] not in PACKINGS:
+        raise CheckpointError(f"packing {files.shown(about['packing'])}, known are {PACKINGS}")
+    leaf = stored_form(ternary_shapes(shape), about["packing"])
+    if about["block"] != leaf.block:
+        raise CheckpointError(f"block {files.shown(about['block'])}, expected {leaf.block}")
+    return leaf
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise CheckpointError(f"expected the shape of matrices, found {list(shape)}")
+    return shape
+
+
+# --- Mapped shards --------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class _Mapped:
     """A shard's memory-mapped file: its tensors, {path: leaf}, and where each of them lies."""
 
     data: mmap.mmap
     leaves: dict[str, Any]
-    offsets: dict[str, tuple[int, int]]  # name: start and end in the file
+    offsets: dict[str, tuple[int, int]]
 
 
-def _map(file, write: bool = False) -> _Mapped:
+def _map(file, content: bytes, write: bool = False) -> _Mapped:
+    """content: the header of the file; CheckpointError if `parse_header` finds fault with it."""
+    header = parse_header(content, os.fstat(file.fileno()).st_size)
     access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
     data = mmap.mmap(file.fileno(), 0, access=access)
-    begin = 8 + struct.unpack("<Q", data[:8])[0]
-    entries = json.loads(data[8:begin])
-    metadata = entries.pop("__metadata__")
-    arrays, offsets = {}, {}
-    for name, entry in entries.items():
-        start, end = (begin + offset for offset in entry["data_offsets"])
-        dtype = DTYPES[entry["dtype"]]
-        arrays[name] = np.ndarray(entry["shape"], dtype, memoryview(data)[start:end])
-        offsets[name] = (start, end)
-    leaves: dict[str, Any] = {}
-    for name, array in arrays.items():
-        path, _, part = name.partition(".")
-        if not part:
-            leaves[path] = array
-        elif part == "weight":
-            leaves[path] = QuantizedWeight8bit(array, arrays[f"{path}.scales"])
-        elif part == "trits":
-            about = json.loads(metadata[path])
-            leaves[path] = StoredTrits(
-                array,
-                arrays[f"{path}.scales"],
-                tuple(about["shape"]),
-                about["packing"],
-                about["block"],
-            )
-    return _Mapped(data, leaves, offsets)
+
+    def array(name, form):
+        start, end = header.offsets[name]
+        return np.ndarray(form.shape, form.dtype, memoryview(data)[start:end])
+
+    leaves = {}
+    for path, leaf in header.leaves.items():
+        arrays = [array(name, form) for name, form in parts(path, leaf).items()]
+        if isinstance(leaf, StoredTrits):
+            leaves[path] = dataclasses.replace(leaf, trits=arrays[0], scales=arrays[1])
+        else:
+            leaves[path] = QuantizedWeight8bit(*arrays) if len(arrays) > 1 else arrays[0]
+    return _Mapped(data, leaves, header.offsets)
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -259,7 +409,7 @@ def _map(file, write: bool = False) -> _Mapped:
 def partial_folder(folder: str | os.PathLike) -> pathlib.Path:
     """Where a checkpoint is until it is complete."""
     folder = pathlib.Path(folder)
-    return folder.with_name(f"{folder.name}.incomplete")
+    return folder.parent / f"{folder.name}.incomplete"
 
 
 def write(
@@ -287,44 +437,73 @@ def write(
     sealed: called for each shard once it is safe, also for those of an earlier call
     """
     folder, partial = pathlib.Path(folder), partial_folder(folder)
+    extra = extra or {}
     if folder.exists():
         raise CheckpointError(f"{folder} exists; remove it, or choose another folder")
+    shards = plan(leaves, shard_size)
+    for shard in shards:  # what could not be read is not written
+        parse_header(shard.header(), shard.size)
+    names = {name: shard.name for shard in shards for name in shard.tensors}
+    total = sum(map(stored_bytes, leaves.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": names}
     partial.mkdir(parents=True, exist_ok=True)
     with files.lock(partial):
-        shards = plan(leaves, shard_size)
-        names = {name: shard.name for shard in shards for name in shard.tensors}
-        total = sum(map(stored_bytes, leaves.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": names}
+        finished = _finished_shards(partial)
+        if not finished:
+            _begin_again(partial)
         _note(partial / SOURCE, {"source": source})
-        _note(partial / "config.json", config)
+        _note(partial / CONFIG, config)
         _note(partial / INDEX, index)
-        for name, content in (extra or {}).items():
+        for name, content in extra.items():
             files.write_bytes(partial / name, content)
-        _write_shards(partial, shards, fill, sealed)
+        sums = finished | {name: _sums(partial / name) for name in (CONFIG, INDEX, *extra)}
+        _write_shards(partial, shards, sums, fill, sealed)
         (partial / SOURCE).unlink()
+        files.sync(partial)
         partial.rename(folder)
         files.sync(folder.parent)
 
 
-def _write_shards(partial, shards, fill, sealed) -> None:
-    sums = read_checksums(partial)
-    for shard in shards:
-        path = partial / shard.name
-        if path.exists() and sums.get(shard.name, {}).get("bytes") != path.stat().st_size:
-            sums.pop(shard.name, None)
+def _finished_shards(partial: pathlib.Path) -> dict[str, dict]:
+    """{file: sums} of the shards of an unfinished folder that need not be made again."""
+
+    def is_whole(path, sums):
+        return path.exists() and path.stat().st_size == sums["bytes"]
+
+    noted = read_checksums(partial).items()
+    return {
+        name: sums
+        for name, sums in noted
+        if "tensor_crc32" in sums and is_whole(partial / name, sums)
+    }
+
+
+def _begin_again(partial: pathlib.Path) -> None:
+    """Removes what an earlier call left that finished no shard: it need not have been the same."""
+    if (partial / SOURCE).exists():  # it goes last, for it says that the others are ours
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == SOURCE):
+            path.unlink()
+
+
+def _write_shards(partial, shards, sums, fill, sealed) -> None:
+    """sums: of the files that are finished, {name: sums}; those of the others are added"""
+
+    def note_sums():
+        files.write_json(partial / CHECKSUMS, dict(sorted(sums.items())))
 
     def seal(shard, part):
         """Sums a filled shard while the next one is filled."""
-        sums[shard.name] = _checksums(part)
+        with open(part, "rb") as file:
+            sums[shard.name] = _shard_sums(_map(file, shard.header()))
         os.replace(part, partial / shard.name)
         files.sync(partial)
-        files.write_json(partial / CHECKSUMS, sums)
+        note_sums()
         sealed(shard)
 
     with concurrent.futures.ThreadPoolExecutor(1) as background:
         pending = None
         for shard in shards:
-            if shard.name in sums and (partial / shard.name).exists():
+            if shard.name in sums:
                 sealed(shard)
                 continue
             part = partial / f"{shard.name}.part"
@@ -334,16 +513,18 @@ def _write_shards(partial, shards, fill, sealed) -> None:
             pending = background.submit(seal, shard, part)
         if pending:
             pending.result()
+    note_sums()
 
 
 def _fill_shard(part: pathlib.Path, shard: Shard, fill) -> None:
     header = shard.header()
     with open(part, "w+b") as file:
         # Writing through a map when the disk is full would end the process; this raises OSError.
-        os.posix_fallocate(file.fileno(), 0, shard.size)
-        file.write(header)
-        file.flush()
-        mapped = _map(file, write=True)
+        with files.filling(part):
+            os.posix_fallocate(file.fileno(), 0, shard.size)
+            file.write(header)
+            file.flush()
+        mapped = _map(file, header, write=True)
         for path in shard.leaves:
             fill(path, mapped.leaves[path])
             release(mapped.data)
@@ -351,20 +532,16 @@ def _fill_shard(part: pathlib.Path, shard: Shard, fill) -> None:
         os.fsync(file.fileno())
 
 
-def _checksums(path: pathlib.Path, progress=lambda count: None) -> dict:
-    """Size and sums of a shard; crc32 of the header and of every tensor, to find what is damaged.
+def _sums(path: pathlib.Path) -> dict:
+    """Size and sum of a file that is no shard."""
+    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
 
-    Raises CheckpointError if the header cannot be read.
-    """
-    with open(path, "rb") as file:
-        try:
-            mapped = _map(file)
-        except (ValueError, KeyError, TypeError, struct.error) as error:
-            raise CheckpointError(f"{path}: the header is damaged: {error}") from None
+
+def _shard_sums(mapped: _Mapped, progress=lambda count: None) -> dict:
+    """Size and sums of a shard; those of the header and the tensors tell what is damaged."""
     begin = min((start for start, _ in mapped.offsets.values()), default=len(mapped.data))
-    ranges = {"": (0, begin)} | dict(sorted(mapped.offsets.items(), key=lambda item: item[1]))
     sha256, crcs, view = hashlib.sha256(), {}, memoryview(mapped.data)
-    for name, (start, end) in ranges.items():
+    for name, (start, end) in {"": (0, begin), **mapped.offsets}.items():
         crc = 0
         for piece in slices(start, end, READ):
             sha256.update(view[piece])
@@ -383,82 +560,165 @@ def _checksums(path: pathlib.Path, progress=lambda count: None) -> dict:
 
 def _note(path: pathlib.Path, content: dict) -> None:
     """Writes JSON, or checks that what an earlier call wrote is the same."""
-    content = json.loads(json.dumps(content))  # tuples are lists in JSON
-    if path.exists() and files.read_json(path) != content:
-        old, new = files.read_json(path), content
-        differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-        key = differing[0]
+    if path.exists() and (text := difference(files.read_json(path), content)):
         raise CheckpointError(
-            f"{path.parent} was begun with another {key}, {old.get(key)!r:.200}, not "
-            f"{new.get(key)!r:.200}; finish it with the same source and options, or remove it"
+            f"{path.parent} was begun with another {text}; finish it with the same source and "
+            "options, or remove it"
         )
     files.write_json(path, content)
+
+
+def difference(old: dict, new: dict) -> str | None:
+    """The first entry in which two JSON objects differ: "key.key, value, not value"."""
+    new = json.loads(json.dumps(new))  # tuples are lists in JSON
+    for key in [*new, *sorted(old.keys() - new.keys())]:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if inner := difference(a, b):
+                return f"{key:.200}.{inner}"
+        elif a != b:
+            return f"{key:.200}, {files.shown(a)}, not {files.shown(b)}"
+    return None
+
+
+# --- The other files ------------------------------------------------------------------------------
+
+
+def exists(folder: str | os.PathLike) -> bool:
+    """Whether the folder holds a converted checkpoint, whole or not."""
+    return any((pathlib.Path(folder) / name).exists() for name in (INDEX, CHECKSUMS))
+
+
+def read_index(folder: pathlib.Path) -> dict[str, set[str]]:
+    """{shard: names of its tensors}; CheckpointError if `INDEX` lists none, or other than that."""
+    path = folder / INDEX
+    names = files.read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{path}: expected a weight_map of all tensors; copy it again")
+    found: dict[str, set[str]] = {}
+    for name, file in names.items():
+        if not (isinstance(file, str) and FILE.fullmatch(file)):
+            raise CheckpointError(
+                f"{path}: {files.shown(name)} is in {files.shown(file)}, expected the name of a "
+                "file in this folder; copy it again"
+            )
+        found.setdefault(file, set()).add(name)
+    return found
+
+
+def read_checksums(folder: pathlib.Path) -> dict[str, dict]:
+    """{file: sums} of the finished files; earlier checkpoints have them of the shards alone."""
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return {}
+    found = files.read_json(path)
+    for name, sums in found.items():
+        if not (FILE.fullmatch(name) and _are_sums(sums)):
+            raise CheckpointError(
+                f"{path}: {files.shown(name)} has {files.shown(sums)}, expected a file of this "
+                "folder and its sums; copy it again"
+            )
+    return found
+
+
+def _are_sums(sums: Any) -> bool:
+    """Whether these are as `_sums` or `_shard_sums` make them."""
+
+    def is_hex(text, digits):
+        return isinstance(text, str) and bool(re.fullmatch(rf"[0-9a-f]{{{digits}}}", text))
+
+    if not (
+        isinstance(sums, dict) and type(sums.get("bytes")) is int and is_hex(sums.get("sha256"), 64)
+    ):
+        return False
+    crcs = sums.get("tensor_crc32")
+    of_shard = isinstance(crcs, dict) and all(is_hex(crc, 8) for crc in crcs.values())
+    if of_shard and is_hex(sums.get("header_crc32"), 8):
+        return len(sums) == 4
+    return len(sums) == 2
+
+
+def check_file(folder: pathlib.Path, name: str) -> None:
+    """CheckpointError for a file that is no shard, if it has sums and they are others."""
+    noted = read_checksums(folder).get(name)
+    if noted is not None:
+        _check_sums(folder / name, noted)
+
+
+def _check_sums(path: pathlib.Path, noted: dict) -> None:
+    with files.open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    if size != noted["bytes"] or files.sha256(path) != noted["sha256"]:
+        raise CheckpointError(
+            f"{path}: not as it was written; copy it again, or, if you changed it, remove its "
+            f"entry from {CHECKSUMS}"
+        )
 
 
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def exists(folder: str | os.PathLike) -> bool:
-    """Whether the folder holds a converted checkpoint, whole or not."""
-    return (pathlib.Path(folder) / INDEX).exists()
-
-
-def read_checksums(folder: pathlib.Path) -> dict:
-    """{file: sums} of the finished shards."""
-    path = folder / CHECKSUMS
-    return files.read_json(path) if path.exists() else {}
-
-
 def open_shards(folder: str | os.PathLike) -> dict[str, tuple[pathlib.Path, Any]]:
     """{path: (file, leaf)} of all parameters, the arrays memory-mapped.
 
-    Reads and checks sizes and headers only. Raises CheckpointError for a shard that is missing, of
-    another size than noted, or whose header is damaged.
+    Compares the small files with their sums; of the shards, reads and checks sizes and headers
+    only. Raises CheckpointError for a file that is missing, of another size than noted, or damaged.
+    A shard that is cut short while it is mapped ends the process (SIGBUS), as with any mapped file:
+    replace a file by renaming another one, as all that is written here is.
     """
     folder = pathlib.Path(folder)
+    shards, others = _listed(folder)
+    for name, noted in others.items():
+        _check_sums(folder / name, noted)
     found = {}
-    for file, (names, noted) in _listed(folder).items():
-        path = folder / file
-        mapped = _open_shard(path, noted)
-        if mapped.offsets.keys() != names:
-            other = sorted(mapped.offsets.keys() ^ names)[0]
-            raise CheckpointError(
-                f"{path}: {INDEX} and its header differ in {other}; copy both again"
-            )
-        found |= {key: (path, leaf) for key, leaf in mapped.leaves.items()}
+    for name, (tensors, noted) in shards.items():
+        mapped = _open_shard(folder / name, tensors, noted)
+        found |= {path: (folder / name, leaf) for path, leaf in mapped.leaves.items()}
     return found
 
 
-def _listed(folder: pathlib.Path) -> dict[str, tuple[set[str], dict | None]]:
-    """{file: (names of its tensors, its sums)}; CheckpointError if it is not complete."""
+def _listed(folder: pathlib.Path) -> tuple[dict[str, tuple[set[str], dict | None]], dict]:
+    """{shard: (names of its tensors, its sums)}, and {file: sums} of the other files.
+
+    CheckpointError if the checkpoint is not complete.
+    """
     if (folder / SOURCE).exists():
         raise CheckpointError(
             f"{folder}: the conversion was not finished; run the same convert.py again, it goes on "
             "after the last shard"
         )
-    index, sums = files.read_json(folder / INDEX), read_checksums(folder)
-    names: dict[str, set[str]] = {}
-    for name, file in index.get("weight_map", {}).items():
-        names.setdefault(file, set()).add(name)
-    return {file: (names[file], sums.get(file)) for file in sorted(names)}
+    index, sums = read_index(folder), read_checksums(folder)
+    others = {name: noted for name, noted in sums.items() if "tensor_crc32" not in noted}
+    names = sorted(index.keys() | sums.keys() - others.keys())
+    return {name: (index.get(name, set()), sums.get(name)) for name in names}, others
 
 
-def _open_shard(path: pathlib.Path, noted: dict | None) -> _Mapped:
-    if noted is None:
+def _open_shard(path: pathlib.Path, names: set[str], noted: dict | None) -> _Mapped:
+    """names: of its tensors, noted: its sums; CheckpointError unless size and header fit them."""
+    if noted is None or "header_crc32" not in noted:
         raise CheckpointError(f"{path}: {CHECKSUMS} does not know it; copy {CHECKSUMS} again")
-    if not path.exists():
-        raise CheckpointError(f"{path}: missing; copy it again")
-    size = path.stat().st_size
-    if size != noted["bytes"]:
-        raise CheckpointError(
-            f"{path}: {size} bytes, it should have {noted['bytes']}; copy it again"
-        )
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0]
-        if length > size or f"{zlib.crc32(start + file.read(length)):08x}" != noted["header_crc32"]:
-            raise CheckpointError(f"{path}: the header is damaged; copy the file again")
-        return _map(file)
+    with files.open_file(path) as file, files.naming(path):
+        size = os.fstat(file.fileno()).st_size
+        if size != noted["bytes"]:
+            raise CheckpointError(f"{size} bytes, it should have {noted['bytes']}; copy it again")
+        header = _read_header(file, size)
+        if f"{zlib.crc32(header):08x}" != noted["header_crc32"]:
+            raise CheckpointError("the header is damaged; copy the file again")
+        mapped = _map(file, header)
+        if other := sorted(mapped.offsets.keys() ^ names):
+            raise CheckpointError(
+                f"{INDEX} and its header differ in {files.shown(other[0])}; copy both again"
+            )
+        return mapped
+
+
+def _read_header(file, size: int) -> bytes:
+    """The first bytes of a shard: the length of the rest, and the rest."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(size - 8, files.MAX_JSON):
+        raise CheckpointError("the header is damaged; copy the file again")
+    return start + file.read(length)
 
 
 def verify(folder: str | os.PathLike, progress=lambda count: None) -> list[str]:
@@ -467,21 +727,38 @@ def verify(folder: str | os.PathLike, progress=lambda count: None) -> list[str]:
     progress: called with the number of bytes read since the last call
     Raises CheckpointError where `open_shards` does for the index and the sums.
     """
+    folder = pathlib.Path(folder)
+    shards, others = _listed(folder)
     problems = []
-    for file, (_, noted) in _listed(pathlib.Path(folder)).items():
-        path = pathlib.Path(folder) / file
+    for name, noted in others.items():
         try:
-            _open_shard(path, noted)
-            found = _checksums(path, progress)
+            _check_sums(folder / name, noted)
         except CheckpointError as error:
             problems.append(str(error))
-            continue
-        damaged = [
-            name
-            for name, crc in noted["tensor_crc32"].items()
-            if found["tensor_crc32"].get(name) != crc
-        ]
-        problems += [f"{path}: {name}: damaged; copy the file again" for name in damaged]
-        if found["sha256"] != noted["sha256"] and not damaged:
-            problems.append(f"{path}: sha256 is {found['sha256']}, not {noted['sha256']}")
+        progress(noted["bytes"])
+    for name, (tensors, noted) in shards.items():
+        try:
+            mapped = _open_shard(folder / name, tensors, noted)
+            problems += _differing(folder / name, noted, _shard_sums(mapped, progress))
+        except CheckpointError as error:
+            problems.append(str(error))
     return problems
+
+
+def _differing(path: pathlib.Path, noted: dict, found: dict) -> list[str]:
+    """What is wrong with a shard, by its sums."""
+    damaged = [
+        f"{path}: {name}: damaged; copy the file again"
+        for name, crc in found["tensor_crc32"].items()
+        if noted["tensor_crc32"].get(name) != crc
+    ]
+    if found["sha256"] != noted["sha256"] and not damaged:
+        return [f"{path}: sha256 is {found['sha256']}, not {noted['sha256']}; copy it again"]
+    return damaged
+
+
+def without_sums(folder: str | os.PathLike) -> list[str]:
+    """The files beside the shards that `verify` cannot compare: earlier versions noted no sums."""
+    sums = read_checksums(pathlib.Path(folder))
+    names = {path.name for path in pathlib.Path(folder).iterdir()}
+    return sorted(names - sums.keys() - {CHECKSUMS})

@@ -35,6 +35,7 @@ ALLOWED = (WEIGHT_CLASS, RECONSTRUCT, NUMPY_2_RECONSTRUCT, NDARRAY, DTYPE, BFLOA
 
 MAX_OPCODES = 1000  # a released tensor has about 75
 MAX_TEXT = 1000
+MAX_AXES = 8
 
 _CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False}
 _INTEGERS = {pickle.BININT: "<i", pickle.BININT1: "<B", pickle.BININT2: "<H"}
@@ -107,8 +108,7 @@ class _Reader:
         elif opcode == pickle.EMPTY_DICT:
             self.stack.append({})
         elif opcode == pickle.SETITEMS:
-            items = self.pop_to_mark()
-            self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            self.set_items(self.pop_to_mark())
         elif opcode == pickle.MEMOIZE:
             self.memo[len(self.memo)] = self.stack[-1]
         elif opcode in _PUTS:
@@ -153,11 +153,19 @@ class _Reader:
         self.at += 1
         return text
 
-    def name(self, module: str, name: str) -> _Name:
+    def set_items(self, items: list) -> None:
+        # Of tuples that share their parts, one key can take longer to hash than anybody waits.
+        if not all(isinstance(key, str) for key in items[::2]):
+            raise CheckpointError("a dictionary whose keys are not texts")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def name(self, module: Any, name: Any) -> _Name:
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise CheckpointError("the pickle asks for something whose name is not a text")
         if (module, name) not in ALLOWED:
             raise CheckpointError(
-                f"the pickle asks for {module}.{name}, which no Grok-1 tensor needs; it is refused "
-                "and nothing was run. Get the file from a source that you trust"
+                f"the pickle asks for {f'{module}.{name}'!r:.200}, which no Grok-1 tensor needs; "
+                "it is refused and nothing was run. Get the file from a source that you trust"
             )
         return _Name((module, name))
 
@@ -204,37 +212,49 @@ def _fill(made: np.dtype | _StandIn, state: Any) -> None:
         made.value = QuantizedWeight8bit(weight, scales)
     else:
         _, shape, dtype, fortran, payload = state
-        if not all(isinstance(size, int) and size >= 0 for size in shape):
-            raise CheckpointError("an array whose shape is not one of sizes")
-        needed = math.prod(shape) * dtype.itemsize
-        if payload.nbytes != needed:
-            raise CheckpointError(
-                f"{payload.nbytes} bytes of data for {dtype} {list(shape)}, which needs {needed}"
-            )
-        made.value = np.ndarray(shape, dtype, payload, order="F" if fortran else "C")
+        made.value = _array(shape, dtype, fortran, payload)
+
+
+def _array(shape: Any, dtype: Any, fortran: Any, payload: Any) -> np.ndarray:
+    if not (
+        isinstance(shape, tuple)
+        and len(shape) <= MAX_AXES
+        and all(type(size) is int and size >= 0 for size in shape)
+    ):
+        raise CheckpointError(f"an array whose shape is not one of up to {MAX_AXES} sizes")
+    if fortran is not False:
+        raise CheckpointError("an array in Fortran's order, which the release has none of")
+    if not (isinstance(dtype, np.dtype) and isinstance(payload, memoryview)):
+        raise CheckpointError("an array without a dtype or without data")
+    needed = math.prod(shape) * dtype.itemsize
+    if payload.nbytes != needed:
+        raise CheckpointError(
+            f"{payload.nbytes} bytes of data for {dtype} {list(shape)}, which needs {needed}"
+        )
+    return np.ndarray(shape, dtype, payload)
 
 
 def read_tensor(path: str | os.PathLike) -> np.ndarray | QuantizedWeight8bit:
     """The array, or the int8 weight with its scales, that a file of the release holds.
 
-    The arrays are read-only views of the memory-mapped file, unmapped when the last is dropped.
-    Raises CheckpointError if the file is missing, truncated, or a pickle of anything else.
+    The arrays are read-only views of the memory-mapped file, unmapped when the last is dropped. A
+    file that is cut short meanwhile ends the process (SIGBUS): replace it by renaming another one,
+    as `write_tensor` does. Raises CheckpointError if the file is missing, truncated, or a pickle of
+    anything else.
     """
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise CheckpointError("truncated: the file is empty; copy or download it again")
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return _Reader(data).load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(
-            f"{os.fspath(path)}: not a pickle of an array or of QuantizedWeight8bit ({error}); "
-            "copy or download it again"
-        ) from None
+    with files.open_file(path) as file, files.naming(os.fspath(path)):
+        if os.fstat(file.fileno()).st_size == 0:
+            raise CheckpointError("truncated: the file is empty; copy or download it again")
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        try:
+            return _Reader(data).load()
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise CheckpointError(
+                f"not a pickle of an array or of QuantizedWeight8bit ({error!s:.200}); copy or "
+                "download it again"
+            ) from None
 
 
 def release(mapped: np.ndarray | mmap.mmap) -> None:
@@ -409,7 +429,8 @@ def write_tensor(path: str | os.PathLike, value) -> None:
     """
     check_writable(os.fspath(path), value)
     value = jax.tree.map(lambda array: np.ascontiguousarray(array).reshape(array.shape), value)
-    with files.replacing(pathlib.Path(path)) as target, open(target, "wb") as file:
+    path = pathlib.Path(path)
+    with files.filling(path), files.replacing(path) as target, open(target, "wb") as file:
         for part in _Writer(value).parts:
             file.write(part if isinstance(part, bytes) else part.reshape(-1).view(np.uint8))
 

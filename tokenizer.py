@@ -2,7 +2,7 @@
 
 The `tokenizer.model` beside this file, for the demo model, comes from
 
-    python tokenizer.py tinyshakespeare --vocab-size 1024
+    python tokenizer.py tinyshakespeare --vocab-size 1024 --output tokenizer.model
 
 with ids 0 to 4 as in Grok-1 ([PAD], [BOS], [EOS], [UNK], newline), then the 256 bytes, so that any
 text can be encoded. Encoding and decoding give the text back exactly, but for U+2581, which
@@ -13,12 +13,14 @@ import argparse
 import io
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 import data
+import files
 
 PAD, BOS, EOS, UNK = range(4)
 FILE = "tokenizer.model"
@@ -138,7 +140,7 @@ def train(text: str, vocab_size: int) -> bytes:
             add_dummy_prefix=False,
             byte_fallback=True,
             character_coverage=1.0,
-            max_sentence_length=max(map(len, map(str.encode, lines)), default=1),
+            max_sentence_length=max(10, *map(len, map(str.encode, lines)), 0),
             pad_id=PAD,
             bos_id=BOS,
             eos_id=EOS,
@@ -153,23 +155,33 @@ def train(text: str, vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        # "INTERNAL: file(line) [condition] what a reader can use Increase some --flag of theirs"
+        reason = (
+            str(error).rpartition("] ")[2].partition(" Increase ")[0] or "there are no lines in it."
+        )
         raise ValueError(
-            f"no tokenizer of {vocab_size} pieces from {len(text)} characters: {error}"
+            f"no tokenizer of {vocab_size} pieces from {len(text)} characters: {reason} Take a "
+            "longer text, or another number of pieces"
         ) from error
     return model.getvalue()
 
 
-def main():
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Train a tokenizer on the training part of a text")
     parser.add_argument("text", help=f"a text file, or one of {sorted(data.SOURCES)}")
     parser.add_argument("--vocab-size", type=int, default=1024, help="pieces (%(default)s)")
-    parser.add_argument("--output", type=Path, default=DEMO, help="file to write (%(default)s)")
-    arguments = parser.parse_args()
-    training, validation = data.split(data.load_text(arguments.text))
-    model = train(training, arguments.vocab_size)
-    arguments.output.write_bytes(model)
+    parser.add_argument("--output", type=Path, required=True, help="new file to write")
+    args = parser.parse_args(argv)
+    try:
+        if args.output.exists():
+            raise FileExistsError(f"{args.output} exists: remove it, or give another --output")
+        training, validation = data.split(data.load_text(args.text))
+        model = train(training, args.vocab_size)
+        files.write_bytes(args.output, model)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    print(f"{arguments.output}: {len(tokenizer)} pieces, {len(model):,} bytes")
+    print(f"{args.output}: {len(tokenizer)} pieces, {len(model):,} bytes")
     for name, part in [("training", training), ("validation", validation)]:
         count = len(tokenizer.encode(part))
         print(f"{name}: {len(part):,} characters, {count:,} tokens, {len(part) / count:.3f} each")

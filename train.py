@@ -13,7 +13,9 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import json
+import itertools
+import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -27,6 +29,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import evaluate
+import files
 import kernels
 import learning
 import model
@@ -126,6 +129,14 @@ def product_rate() -> float:
     return 2 * n**3 / min(seconds)
 
 
+def readable_time(seconds: float) -> str:
+    """Seconds for reading, such as 3.4 hours."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1)):
+        if seconds >= 2 * size or unit == "seconds":
+            count = seconds / size
+            return f"{count:.0f} {unit}" if count >= 10 else f"{count:.1f} {unit}"
+
+
 def plan(config, settings: Settings, weights: str, mesh) -> None:
     """Prints what a run will take; ValueError if a device has too little memory for it."""
     needed = training_memory(config, settings, weights, mesh)
@@ -133,10 +144,11 @@ def plan(config, settings: Settings, weights: str, mesh) -> None:
     size = checkpoint.readable_size
     tokens = settings.steps * settings.accumulate * settings.batch_size * config.sequence_len
     rate = product_rate() * (1 if jax.default_backend() == "cpu" else mesh.size)
-    hours = 3 * flops_per_token(config) * tokens / rate / 3600
+    seconds = 3 * flops_per_token(config) * tokens / rate
     print("memory      " + " + ".join(f"{name} {size(count)}" for name, count in needed.items()))
     print(f"total       {size(total)} of {size(limit)} on each device")
-    print(f"time        {hours:.2g} hours for {tokens:,} tokens, at a third of {rate:.2g} FLOP/s")
+    about = f"for {tokens:,} tokens, at a third of {rate:.2g} FLOP/s"
+    print(f"time        {readable_time(seconds)} {about}")
     if total > limit:
         raise ValueError(
             f"this needs {size(total)} on each device, which has {size(limit)}; try a smaller "
@@ -159,6 +171,7 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+SETTINGS = "settings.json"
 DEAD = 0.01  # of an even share: an expert that is chosen less often learns nothing
 
 
@@ -265,6 +278,37 @@ def check_progress(row: dict, limit: float, output: Path) -> None:
             )
 
 
+def check_text(texts: Texts, validation: str) -> None:
+    """ValueError for a text too short to train on or to evaluate, before anything is computed."""
+    data.batch(texts.plain, 1, texts.length, seed=0, step=0)
+    data.windows(tokenizer.encode(texts.processor, validation), texts.length)
+
+
+def check_settings(output: Path, about: dict) -> None:
+    """ValueError, which names the difference, if a run was begun with another command."""
+    file = output / SETTINGS
+    if not file.exists():
+        return
+    try:
+        old = choices(files.read_json(file)["command"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} does not say how the run was begun ({error!r:.80}): remove it if that was with"
+            " the same settings, else give another --output"
+        ) from None
+    new = choices(about["command"])
+    differing = [
+        f"{flag} was {old.get(flag, 'not given')}, now {new.get(flag, 'not given')}"
+        for flag in old | new
+        if old.get(flag) != new.get(flag)
+    ]
+    if differing:
+        raise ValueError(
+            f"{output} was begun with other settings: {'; '.join(differing)}. Give the same ones, "
+            "or another --output"
+        )
+
+
 def run(
     config,
     settings: Settings,
@@ -280,43 +324,63 @@ def run(
 ) -> dict:
     """Trains, or goes on where the run folder's state ends; returns the last line of the log.
 
-    about, form: of the exported checkpoint, see `records.export`
+    The folder belongs to a run from its first state on.
+
+    about: the command; form: of the exported checkpoint, see `records.export`
     init, teacher: checkpoint folders, to begin from and to learn from
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     processor = tokenizer.load(init, config.vocab_size)
     training, validation = data.split(text)
     texts = Texts(processor, training, settings, config.sequence_len)
-    taught = (None, None) if teacher is None else teacher_of(teacher, processor, mesh)
-    trainer = Trainer(config, settings, weights, mesh, taught)
-    states = records.open_states(output)
-    if states.latest_step() is None:
-        trainer.start(init)
-    else:
-        trainer.state = records.load_state(states, trainer.like)
-    first = int(trainer.state.step)
-    log = records.read_log(output, first)
+    check_text(texts, validation)
+    output.mkdir(parents=True, exist_ok=True)
+    with files.lock(output):
+        states = records.open_states(output)
+        begun = states.latest_step() is not None
+        if begun:
+            check_settings(output, about)
+        taught = (None, None) if teacher is None else teacher_of(teacher, processor, mesh)
+        trainer = Trainer(config, settings, weights, mesh, taught)
+        if begun:
+            trainer.state = records.load_state(states, trainer.like)
+        else:
+            trainer.start(init)
+        first = int(trainer.state.step)
+        log = records.read_log(output, first) if begun else []
 
-    def record(row: dict) -> None:
-        """Evaluates; keeps the row, the state, and the weights if they are the best so far."""
-        loss = evaluate.text_loss(trainer.logits, validation, processor, texts.length)
-        row["validation"] = loss.per_character
-        check_progress(row, 2 * np.log(config.vocab_size), output)
-        if all(row["validation"] < earlier["validation"] for earlier in log):
-            folder, params, described = output / "checkpoint", trainer.state.params, about | row
-            records.export(folder, config, params, weights, form, processor, described)
-        log.append(row)
-        records.write_log(output, log)
-        records.save_state(states, trainer.state)
-        records.plot(output, log)
+        def record(row: dict) -> None:
+            """Evaluates; keeps the row, the state, and the weights if they are the best so far."""
+            loss = evaluate.text_loss(trainer.logits, validation, processor, texts.length)
+            row["validation"] = loss.per_character
+            check_progress(row, 2 * np.log(config.vocab_size), output)
+            if all(row["validation"] < earlier["validation"] for earlier in log):
+                folder, params, described = output / "checkpoint", trainer.state.params, about | row
+                records.export(folder, config, params, weights, form, processor, described)
+            log.append(row)
+            records.write_log(output, log)
+            if row["step"]:  # nothing is lost with the state before the first step
+                files.write_json(output / SETTINGS, about)
+                records.save_state(states, trainer.state)
+            records.plot(output, log)
 
-    if init is not None and not log:
-        record({"step": 0})
-        print(f"validation {log[0]['validation']:.4f} nats per character to begin with")
+        if (begun or init is not None) and not (log and log[-1]["step"] == first):
+            record({"step": first})  # where it begins; or the row of the state was lost
+            loss = log[-1]["validation"]
+            print(f"validation {loss:.4f} nats per character to begin with")
+        train_on(trainer, texts, first, record)
+        return log[-1]
+
+
+def train_on(trainer: Trainer, texts: Texts, first: int, record) -> None:
+    """The steps from the first one on; `record` is called with a row of the log at evaluations."""
+    settings = texts.settings
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, unit="step")
     since, recent = time.perf_counter(), []
     for i in bar:
         recent.append(trainer.step(texts.batch(i)))
+        # The bar counts what is done; one step is always under way, while the next batch is made.
+        jax.block_until_ready(recent[-2:-1])
         if (i + 1) % settings.eval_every and i + 1 != settings.steps:
             continue
         row = log_row(i + 1, recent, texts, settings)
@@ -325,7 +389,6 @@ def run(
         record(row)
         bar.set_postfix(train=f"{row['train']:.3f}", validation=f"{row['validation']:.3f}")
         since, recent = time.perf_counter(), []
-    return log[-1]
 
 
 def parse_arguments(argv) -> argparse.Namespace:
@@ -361,7 +424,8 @@ def parse_arguments(argv) -> argparse.Namespace:
         chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
         args.settings = Settings(**chosen)
     except ValueError as error:
-        parser.error(str(error))
+        names = "|".join(chosen)
+        parser.error(re.sub(rf"\b({names})\b", lambda name: _flag(name[0]), str(error)))
     return args
 
 
@@ -374,8 +438,18 @@ def command_of(args: argparse.Namespace) -> str:
     when a run is resumed."""
     names = ["data", "preset", "init", "teacher", "weights", "dtype", "format"]
     chosen = {name: getattr(args, name) for name in names} | dataclasses.asdict(args.settings)
-    flags = [f"{_flag(name)} {value}" for name, value in chosen.items() if value is not None]
-    return " ".join(["python train.py", *flags])
+    flags = [(_flag(name), str(value)) for name, value in chosen.items() if value is not None]
+    return shlex.join(["python", "train.py", *itertools.chain(*flags)])
+
+
+def choices(command: str) -> dict[str, str]:
+    """{flag: value} of what `command_of` gave."""
+    words = shlex.split(command)[2:]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def aligned(values: dict) -> str:
+    return "\n".join(f"{name:<31}{value}" for name, value in values.items())
 
 
 def configuration(args: argparse.Namespace) -> model.LanguageModelConfig:
@@ -388,31 +462,21 @@ def configuration(args: argparse.Namespace) -> model.LanguageModelConfig:
     return dataclasses.replace(config, fprop_dtype=args.dtype or config.fprop_dtype)
 
 
-def begin(output: Path, about: dict) -> None:
-    """Makes the run folder; ValueError if it belongs to a run with other settings."""
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / "settings.json"
-    if file.exists() and json.loads(file.read_text()) != about:
-        raise ValueError(
-            f"{output} was begun with other settings, see {file}; give the same ones, or another "
-            "--output"
-        )
-    file.write_text(json.dumps(about) + "\n")
-
-
 def main(argv=None):
     args = parse_arguments(argv)
     kernels.keep_compilations()
     keep_freed_memory()
     about, settings = {"command": command_of(args)}, args.settings
     try:
+        if args.teacher:
+            checkpoint.check_folder(args.teacher)
         config, mesh = configuration(args), sharding.parse_mesh(args.mesh)
         params = jax.tree.leaves(model.abstract_params(config))
         count = sum(w.size for w in params)
-        print(f"{args.preset or args.init}: {count:,} parameters, {dataclasses.asdict(config)}")
-        print(dataclasses.asdict(settings))
+        print(f"{args.preset or args.init}: {count:,} parameters")
+        print(aligned(dataclasses.asdict(config)))
+        print(aligned({_flag(k): v for k, v in dataclasses.asdict(settings).items()}))
         plan(config, settings, args.weights, mesh)
-        begin(args.output, about)
         last = run(
             config,
             settings,
@@ -430,6 +494,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on from the last evaluation")
     print(f"validation {last['validation']:.4f} nats per character after {last['step']} steps")
+    print(f"the best weights are in {args.output / 'checkpoint'}")
 
 
 if __name__ == "__main__":

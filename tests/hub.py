@@ -1,7 +1,9 @@
 """A stand-in for the Hugging Face hub on this machine, with connections that break on request."""
 
+import contextlib
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import re
@@ -16,7 +18,6 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 COMMIT = "7" * 40
-CHUNK = 10_007  # bytes that huggingface_hub hands over at once; a part holds whole ones
 
 
 def point_to(url, monkeypatch):
@@ -26,7 +27,6 @@ def point_to(url, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     close_session()
@@ -45,7 +45,7 @@ class Hub:
     with Hub(folder) as hub:
         hub.cut["ckpt-0/tensor00001_000"] = 5000
         subprocess.run(..., env={**os.environ, **hub.environment})
-        assert hub.ranges("ckpt-0/tensor00001_000") == [None, "bytes=4096-"]
+        assert hub.ranges("ckpt-0/tensor00001_000") == [None, "bytes=5000-"]
 
     As on the real hub, a file's address redirects to a store under another host name, and only the
     redirect tells sha256 and commit.
@@ -57,6 +57,13 @@ class Hub:
     reset: likewise, the first time only, by a TCP reset rather than an early end
     stall: likewise, but the connection stays open and nothing comes, until the hub is closed
     plain: files in git rather than LFS: no sha256 and no redirect
+
+    And as no hub should:
+
+    endless: files that are followed by zeros, without an end; "*" for errors and redirects
+    drip: {file: "header" or "body"}, sent a byte at a time, slowly; "*" for all else
+    encoding: {file: Content-Encoding}; "*" for all else
+    listing: sent in place of the real one
     """
 
     def __init__(self, folder, repo: str = "xai-org/grok-1"):
@@ -67,6 +74,10 @@ class Hub:
         self.reset: dict[str, int] = {}
         self.stall: dict[str, int] = {}
         self.plain: set[str] = set()
+        self.endless: set[str] = set()
+        self.drip: dict[str, str] = {}
+        self.encoding: dict[str, str] = {}
+        self.listing: bytes | None = None
         self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -103,6 +114,7 @@ class Hub:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     hub: Hub
+    shift = 0  # of the bytes sent, from those asked for
 
     def do_HEAD(self):
         self.do_GET()
@@ -138,7 +150,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 entry["lfs"] = {"size": len(content), "sha256": sha256, "pointerSize": 134}
             siblings.append(entry)
         about = {"id": self.hub.repo, "modelId": self.hub.repo, "sha": COMMIT, "siblings": siblings}
-        self._answer(200, {"Content-Type": "application/json"}, json.dumps(about).encode())
+        body = json.dumps(about).encode() if self.hub.listing is None else self.hub.listing
+        self._answer(200, {"Content-Type": "application/json"}, body)
 
     def _resolve(self, file: str):
         content = (self.hub.folder / file).read_bytes()
@@ -156,7 +169,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send_file(self, file: str, headers=None):
         content = (self.hub.folder / file).read_bytes()
         match = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
-        start = int(match[1]) if match else 0
+        start = int(match[1]) + self.shift if match else 0
         if match and start >= len(content):
             self._answer(416, {"Content-Range": f"bytes */{len(content)}"})
             return
@@ -170,7 +183,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             reset = self.hub.reset.pop(file, None)
             ends += [reset, self.hub.cut_once.pop(file, None)]
         end = min(end for end in ends if end is not None)
-        self._answer(206 if match else 200, headers, content[start:], max(end - start, 0))
+        body = content[start:]
+        self._answer(206 if match else 200, headers, body, max(end - start, 0), file)
         if stalls:
             self.hub.closing.wait()
         if reset is not None:
@@ -180,13 +194,38 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             os.close(self.connection.detach())
 
-    def _answer(self, status: int, headers: dict, body: bytes = b"", count: int | None = None):
+    def _answer(self, status, headers: dict, body: bytes = b"", count=None, file: str = "*"):
+        drip = self.hub.drip.get(file)
+        endless = file in self.hub.endless and (file != "*" or status >= 300)
+        if encoding := self.hub.encoding.get(file):
+            headers = {**headers, "Content-Encoding": encoding}
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        if drip == "header":
+            self.flush_headers()
+            self._drip(b"X-Slow: ")
+        for name, value in headers.items():
             self.send_header(name, value)
+        if not endless:  # it ends with the connection
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[:count])
+        if self.command == "HEAD":
+            return
+        if drip:
+            self._drip(body)
+        self.wfile.write(body[:count])
+        while endless and not self.hub.closing.is_set():
+            self.wfile.write(bytes(1 << 16))
+
+    def _drip(self, start: bytes):
+        for i in itertools.count():
+            self.wfile.write(start[i : i + 1] or b"0")
+            self.wfile.flush()
+            if self.hub.closing.wait(0.02):
+                break
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # the other side has had enough
+            super().handle()
 
     def log_message(self, *_):
         pass

@@ -245,10 +245,10 @@ import checkpoint, shards, sharding, test_checkpoint as t
 mesh = sharding.make_mesh(1, 8)
 assert len(mesh.local_devices) == 4
 read, load_trits = 0, shards.load_trits
-def counted(stored, index, out, run):
+def counted(stored, index, out, *options):
     global read
     read += out.size
-    load_trits(stored, index, out, run)
+    load_trits(stored, index, out, *options)
 shards.load_trits = counted
 params = checkpoint.restore(
     sys.argv[5], t.golden_template("released_layout"), t.TERNARY,
@@ -317,7 +317,7 @@ class Evil:
 def test_a_malicious_pickle_is_refused_by_name(tmp_path, protocol):
     marker, path = tmp_path / "ran", tmp_path / "tensor"
     path.write_bytes(pickle.dumps({"weight": Evil(marker)}, protocol))
-    with pytest.raises(CheckpointError, match=r"asks for (posix|nt)\.mkdir.*nothing was run"):
+    with pytest.raises(CheckpointError, match=r"asks for '(posix|nt)\.mkdir'.*nothing was run"):
         tensor_file.read_tensor(path)
     assert not marker.exists()
     pickle.loads(path.read_bytes())
@@ -327,12 +327,12 @@ def test_a_malicious_pickle_is_refused_by_name(tmp_path, protocol):
 @pytest.mark.parametrize(
     "data, message",
     [
-        (b"cos\nsystem\n(S'ls'\ntR.", r"asks for os\.system, which no Grok-1 tensor needs"),
-        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x02ls\x85R.", r"asks for posix\.system"),
+        (b"cos\nsystem\n(S'ls'\ntR.", r"asks for 'os\.system', which no Grok-1 tensor needs"),
+        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x02ls\x85R.", r"asks for 'posix\.system'"),
         (b"(S'ls'\nios\nsystem\n.", "pickle opcode 'STRING' is refused"),
-        (b"(ios\nsystem\n.", r"asks for os\.system"),
-        (b"\x80\x04\x8c\x05numpy\x8c\x05fromf\x93.", r"asks for numpy\.fromf"),
-        (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.", r"asks for builtins\.eval"),
+        (b"(ios\nsystem\n.", r"asks for 'os\.system'"),
+        (b"\x80\x04\x8c\x05numpy\x8c\x05fromf\x93.", r"asks for 'numpy\.fromf'"),
+        (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.", r"asks for 'builtins\.eval'"),
         (b"\x80\x02Pid\n.", "pickle opcode 'PERSID' is refused"),
         (b"\x80\x04N.", "not a pickle of an array"),
         (b"\x80\x04" + b"N" * 2000 + b".", "more than 1000 opcodes"),
@@ -368,21 +368,83 @@ def test_damage_is_one_clear_error(tmp_path_factory, at, patch, cut):
 @pytest.mark.parametrize("array", [np.ones((3, 2), np.float32), np.zeros((0, 4), np.float32)])
 @pytest.mark.parametrize("protocol", [3, 4])
 def test_what_this_numpy_pickles_can_be_read(tmp_path, array, protocol):
-    for order in (
-        np.ascontiguousarray,
-        np.asfortranarray,
-    ):  # numpy._core.multiarray or the old name
-        (tmp_path / "tensor").write_bytes(pickle.dumps(order(array), protocol))
-        assert_same(tensor_file.read_tensor(tmp_path / "tensor"), array)
+    (tmp_path / "tensor").write_bytes(pickle.dumps(array, protocol))
+    assert_same(tensor_file.read_tensor(tmp_path / "tensor"), array)
 
 
-def test_fortran_order(tmp_path):
-    """The pickle says so, and the bytes are read in that order."""
-    array = np.asfortranarray(np.arange(15, dtype=np.float32).reshape(5, 3))
-    (tmp_path / "tensor").write_bytes(pickle.dumps(array, 4))
-    found = tensor_file.read_tensor(tmp_path / "tensor")
-    assert found.flags.f_contiguous
-    np.testing.assert_array_equal(found, array)
+def test_fortran_order_is_refused(tmp_path):
+    """The release has none of it, and one bit of the file says so: flipped, it turned a matrix."""
+    array = np.arange(15, dtype=np.float32).reshape(5, 3)
+    (tmp_path / "tensor").write_bytes(pickle.dumps(np.asfortranarray(array), 4))
+    with pytest.raises(CheckpointError, match="tensor: an array in Fortran's order"):
+        tensor_file.read_tensor(tmp_path / "tensor")
+
+
+# --- Pickles that somebody wrote ------------------------------------------------------------------
+
+
+def text(string):
+    return pickle.SHORT_BINUNICODE + bytes([len(string)]) + string.encode()
+
+
+def shared_tuples(depth):
+    """Puts a tuple on the stack that has 2 ** depth leaves, in four bytes for each level."""
+    return pickle.EMPTY_TUPLE + (pickle.MEMOIZE + pickle.BINGET + b"%c" + pickle.TUPLE2) * depth % (
+        tuple(range(depth))
+    )
+
+
+def array_pickle(shape, fortran=pickle.NEWFALSE):
+    """A float32 array of eight bytes, whose shape is made by these opcodes."""
+    data = pickle.dumps(np.ones((2, 1), np.float32), 4)
+    made = pickle.BININT1 + b"\x02" + pickle.BININT1 + b"\x01" + pickle.TUPLE2
+    assert data.count(made) == data.count(pickle.NEWFALSE + b"C") == 1
+    return data.replace(made, shape).replace(pickle.NEWFALSE + b"C", fortran + b"C")
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (
+            pickle.EMPTY_DICT + pickle.MARK + shared_tuples(60) + pickle.NONE + pickle.SETITEMS,
+            "a dictionary whose keys are not texts",
+        ),
+        (shared_tuples(60) + text("x") + pickle.STACK_GLOBAL, "whose name is not a text"),
+        (text("numpy") + shared_tuples(60) + pickle.STACK_GLOBAL, "whose name is not a text"),
+        (array_pickle(b"B\x40\x42\x0f\0" + b"\2" * 1_000_000), "whose shape is not one of up to 8"),
+        (array_pickle(b"B\x40\x42\x0f\0" + b"\1" * 1_000_000), "whose shape is not one of up to 8"),
+        (array_pickle(b"C\2\2\1"), "whose shape is not one of up to 8"),
+        (array_pickle(pickle.NEWTRUE + b"K\2\x86"), "whose shape is not one of up to 8"),
+        (array_pickle(shared_tuples(60)), "whose shape is not one of up to 8"),
+        (array_pickle(b"(K\2" + b"K\1" * 8 + b"t"), "whose shape is not one of up to 8"),
+        (array_pickle(b"K\2K\1\x86", pickle.NEWTRUE), "Fortran"),
+        (array_pickle(b"K\2K\1\x86", pickle.NONE), "Fortran"),
+        (array_pickle(b"K\2K\1\x86", shared_tuples(60)), "Fortran"),
+        (text("\x1b]0;evil\x07\r\n") + text("x") + pickle.STACK_GLOBAL, r"\\x1b\]0;evil\\x07"),
+        (b"c" + b"m" * 900 + b"\n" + b"n" * 900 + b"\n", "asks for 'mmmm"),
+        (b"c\xe2\x80\xae\nx\n", r"asks for '\\u202e\.x'"),
+    ],
+)
+def test_a_pickle_that_somebody_wrote(tmp_path, data, message):
+    """Some of these took for ever, or wrote to the terminal: each is one short, printable line."""
+    path = tmp_path / "tensor"
+    path.write_bytes(data if data.startswith(pickle.PROTO) else b"\x80\x04" + data + b".")
+    with pytest.raises(CheckpointError, match=message) as error:
+        tensor_file.read_tensor(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_a_tensor_that_is_no_file_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "tensor"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=f"{path}: a folder, pipe or device, expected a file"):
+        tensor_file.read_tensor(path)
 
 
 @pytest.mark.parametrize(
@@ -390,8 +452,8 @@ def test_fortran_order(tmp_path):
     [
         (b"K\x02K\x02", r"24 bytes of data for float32 \[2, 2\], which needs 16"),
         (b"K\x09K\x02", "which needs 72"),
-        (b"K\x03J\xfe\xff\xff\xff", "shape is not one of sizes"),
-        (b"\x8c\x01xJ\xff\xff\xff\x7f", "shape is not one of sizes"),
+        (b"K\x03J\xfe\xff\xff\xff", "shape is not one of up to 8 sizes"),
+        (b"\x8c\x01xJ\xff\xff\xff\x7f", "shape is not one of up to 8 sizes"),
     ],
 )
 def test_shapes_that_are_not_the_payloads(tmp_path, shape, message):
@@ -463,6 +525,23 @@ def test_folder_not_found(small, no_conversion):
     assert f"give its parent, {small[0]}" in refused(small, "no checkpoint", folder=inner)
 
 
+def test_the_folder_that_was_likely_meant(small, tmp_path, no_conversion):
+    run = tmp_path / "run"
+    shutil.copytree(small[0], run / "checkpoint", ignore=shutil.ignore_patterns("run"))
+    refused(small, f"{run}: no checkpoint.*; give the checkpoint of this .*{run}/che", folder=run)
+    (run / "out.incomplete").mkdir()
+    refused(small, "out.incomplete was not finished: run the same convert", folder=run / "out")
+    moved = run / "old"
+    (moved / "ckpt-0.previous").mkdir(parents=True)
+    refused(small, f"interrupted: rename {moved}/ckpt-0.previous to ckpt-0$", folder=moved)
+    moved.rename(run / "other.previous")
+    refused(small, f"rename {run}/other.previous to other$", folder=run / "other")
+    checkpoint.check_folder(run / "checkpoint")
+    for folder in (".", "/", ".."):
+        with pytest.raises(CheckpointError, match="check the path"):
+            checkpoint.check_folder(folder)
+
+
 def test_missing_file(small, no_conversion):
     file_of(small, 1).unlink()
     text = refused(small, "has 2 tensor files, this model needs 3; choose the preset")
@@ -471,7 +550,7 @@ def test_missing_file(small, no_conversion):
 
 def test_extra_file(small, no_conversion):
     shutil.copy(file_of(small, 0), file_of(small, 3))
-    assert "tensor00003_000: belongs to no parameter" in refused(small, "has 4 tensor files")
+    assert "ckpt-0: 'tensor00003_000' belongs to no" in refused(small, "has 4 tensor files")
 
 
 def test_other_files_do_not_matter(small):
@@ -685,6 +764,82 @@ def test_a_failed_save_leaves_the_previous_one(small, monkeypatch):
     checkpoint.save(folder, changed)
     assert_same(checkpoint.restore(folder, template, INT8), changed)
     assert [path.name for path in folder.iterdir()] == ["ckpt-0"]
+
+
+def test_a_save_that_was_killed_between_its_renames_loses_nothing(small, monkeypatch):
+    """Not even if the next one fails, too."""
+    folder, template, _, params = small
+    changed, rename, calls = jax.tree.map(np.zeros_like, params), Path.rename, []
+
+    def killed(self, target):
+        calls.append(self.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(folder, changed)
+    assert calls == ["ckpt-0", "ckpt-0.partial"]
+    refused(small, f"rename {folder}/ckpt-0.previous to ckpt-0")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensor", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            checkpoint.save(folder, changed)
+    assert_same(checkpoint.restore(folder, template, INT8), params)
+    checkpoint.save(folder, changed)
+    assert_same(checkpoint.restore(folder, template, INT8), changed)
+    assert [path.name for path in folder.iterdir()] == ["ckpt-0"]
+
+
+def test_a_full_disk_names_the_file_and_the_cure(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensor_file._Writer, "put", full)
+    with pytest.raises(
+        OSError, match=f"{tmp_path}/t: cannot be written: No space left.*; make roo"
+    ):
+        tensor_file.write_tensor(tmp_path / "t", np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_released_floats_that_are_no_numbers(small, value):
+    folder, template, rules, params = small
+    params["layer/router"]["w"][7, 1] = value
+    checkpoint.save(folder, params)
+    refused(small, "tensor00002_000: layer/router/w: NaN or infinite numbers; copy or download")
+    found = checkpoint.restore(folder, template, rules, check=False)
+    assert_same(found["layer/router"], params["layer/router"])
+
+
+def test_released_scales_that_are_no_scales(small):
+    """Also where nothing is made ternary."""
+    params = small[3]
+    params["layer/query"]["w"].scales[0, 0] = -1
+    checkpoint.save(small[0], params)
+    refused(small, "tensor00001_000: layer/query/w: negative or non-finite scales", rules=INT8)
+
+
+ABOUT = checkpoint.quantization("ternary", TERNARY)["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    "about, message",
+    [
+        ([], r"quantization_config \[\], expected an object"),
+        ("ternary", "quantization_config 'ternary'"),
+        ({}, "format version None, this code reads 1"),
+        (ABOUT | {"format_version": [1]}, r"format version \[1\]"),
+        (ABOUT | {"weights": None}, "weights None in quantization_config"),
+        (ABOUT | {"weights": ["ternary"]}, "weights .* expected the name of a precision table"),
+    ],
+)
+def test_what_config_json_says_of_the_weights(tmp_path, about, message):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": about}))
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/config.json: {message}"):
+        checkpoint.default_weights(tmp_path)
 
 
 def test_read_config(tmp_path):

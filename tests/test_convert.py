@@ -247,7 +247,8 @@ def test_a_file_that_cannot_grow_is_one_error(demo, tmp_path):
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("error: [Errno 27] File too large")
+    file = shards.partial_folder(output) / "model-00001-of-00002.safetensors.part"
+    assert done.stderr.startswith(f"error: {file}: cannot be written: File too large; make room")
     assert done.stderr.count("\n") == 1
     assert not output.exists()
     converted(DEMO, output, "--shard-size", "0.002")
@@ -262,26 +263,78 @@ def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def fail_after(count, monkeypatch):
+    """Makes the next conversion fail after `count` ternary tensors."""
+    fill, calls = convert._fill_ternary, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) > count:
+            raise OSError("no")
+        fill(*args)
+
+    monkeypatch.setattr(convert, "_fill_ternary", failing)
+
+
 def test_other_options_do_not_go_on(demo, tmp_path, monkeypatch):
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "_copy", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
-        assert refused(DEMO, output) == "error: no"
-    message = refused(DEMO, output, "--packing", "2bit")
-    assert "was begun with another quantization_config" in message
+        fail_after(20, patch)
+        assert refused(DEMO, output, *SHARD) == "error: no"
+    message = refused(DEMO, output, *SHARD, "--packing", "2bit")
+    assert "was begun with another quantization_config.packing, 'base3', not '2bit'" in message
     shutil.copytree(DEMO, tmp_path / "copy")
-    assert "was begun with another source" in refused(tmp_path / "copy", output)
+    assert "was begun with another source" in refused(tmp_path / "copy", output, *SHARD)
+    converted(DEMO, output, *SHARD)
+    assert contents(output) == contents(demo)
+
+
+def test_what_holds_nothing_yet_does_not_block(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        fail_after(0, patch)
+        assert refused(DEMO, output, "--packing", "2bit") == "error: no"
+    assert shards.partial_folder(output).exists()
     converted(DEMO, output)
-    assert shards.verify(output) == []
+    assert shards.verify(output) == [] == shards.without_sums(output)
+
+
+def test_a_converted_checkpoint_is_no_source(demo, tmp_path):
+    message = f"error: {demo}: is converted already; give the released checkpoint"
+    assert refused(demo, tmp_path / "out").startswith(message)
+    assert refused("--inspect", demo, "--source", demo).startswith(message)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_complete_output_is_left_alone(demo, capsys):
     before = contents(demo)
     converted(DEMO, demo, *SHARD)
     assert "is complete already" in capsys.readouterr().err
-    assert "exists and is something else" in refused(DEMO, demo, "--packing", "2bit")
-    assert "exists and is something else" in refused(DEMO, DEMO)
+    message = refused(DEMO, demo, "--packing", "2bit")
+    assert (
+        "exists and is something else: config.json has another quantization_config.packing, "
+        in (message)
+    )
+    assert "'base3', not '2bit'; remove it, or choose another folder" in message
+    message = refused(DEMO, demo, "--weights", "ternary-experts")
+    assert "has another quantization_config.weights, 'ternary', not 'ternary-experts'" in message
+    assert "something else: it is no converted checkpoint; remove" in refused(DEMO, DEMO)
     assert contents(demo) == before
+
+
+@pytest.mark.parametrize("name, value", [("router", np.nan), ("query", -1.0)])
+def test_numbers_that_no_model_has_are_not_converted(tmp_path, name, value):
+    """Of a router, and of a scale that is kept as it is."""
+    config = dataclasses.replace(model.PRESETS["tiny"], num_layers=1)
+    params = jax.tree.map(np.array, random_params(config, "int8"))
+    module = next(m for m in params if m.endswith(name))
+    w = params[module]["w"]
+    (w if name == "router" else w.scales)[0, 0] = value
+    source = tmp_path / "source"
+    checkpoint.save(source, params)
+    (source / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    message = refused(source, tmp_path / "out", "--weights", "ternary-experts")
+    assert re.search(f"{source}/ckpt-0/tensor.*: {module}/w: (NaN or|negative or non-)", message)
 
 
 # --- Verify and inspect ---------------------------------------------------------------------------
@@ -289,7 +342,8 @@ def test_a_complete_output_is_left_alone(demo, capsys):
 
 def test_verify(demo, tmp_path, capsys):
     convert.main(["--verify", str(demo)])
-    assert re.search(r"5 files, 2.5\d MB, all as they were written", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"8 files, 2.5\d MB, all as they were written\n$", out)
     folder = tmp_path / "copy"
     shutil.copytree(demo, folder)
     file = folder / "model-00003-of-00005.safetensors"
@@ -298,8 +352,28 @@ def test_verify(demo, tmp_path, capsys):
     assert re.search(rf"error: {file}: transformer/decoder_layer_\d/\S+: damaged", message)
 
 
-def test_verify_what_is_no_converted_checkpoint(tmp_path):
-    assert "index.json: cannot be read: No such file" in refused("--verify", DEMO)
+def test_verify_a_checkpoint_of_the_first_version(demo, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(demo, folder)
+    sums = shards.read_checksums(folder)
+    sums = {name: sums[name] for name in sums if name.endswith(".safetensors")}
+    (folder / shards.CHECKSUMS).write_text(json.dumps(sums))
+    convert.main(["--verify", str(folder)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.search("5 files, .*, all as they were written$", first)
+    assert second == (
+        "not compared, for they have no sums: 'config.json', 'model.safetensors.index.json', "
+        "'tokenizer.model'"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--verify", "--inspect"])
+def test_what_is_no_converted_checkpoint(tmp_path, flag):
+    message = refused(flag, DEMO)
+    assert message.startswith(
+        f"error: {DEMO}: a released checkpoint, which has no sums; convert.py"
+    )
+    assert "no checkpoint here" in refused(flag, tmp_path)
 
 
 def test_inspect(demo, capsys):
@@ -330,9 +404,9 @@ def test_inspect(demo, capsys):
         "family",
         "embeddings",
         "norms",
-        "router",
         "experts",
         "attention",
+        "router",
         "all",
     ]
     assert families["experts"][1:4] == ["6,291,456", "1,278,336", "1.625"]
@@ -385,6 +459,7 @@ def test_a_stream_ends_with_the_same_weights(hub, tmp_path, weights):
     found, expected = contents(output), contents(expected)
     about = json.loads(found.pop("config.json")), json.loads(expected.pop("config.json"))
     assert about[0] | {"preset": None} == about[1]
+    assert found.pop(shards.CHECKSUMS) != expected.pop(shards.CHECKSUMS)  # for that preset
     assert found == expected
     assert {path.name for path in tmp_path.iterdir()} == {"out", "two"}
 
@@ -426,6 +501,14 @@ def test_a_stream_interrupted_in_the_middle_goes_on(hub, tmp_path, demo):
     assert not any(path.endswith("tensor00000_000") for path in again)
 
 
+def test_what_a_killed_stream_left_is_removed(demo, tmp_path):
+    """Killed between its last rename and the cleaning."""
+    shutil.copytree(demo, tmp_path / "out")
+    (tmp_path / "out.download/ckpt-0").mkdir(parents=True)
+    stream(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_stream_that_is_closed_stops_fetching(tmp_path, monkeypatch):
     stopped = []
 
@@ -463,6 +546,16 @@ def test_arguments_that_mean_nothing(arguments, capsys):
     with pytest.raises(SystemExit):
         convert.main(arguments)
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--shard-size", "--threads"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "two"])
+def test_sizes_and_counts_that_mean_nothing(tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        convert.main([str(DEMO), str(tmp_path / "out"), f"{flag}={value}"])
+    error = capsys.readouterr().err
+    assert f"error: argument {flag}: expected a number above 0, got '{value}'" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_source(tmp_path):

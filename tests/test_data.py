@@ -1,4 +1,9 @@
+import concurrent.futures
+import contextlib
 import hashlib
+import socket
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -62,6 +67,83 @@ def test_fetch_says_where_it_tried_and_what_to_do(source):
     source.unlink()
     with pytest.raises(OSError, match=r"cannot fetch speech from file:.*cache.*speech\.txt.*path"):
         data.load_text("speech")
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A server whose answer is what it is given: a function of a socket's file."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/speech"
+        monkeypatch.setattr(data, "SOURCES", {"speech": (address, "0" * 64)})
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+        def answers(send):
+            def serve():
+                with contextlib.suppress(OSError), listening.accept()[0] as connection:
+                    connection.recv(10_000)
+                    send(connection)
+
+            threading.Thread(target=serve, daemon=True).start()
+
+        yield answers
+
+
+def endless(connection):
+    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+    while True:
+        connection.sendall(bytes(1 << 16))
+
+
+def endless_redirect(connection):
+    connection.sendall(b"HTTP/1.0 302 Found\r\nLocation: /other\r\n\r\n")
+    while True:
+        connection.sendall(bytes(1 << 16))
+
+
+def slow(start):
+    def send(connection):
+        connection.sendall(b"HTTP/1.0 200 OK\r\n" + start)
+        while True:
+            connection.sendall(b"0")
+            time.sleep(0.02)
+
+    return send
+
+
+def test_fetch_bounds_what_it_reads(server, monkeypatch):
+    monkeypatch.setattr(data, "LARGEST", 100_000)
+    server(endless)
+    with pytest.raises(ValueError, match=r"sends more than 100,000 bytes: download it by hand"):
+        data.load_text("speech")
+    server(endless_redirect)
+    with pytest.raises(OSError, match=r"cannot fetch speech .* 302: Found"):
+        data.load_text("speech")
+
+
+@pytest.mark.parametrize("start", [b"X-Slow: ", b"\r\n", b"Content-Encoding: gzip\r\n\r\n"])
+def test_fetch_gives_up_when_too_little_comes(server, monkeypatch, start):
+    monkeypatch.setattr(data, "STALL", 0.3)
+    server(slow(start))
+    with pytest.raises(OSError, match=r"fewer than 30,000 bytes came in 0.3 sec.*; .* by hand"):
+        data.load_text("speech")
+
+
+def test_what_was_given_up_stops_itself(monkeypatch):
+    monkeypatch.setattr(data, "STALL", 0.1)
+    go, stopped = threading.Event(), threading.Event()
+
+    def work(advance):
+        go.wait()
+        try:
+            advance(1)
+        except concurrent.futures.CancelledError:
+            stopped.set()
+
+    with pytest.raises(TimeoutError):
+        data.watched(work)
+    go.set()
+    assert stopped.wait(10)
 
 
 def test_cache_folder_is_under_home_by_default(monkeypatch, tmp_path):

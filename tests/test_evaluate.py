@@ -96,6 +96,14 @@ def test_errors_are_one_line(saved, tmp_path, capsys):
     np.save(wrong, tokens + 1000)
     text = message(folder, "--tokens", wrong, *logits)
     assert re.search(r"wrong.npy: token id 10\d\d is not in the vocabulary, 0 to 79", text)
+    for content in (b"", b"text", b"PK\x03\x04", b"\x93NUMPY"):
+        wrong.write_bytes(content)
+        text = message(folder, "--tokens", wrong, *logits)
+        assert f"error: {wrong} is no .npy file (" in text and "numpy.save" in text
+    np.savez(tmp_path / "several.npz", tokens)
+    assert "several arrays" in message(folder, "--tokens", tmp_path / "several.npz", *logits)
+    (tmp_path / "checkpoint" / "ckpt-0").mkdir(parents=True)
+    assert f"{tmp_path}/checkpoint" in message(tmp_path, "--data", __file__)
     assert "no checkpoint here" in message(tmp_path, "--tokens", path, *logits)
     assert "two numbers" in message(folder, "--tokens", path, *logits, "--mesh", "1x8")
     assert "has 1024 pieces, the model has 80" in message(folder, "--data", __file__)

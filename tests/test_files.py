@@ -88,6 +88,50 @@ def test_json_that_is_no_object(tmp_path, text):
         files.read_json(path)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
+        ('["' + "x" * 1000 + '"]', "expected a JSON object, found .{90,130}; correct it$"),
+        ('["\\u001b]0;"]', r"found \['\\x1b\]0;'\]"),
+        ("[" * 500 + "]" * 500, r"found \[\[\[\[\.\.\.\]\]\]\]; correct"),
+    ],
+)
+def test_what_json_may_not_say_and_how_it_is_shown(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(files.CheckpointError, match=f"{path}: .*{message}"):
+        files.read_json(path)
+
+
+def test_json_without_end_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON", 100)
+    (tmp_path / "a").write_text('{"a": "' + "x" * 100 + '"}')
+    with pytest.raises(files.CheckpointError, match="a: more than 100 bytes of JSON"):
+        files.read_json(tmp_path / "a")
+
+
+@pytest.mark.parametrize("read", [files.read_json, files.sha256, files.open_file])
+def test_what_is_no_file_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(files.CheckpointError, match="pipe: a folder, pipe or device, expected a f"):
+        read(tmp_path / "pipe")
+    with pytest.raises(files.CheckpointError, match="nothing: missing; copy it again"):
+        read(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(files.CheckpointError, match="loop: cannot be read: Too many levels"):
+        read(tmp_path / "loop")
+
+
+def test_a_full_disk_names_the_file_and_the_cure(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
+    with pytest.raises(OSError, match=f"{tmp_path}/a: cannot be written: No space left.*make room"):
+        files.write_bytes(tmp_path / "a", b"1")
+
+
 def _locked(folder):
     try:
         with files.lock(folder):

@@ -88,6 +88,21 @@ def test_shapes_that_are_refused():
     x, w, experts, _ = random_case(1, outputs=192)
     with pytest.raises(ValueError, match=r"no kernel for \(5, 1, 1024\) times \(3, 192, 256\)"):
         interpreted(x, w, experts)
+    x, w, experts, _ = random_case(1)
+    with pytest.raises(ValueError, match=r"experts is int32 \[4\], expected int32 \[5\]"):
+        interpreted(x, w, experts[1:])
+    with pytest.raises(ValueError, match=r"x is float32 .*, expected int8"):
+        interpreted(x.astype(np.float32), w, experts)
+    with pytest.raises(ValueError, match=r"packed is int8 .*, expected uint8"):
+        interpreted(x, dataclasses.replace(w, packed=w.packed.view(np.int8)), experts)
+
+
+@pytest.mark.parametrize("tile", [FEW_ROWS, MANY_ROWS])
+def test_experts_that_are_not_there_give_zeros(tile):
+    """And are not read: the memory behind the weights may belong to anything."""
+    x, w, experts, expected = random_case(2)
+    experts[:3], expected[:3] = [3, 2**31 - 1, -(2**31)], 0
+    np.testing.assert_array_equal(interpreted(x, w, experts, tile=tile), expected)
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -155,6 +170,25 @@ def test_attention_shapes_taken():
         gpu_kernels.decode_attention(q, k, v, lengths, 1.0, 50.0)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda q, k, v, n: (q, k[:3], v, n), "no kernel for q"),
+        (lambda q, k, v, n: (q, k[..., :16], v, n), "no kernel for q"),
+        (lambda q, k, v, n: (q, k[0], v, n), "no kernel for q"),
+        (lambda q, k, v, n: (q, k[:, :0], v, n), "no kernel for q"),
+        (lambda q, k, v, n: (q, k, v[:, :, :64], n), r"v is float32 \[4, 2, 64, 32\], expected"),
+        (lambda q, k, v, n: (q, k, v.astype("bfloat16"), n), "v is bfloat16 .*, expected float32"),
+        (lambda q, k, v, n: (q, k.astype("bfloat16"), v, n), "k is bfloat16 .*, expected float32"),
+        (lambda q, k, v, n: (q, k, v, n[:3]), r"lengths is int32 \[3\], expected int32 \[4\]"),
+    ],
+)
+def test_attention_of_arrays_that_do_not_fit(change, message):
+    arguments = change(*random_attention("float32")[0])
+    with pytest.raises(ValueError, match=message):
+        gpu_kernels.decode_attention(*arguments, 0.5, 30.0, interpret=True)
+
+
 # --- Norm -----------------------------------------------------------------------------------------
 
 
@@ -174,6 +208,16 @@ def test_norm(dtype):
     y = gpu_kernels.rms_norm(x, scale, 1e-5, interpret=True)
     assert y.dtype == x.dtype
     assert_near(y, expected)
+
+
+def test_rows_that_do_not_fit():
+    x, scale, _ = random_norm("float32")
+    with pytest.raises(ValueError, match=r"scale is float32 \[96\], expected float32 \[97\]"):
+        gpu_kernels.rms_norm(x, scale[1:], 1e-5, interpret=True)
+    with pytest.raises(ValueError, match=r"rms_norm takes rows of rank 2, found \[97\]"):
+        gpu_kernels.rms_norm(x[0], scale, 1e-5, interpret=True)
+    with pytest.raises(ValueError, match="quantize_rows takes rows of rank 2"):
+        gpu_kernels.quantize_rows(x[None], 127, jnp.int8, interpret=True)
 
 
 @pytest.mark.parametrize("activations", ["int8", "int15"])

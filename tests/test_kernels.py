@@ -1,5 +1,6 @@
 """Native kernels: the integers of every path are those of NumPy, and without a compiler too."""
 
+import concurrent.futures
 import functools
 import os
 import subprocess
@@ -109,7 +110,7 @@ def test_every_block_size_of_the_packing():
 def test_activations_that_do_not_fit_are_an_error():
     x, trits, chosen = problem(1, 1, 256, 8, 1)
     weight = quantize.pack(trits[:, :128], None)
-    with pytest.raises(Exception, match="activations do not fit the packed matrix"):
+    with pytest.raises(Exception, match="INVALID_ARGUMENT: 256 inputs do not fit 32 packed bytes"):
         sums(x, weight, chosen)
 
 
@@ -286,12 +287,29 @@ def test_the_gradient_of_attention(shape, dtype, error, monkeypatch):
 
 
 @native
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 37, 53), (2, 16, 130)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (3, 37, 53), (2, 16, 130), (19, 23), (2, 3, 9, 11), (0, 8, 8), (2, 0, 3)]
+)
 def test_transposed(shape):
     x = jnp.arange(np.prod(shape)).reshape(shape).astype(jnp.bfloat16)
     call = jax.jit(kernels.transposed)
     assert "Transpose" in str(jax.make_jaxpr(call)(x))
-    np.testing.assert_array_equal(call(x), np.swapaxes(x, 1, 2))
+    np.testing.assert_array_equal(call(x), np.swapaxes(x, -1, -2))
+
+
+@native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_a_query_that_sees_nothing_gives_zeros(shape, dtype):
+    """And gradients of zeros; the others, in the same task, are as they were."""
+    q, k, v, positions = attention_problem(*shape, dtype)
+    hidden = np.arange(positions.size).reshape(positions.shape) % 3 == 0
+    nowhere = np.array(positions)
+    nowhere[hidden] = np.resize([-1, -(2**31)], hidden.sum())
+    call = jax.jit(lambda q, k, v, p: jax.vjp(lambda q: kernels.attend(q, k, v, p, 0.2, 9.0), q))
+    found, pull = call(q, k, v, nowhere)
+    assert (found[hidden] == 0).all() and (pull(jnp.ones_like(q))[0][hidden] == 0).all()
+    np.testing.assert_array_equal(found[~hidden], call(q, k, v, positions)[0][~hidden])
 
 
 @native
@@ -341,6 +359,61 @@ def test_writing_slots_of_a_cache(dtype, monkeypatch):
     memory = model.KVMemory(cache, cache)
     np.testing.assert_array_equal(found, model.write_memory(memory, new, new, slots).k)
     np.testing.assert_array_equal(found[1, :, 4], new[1, 0])
+
+
+# --- Five trits to a byte -------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["C++", "NumPy"])
+def from_base3(request, monkeypatch):
+    """`quantize.from_base3`, in both of its ways."""
+    if request.param == "NumPy":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no native kernels")
+    return quantize.from_base3
+
+
+@pytest.mark.parametrize("value", [243, 255])
+@pytest.mark.parametrize("at", [0, 3, 4, 511, 999])
+def test_a_byte_that_is_not_five_trits_is_an_error(from_base3, at, value):
+    digits = np.full((2, 500), 242, np.uint8)
+    assert (from_base3(digits) == 0b10_10_10_10).all()
+    digits.reshape(-1)[at] = value
+    with pytest.raises(ValueError, match=f"a byte is {value}, .* five trits make is 242"):
+        from_base3(digits)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, found",
+    [
+        ((8, 256, 51), "uint8", r"uint8 \[8, 256, 51\]"),  # a result of 50 would be written behind
+        ((3, 1), "uint8", r"uint8 \[3, 1\]"),
+        ((), "uint8", r"uint8 \[\]"),
+        ((2, 4), "int8", r"int8 \[2, 4\]"),
+        ((2, 8), "int64", r"int64 \[2, 8\]"),
+    ],
+)
+def test_bytes_that_come_in_no_fours_are_an_error(from_base3, shape, dtype, found):
+    with pytest.raises(ValueError, match=rf"come in fours, uint8 \[..., 4 G\]; found {found}"):
+        from_base3(np.ones(shape, dtype))
+
+
+def test_bytes_with_gaps_between_them(from_base3):
+    digits = np.random.default_rng(0).integers(0, 243, (6, 32), dtype=np.uint8)
+    whole = from_base3(digits)
+    np.testing.assert_array_equal(from_base3(np.asfortranarray(digits)), whole)
+    np.testing.assert_array_equal(from_base3(digits[::2, 4:12]), whole[::2, 5:15])
+    assert from_base3(digits[:0]).shape == (0, 40) and from_base3(digits[:, :0]).shape == (6, 0)
+
+
+@native
+@pytest.mark.parametrize("rows, width, packed", [(2, 7, 8), (2, 8, 9), (2, 8, 11), (-1, 4, 5)])
+def test_the_library_itself_refuses_widths_that_do_not_fit(rows, width, packed):
+    numbers = [kernels.ctypes.c_int64(n) for n in (rows, width, packed)]
+    convert = kernels.library().FromBase3
+    convert.restype = kernels.ctypes.c_int64
+    assert convert(None, *numbers[:2], None, numbers[2]) == -1
 
 
 # --- Large pages ----------------------------------------------------------------------------------
@@ -396,7 +469,14 @@ def test_a_compiler_that_fails_is_a_note(tmp_path):
     out, err = run_product(tmp_path / "cache", CXX=str(compiler))
     assert out.startswith("False [[1016.0")
     assert err.count("\n") == 0 and err.endswith("failed: cannot work")
-    assert not list((tmp_path / "cache/ternary-grok").iterdir())
+    assert not list((tmp_path / "cache/ternary-grok/kernels").iterdir())
+
+
+def test_a_compiler_that_is_not_there_is_named(tmp_path):
+    """And not another one taken in its place."""
+    out, err = run_product(tmp_path, CXX="no-such-compiler -m32")
+    assert out.startswith("False [[1016.0")
+    assert "CXX names 'no-such-compiler', which is not there; correct it or unset it" in err
 
 
 def test_the_environment_can_switch_them_off(tmp_path):
@@ -419,20 +499,123 @@ print(len(runs), len(found), kernels.library() is not None)
 
 @native
 def test_of_several_threads_one_compiles(tmp_path):
+    """The first time, or where what was compiled lost its end in a power failure."""
+    whole = kernels.build()
+    damaged = tmp_path / "ternary-grok/kernels" / whole.name
+    damaged.parent.mkdir(mode=0o700, parents=True)
+    damaged.write_bytes(whole.read_bytes()[:100_000])
     out, err = run_code(THREADS, tmp_path)
     assert (out, err) == ("1 1 True", "")
+    assert kernels._sum(damaged.read_bytes()) in damaged.name  # this compiler repeats itself
 
 
-@native
-def test_what_was_built_is_kept(tmp_path, monkeypatch):
-    path = kernels.build(tmp_path)
-    assert [path] == list(tmp_path.iterdir())
+COMPILER = """#!/bin/sh
+echo "$@" >> {folder}/runs
+for output; do :; done
+sleep {seconds}
+printf %4096s a library > "$output"
+"""
 
-    def never(*_, **__):
-        raise AssertionError("compiled again")
 
-    monkeypatch.setattr(subprocess, "run", never)
-    assert kernels.build(tmp_path) == path
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """A function that gives the arguments of all runs so far of a compiler that $CXX names."""
+    return make_compiler(tmp_path, monkeypatch, seconds=0)
+
+
+def make_compiler(folder, monkeypatch, seconds):
+    script = folder / "compiler"
+    script.write_text(COMPILER.format(folder=folder, seconds=seconds))
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    return lambda: (folder / "runs").read_text().splitlines() if (folder / "runs").exists() else []
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache/kernels"
+
+
+def test_what_was_built_is_kept(compiler, cache, monkeypatch):
+    path = kernels.build(folder=cache)
+    assert [path] == list(cache.iterdir())
+    assert kernels.build(folder=cache) == path and len(compiler()) == 1
+    assert cache.stat().st_mode & 0o777 == 0o700 and path.stat().st_mode & 0o777 == 0o600
     monkeypatch.setattr(kernels, "FLAGS", ("-O1",))
-    with pytest.raises(AssertionError, match="compiled again"):
-        kernels.build(tmp_path)
+    assert kernels.build(folder=cache) != path and len(compiler()) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b"", lambda b: b[:100], lambda b: b[:-1]]
+    + [lambda b: b[:1000] + bytes(1000) + b[2000:], lambda b: b + b" "],
+)
+def test_a_damaged_library_is_built_again(damage, compiler, cache):
+    path = kernels.build(folder=cache)
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert kernels.build(folder=cache) == path and path.read_bytes() == content
+    assert len(compiler()) == 2 and [path] == list(cache.iterdir())
+
+
+def test_a_library_that_others_may_have_written_is_built_again(compiler, cache, monkeypatch):
+    path = kernels.build(folder=cache)
+    path.chmod(0o622)
+    assert kernels.build(folder=cache) == path and len(compiler()) == 2
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("mode, of", [(0o720, "kernels"), (0o702, "kernels"), (0o707, "cache")])
+def test_a_folder_that_others_can_write_to_is_refused(mode, of, compiler, cache):
+    path = kernels.build(folder=cache)
+    folder = cache if of == "kernels" else cache.parent
+    folder.chmod(mode)
+    with pytest.raises(OSError, match=f"{folder} .*(others can write to it; remove|chmod o-w)"):
+        kernels.build(folder=cache)
+    folder.chmod(mode & 0o700 | (0o1007 if of == "cache" else 0))  # as /tmp is: names are safe
+    assert kernels.build(folder=cache) == path and len(compiler()) == 1
+
+
+def test_a_folder_of_another_user_is_refused(compiler, cache, monkeypatch):
+    kernels.build(folder=cache)
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    with pytest.raises(OSError, match="belongs to another user|is not only yours"):
+        kernels.build(folder=cache)
+
+
+def test_what_jax_compiles_is_not_kept_where_others_can_write(tmp_path, monkeypatch, capsys):
+    """For it is code, too."""
+    kept = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        for mode in (0o700, 0o777):
+            jax.config.update("jax_compilation_cache_dir", None)
+            kernels.keep_compilations()
+            for folder in tmp_path.glob("ternary-grok/xla-*"):
+                folder.chmod(mode | 0o022)
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
+    assert capsys.readouterr().err.startswith("note: what JAX compiles is not kept: ")
+
+
+def test_the_compiler_may_have_arguments(compiler, cache, monkeypatch):
+    monkeypatch.setenv("CXX", f"env '{os.environ['CXX']}' -march=native '-D A'")
+    path = kernels.build(folder=cache)
+    assert compiler()[0].startswith("-march=native -D A -O3 ")
+    monkeypatch.setenv("CXX", f"{os.environ['CXX']} -g")
+    assert kernels.build(folder=cache) != path, "another command, another library"
+    monkeypatch.setenv("CXX", "g++ '-g")
+    with pytest.raises(OSError, match='CXX is "g\\+\\+ \'-g": No closing quotation; correct'):
+        kernels.build(folder=cache)
+
+
+def test_several_threads_and_processes_build_at_once(tmp_path, cache, monkeypatch):
+    runs = make_compiler(tmp_path, monkeypatch, seconds=0.3)
+    code = f"import kernels, pathlib; print(kernels.build(folder=pathlib.Path({str(cache)!r})))"
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        threads = [pool.submit(kernels.build, folder=cache) for _ in range(4)]
+        processes = [pool.submit(run_code, code, tmp_path) for _ in range(2)]
+        found = {str(one.result()) for one in threads} | {one.result()[0] for one in processes}
+    assert found == {str(path) for path in cache.iterdir()} and len(found) == 1
+    assert len(runs()) <= 3  # one for each process at most

@@ -16,8 +16,10 @@ import reference
 
 import attention
 import kernels
+import learning
 import model
 import quantize
+import runners
 from model import PRECISIONS, PRESETS, KVMemory, LanguageModelConfig, init_memory, make_model
 
 # Largest difference of float32 logits, whose standard deviation is 0.7 here, from float64 or from
@@ -99,6 +101,28 @@ def test_configurations_survive_a_file(name):
 
 def test_no_configuration_is_grok_1():
     assert model.config_from_dict(None) == PRESETS["grok-1"]
+
+
+@pytest.mark.parametrize(
+    "name, value, type_",
+    [
+        ("vocab_size", "80", "int"),
+        ("vocab_size", 2.0, "int"),
+        ("vocab_size", None, "int"),
+        ("num_layers", True, "int"),
+        ("emb_size", [1], "int"),
+        ("emb_size", 10**400, "int"),
+        ("attn_logit_cap", "30", "float"),
+        ("attn_logit_cap", float("nan"), "float"),
+        ("rms_norm_eps", float("inf"), "float"),
+        ("widening_factor", False, "float"),
+        ("fprop_dtype", 32, "str"),
+    ],
+)
+def test_values_of_another_type_are_named(name, value, type_):
+    values = model.config_to_dict(PRESETS["tiny"]) | {name: value}
+    with pytest.raises(ValueError, match=f"{name} must be of type {type_}, got .*; correct conf"):
+        model.config_from_dict(values)
 
 
 def test_missing_configuration_keys():
@@ -451,6 +475,64 @@ def test_the_gradient_of_experts_is_that_of_all_experts_weighted():
     both = (jax.jit(jax.grad(f, argnums=range(5)))(*floats) for f in (sparse, dense))
     for found, expected in zip(*both, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # float32 sums of 60
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("activations", ["int8", "int15"])
+@pytest.mark.parametrize("weights", ["ternary", "int8", "ternary-experts"])
+def test_the_gradient_of_a_loaded_model_is_that_of_its_matrices(
+    weights, activations, native, monkeypatch
+):
+    """To scales, norms, routers and the table, here of int8 rows: as if the packed weights were the
+    floats that they stand for, with the same rounded activations."""
+    if not native:
+        monkeypatch.setattr(kernels, "on_cpu", lambda: False)
+    config = dataclasses.replace(CONFIG, num_layers=1, activations=activations, embeddings="int8")
+    tokens = factories.random_tokens(config, 2, 8)
+    leaves, tree = jax.tree.flatten(
+        runners.cast_embeddings(factories.random_params(config, weights, groups=7), config)
+    )
+    floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def loss(floats, seen):
+        rest = iter(floats)
+        params = jax.tree.unflatten(
+            tree, [next(rest) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in leaves]
+        )
+        params = {m: {n: seen(w) for n, w in entries.items()} for m, entries in params.items()}
+        output = make_model(config).apply(params, None, tokens[:, :-1])
+        return jnp.mean(learning.evaluate.cross_entropy(output.logits, tokens[:, 1:]))
+
+    def dequantized(w):
+        table = isinstance(w, quantize.QuantizedTable8bit)
+        return w.weight * w.scales if table else quantize.dequantize(w)
+
+    # All matrices in one norm: where a norm follows, the gradient of a scale is next to nothing.
+    found, expected = (
+        np.concatenate([np.ravel(g.astype(jnp.float32)) for g in jax.jit(jax.grad(f))(floats)])
+        for f in (
+            functools.partial(loss, seen=lambda w: w),
+            functools.partial(loss, seen=dequantized),
+        )
+    )
+    # A sum in another order moves a value over an edge of its rounding here and there.
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_a_pass_that_writes_the_cache_has_a_gradient():
+    """Of one cached pass, the gradient of a pass without a cache."""
+    tokens = factories.random_tokens(CONFIG, 2, 9)
+    params = params_of(CONFIG, "float")
+
+    def loss(params, memory):
+        logits = make_model(CONFIG).apply(params, None, tokens, memory).logits
+        return jnp.mean(jnp.square(logits))
+
+    cached, plain = (
+        jax.jit(jax.grad(loss))(params, memory) for memory in (init_memory(CONFIG, 2), None)
+    )
+    for found, expected in zip(jax.tree.leaves(cached), jax.tree.leaves(plain), strict=True):
+        assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("weights", ["int8", "ternary"])

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import kernels
 import quantize
 
 # Largest difference from float64, relative to the largest |result|: sums of some 100 float32
@@ -308,6 +309,51 @@ def test_gradients_go_straight_through():
             assert np.linalg.norm(found - wanted) < error * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("activations", quantize.ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_gradients_through_any_format_are_those_of_its_matrices(
+    form, activations, native, monkeypatch
+):
+    """To x and to the scales, forwards and backwards, from blocks of three experts and a skipped
+    one: those of the product of the rounded rows with the dequantized matrices."""
+    if not native:
+        monkeypatch.setattr(kernels, "on_cpu", lambda: False)
+    w = weight_in(form, random_floats(3, 77, 13))
+    x, weight = random_floats(10, 77, seed=1), random_floats(10, 13, seed=2)
+    experts = jnp.array([2, 0, -1, 0, 1])
+    floats = jax.tree.leaves(w)[-1].astype(jnp.float32)  # scales, or all of a float matrix
+
+    def with_floats(floats):
+        return floats if form == "float" else dataclasses.replace(w, scales=floats)
+
+    def loss(x, floats):
+        y = quantize.grouped_dot(x, with_floats(floats), experts, activations=activations)
+        return jnp.sum(jnp.sin(y) * weight)
+
+    def plain(x, floats):
+        if activations != "float":
+            rounded, step = quantize.quantize_rows(x, activations=activations)
+            x = quantize.straight_through(x, rounded * step)
+        of_block = quantize.dequantize(with_floats(floats))[experts] * (experts >= 0)[:, None, None]
+        y = jnp.einsum("bri,bio->bro", x.reshape(5, 2, 77), of_block, precision="highest")
+        return jnp.sum(jnp.sin(y.reshape(10, 13)) * weight)
+
+    found, expected = (jax.grad(f, argnums=(0, 1))(x, floats) for f in (loss, plain))
+    for one, other in zip(found, expected, strict=True):
+        assert np.linalg.norm(one - other) < 1e-5 * np.linalg.norm(other)  # float32 sums of 77
+    tangent = jax.jvp(loss, (x, floats), (x, floats))[1]
+    np.testing.assert_allclose(tangent, jnp.vdot(found[0], x) + jnp.vdot(found[1], floats), 1e-4)
+
+
+def test_a_gradient_keeps_no_unpacked_matrix():
+    """What the backward pass keeps from the forward pass is smaller than the trits as int8."""
+    w = quantize.ternarize(random_floats(512, 128))
+    x = random_floats(4, 512)
+    _, pullback = jax.vjp(lambda x: quantize.dot(x, w, activations="int8"), x)
+    assert all(leaf.size < 512 * 128 for leaf in jax.tree.leaves(pullback))
+
+
 def test_a_matrix_of_zeros_has_a_gradient():
     zeros = jnp.zeros((8, 4))
     gradient = jax.grad(
@@ -451,6 +497,34 @@ def test_no_unpacked_matrix_exists(activations):
     x = jax.ShapeDtypeStruct((1, inputs), jnp.bfloat16)
     index = jax.ShapeDtypeStruct((1,), jnp.int32)
     assert factories.largest_array(f, x, w, index) <= quantize.TILE < inputs * outputs / 40
+
+
+@pytest.mark.parametrize("form", ["ternary", "int8"])
+def test_a_tpu_reads_whole_experts(form, monkeypatch):
+    """XLA:TPU copies all experts to slice at a column that it cannot prove aligned."""
+    w = weight_in(form, random_floats(4, 77, 13, seed=1))
+    stored = w.packed if form == "ternary" else w.weight
+    monkeypatch.setattr(quantize, "TILE", 77)
+    monkeypatch.setattr(quantize, "DEVICE_TILE", 77)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    x, experts = random_floats(6, 77), jnp.array([2, 0, -1])
+    f = functools.partial(quantize.grouped_dot, activations="int8")
+    slices = [
+        equation.outvars[0].aval.shape
+        for equation in factories.equations(jax.make_jaxpr(f)(x, w, experts))
+        if equation.primitive.name == "dynamic_slice"
+        and equation.invars[0].aval.shape == stored.shape
+    ]
+    assert slices == [(1, *stored.shape[1:])]
+
+
+def test_a_tpu_multiplies_a_table_with_two_rows(monkeypatch):
+    """A single one would not go to the matrix unit."""
+    x, table = random_floats(1, 7), random_floats(13, 7, seed=1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jaxpr = jax.make_jaxpr(quantize.table_dot)(x, table)
+    (dot,) = (e for e in factories.equations(jaxpr) if e.primitive.name == "dot_general")
+    assert dot.invars[0].aval.shape == (2, 7) and jaxpr.out_avals[0].shape == (1, 13)
 
 
 # --- Tables ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from factories import EVEN, random_params
 
 import checkpoint
+import kernels
 import model
 import run
 import runners
@@ -64,6 +65,9 @@ def test_one_prompt(folder, expected, capsys):
     assert lines["model"].startswith("1 layers of 48, 6 query and 2 key/value heads of 8, 2 of 8")
     assert lines["parameters"] == f"{count_parameters():,}"
     assert lines["weights"] == "ternary, float activations in float32"
+    found = lines["products"]
+    assert found.startswith("plain JAX: all quantized matrices")
+    assert found.endswith("--activations int15 or int8 have kernels") == kernels.on_cpu()
     assert lines["mesh"] == "1 data x 1 model, cpu"
     assert lines["slots"] == "1 of 64 tokens, vocabulary 1024"
     assert lines["memory"].startswith("weights 22.6 kB + embeddings 197 kB + cache")
@@ -81,7 +85,7 @@ def test_several_prompts_from_file_and_stdin(folder, expected, capsys, monkeypat
     """Three prompts through two slots: each as if it were alone."""
     lines = tmp_path / "prompts.txt"
     lines.write_text("To be, or\n\nAll: é😀\n")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("two  lines\nof it"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two  lines\nof it\n"))
     run.main(
         command(folder, "--prompt", "-", "--prompts-file", str(lines), "--slots", "2")
         + ["--temperature", "0"]
@@ -93,22 +97,83 @@ def test_several_prompts_from_file_and_stdin(folder, expected, capsys, monkeypat
     assert "slots       2 of 64 tokens" in err
 
 
-def test_a_conversation(folder, expected, capsys, monkeypatch):
-    prompts = iter(["First Citizen:", "x" * 200, "First Citizen:"])
+def conversation(monkeypatch, *prompts):
+    """Somebody at a terminal who asks these; an exception is raised."""
+    prompts = iter([*prompts, EOFError()])
 
     def ask(_):
-        try:
-            return next(prompts)
-        except StopIteration:
-            raise EOFError from None
+        prompt = next(prompts)
+        if isinstance(prompt, str):
+            return prompt
+        raise prompt
 
     monkeypatch.setattr("builtins.input", ask)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+
+
+def test_a_conversation(folder, expected, capsys, monkeypatch):
+    other = UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "invalid start byte")
+    conversation(monkeypatch, "First Citizen:", "x" * 200, "caf\udce9", other, "First Citizen:")
     run.main(command(folder, "--temperature", "0"))
     out, err = capsys.readouterr()
     text = expected("First Citizen:", temperature=0.0)
     assert out == f"{text}\n{text}\n\n"
-    assert "error       a prompt of" in err  # and the conversation goes on
+    errors = [line for line in err.splitlines() if line.startswith("error")]
+    assert errors[0].startswith("error       a prompt of")  # and the conversation goes on
+    assert "(--truncate), or choose a longer --sequence-len" in errors[0]
+    assert "the prompt is not UTF-8 text" in errors[1] and "\\udce9" in errors[1]
+    assert "the prompt is not UTF-8 text" in errors[2] and "0xe9" in errors[2]
+    assert len(errors) == 3
+    assert "does not chat; Ctrl-C ends an answer, Ctrl-D leaves" in err
+
+
+def test_an_interrupted_answer(folder, expected, capsys, monkeypatch):
+    """It ends; the conversation goes on, and the slot is free."""
+    write, texts = run.write, []
+
+    def interrupted(text):
+        texts.append(text)
+        if len(texts) == 3:
+            raise KeyboardInterrupt
+        write(text)
+
+    monkeypatch.setattr(run, "write", interrupted)
+    conversation(monkeypatch, "First Citizen:", "First Citizen:")
+    run.main(command(folder, "--temperature", "0"))
+    text = expected("First Citizen:", temperature=0.0)
+    assert capsys.readouterr().out == f"{''.join(texts[:2])}\n{text}\n\n"
+    conversation(monkeypatch, KeyboardInterrupt())  # while nothing is generated
+    assert refused(command(folder), capsys) == "\ninterrupted"
+
+
+def test_a_terminal_gets_no_control_characters(capsys, monkeypatch):
+    text = "a\tb\n\x07\x1b]0;title\x07\r\x9b2J\x7f\0é"
+    run.write(text)
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run.write(text)
+    shown = "a\tb\n\\x07\\x1b]0;title\\x07\\r\\x9b2J\\x7f\\x00é"
+    assert capsys.readouterr().out == shown
+
+
+def test_a_sequence_longer_than_the_models(folder, capsys):
+    for length, noted in ((64, False), (65, True)):
+        run.resolve_config(run.parse_arguments(command(folder, "--sequence-len", str(length))))
+        note = "--sequence-len 65 is more than the 64 tokens of the model"
+        assert (note in capsys.readouterr().err) == noted
+
+
+def test_text_that_is_not_utf_8(folder, capsys, monkeypatch, tmp_path):
+    (tmp_path / "prompts").write_bytes(b"caf\xe9")
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    for flags, message in (
+        (["--prompt", "-"], "stdin is not UTF-8 text ('utf-8' codec can't decode byte 0xe9"),
+        (["--prompt", "caf\udce9"], "--prompt is not UTF-8 text ('utf-8' codec can't encode"),
+        (["--prompts-file", str(tmp_path / "prompts")], f"{tmp_path}/prompts is not UTF-8 text: b"),
+    ):
+        text = refused(command(folder, *flags), capsys)
+        assert text.startswith(f"error: {message}") and text.endswith("with iconv")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +187,11 @@ def test_a_conversation(folder, expected, capsys, monkeypatch):
         ),
         (["--prompt", "x", "--mesh", "8"], "error: a mesh is two numbers"),
         (["--prompt", "x", "--mesh", "2,1", "--slots", "3"], "error: 3 slots do not spread over"),
-        (["--prompt", "x", "--temperature", "-1"], "error: temperature must be 0 or more"),
+        (["--prompt", "x", "--temperature", "-1"], "error: --temperature must be 0 or more"),
+        (["--prompt", "x", "--top-p", "0"], "error: --top-p must be above 0"),
+        (["--prompt", "x", "--seed", "-1"], "error: --seed must be from 0"),
+        (["--prompt", "x", "--max-len", "0"], "error: --max-len must be 1 or more"),
+        (["--prompt", "x" * 200], "(--truncate), or choose a longer --sequence-len"),
         (["--prompt", "x", "--preset", "demo"], "tensor files, this model needs"),
         (["--prompt", "x", "--preset", "grok-1"], "Grok-1's tokenizer is tokenizer.model in"),
         (["--prompt", "x", "--preset", "grok-2"], "invalid choice: 'grok-2'"),
@@ -143,9 +212,16 @@ def test_what_is_refused(folder, capsys, monkeypatch, flags, message):
     assert message in text and "Traceback" not in text
 
 
-def test_a_missing_folder(tmp_path, capsys):
-    text = refused(["--checkpoint", str(tmp_path / "gone"), "--prompt", "x"], capsys)
-    assert text == f"error: no checkpoint folder {tmp_path / 'gone'}; give one with --checkpoint"
+def test_a_folder_that_is_no_checkpoint(folder, tmp_path, capsys):
+    """Said at once, with where one is."""
+    (tmp_path / "checkpoint" / "ckpt-0").mkdir(parents=True)
+    for wrong, cure in (
+        (tmp_path / "gone", ""),
+        (tmp_path, f"{tmp_path}/checkpoint"),
+        (folder / "ckpt-0", f"parent, {folder}"),
+    ):
+        text = refused(["--checkpoint", str(wrong), "--prompt", "x"], capsys)
+        assert text.startswith(f"error: {wrong}: no") and text.endswith(cure)
 
 
 def test_too_little_memory_is_said_before_loading(folder, capsys, monkeypatch):
@@ -167,6 +243,16 @@ def test_interrupted(folder, capsys, monkeypatch):
 
     monkeypatch.setattr(runners.ModelRunner, "load", interrupt)
     assert refused(command(folder, "--prompt", "x"), capsys) == "\ninterrupted"
+
+
+@pytest.mark.parametrize("flags, check", [([], True), (["--check"], True), (["--no-check"], False)])
+def test_weights_are_checked_unless_asked_not_to(folder, capsys, monkeypatch, flags, check):
+    def load(runner, *_, **settings):
+        raise ValueError(f"check={settings['check']}")
+
+    monkeypatch.setattr(runners.ModelRunner, "load", load)
+    text = refused(command(folder, "--prompt", "x", *flags), capsys)
+    assert text == f"error: check={check}"
 
 
 def test_default_mesh_divides_the_heads():

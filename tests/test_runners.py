@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import EVEN, GOLDEN, ODD, golden_arrays, golden_config, random_params
+from factories import EVEN, GOLDEN, ODD, equations, golden_arrays, golden_config, random_params
 
+import kernels
 import model
 import runners
 import sharding
@@ -740,6 +741,39 @@ def test_planned_shapes_are_those_of_loaded_weights(weights):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), runner.params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), planned
     )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize(
+    "preset, weights, activations",
+    [
+        ("grok-1", "ternary", None),
+        ("grok-1", "ternary-experts", "int8"),
+        ("grok-1", "int8", "int8"),
+        ("bench", "ternary", "int15"),
+        ("demo", "ternary", "float"),
+    ],
+)
+def test_the_planned_kernels_are_those_that_a_step_takes(
+    preset, weights, activations, backend, monkeypatch
+):
+    """Counted in the jaxpr of a decode step for the backend."""
+    if backend == "cpu" and not kernels.on_cpu():
+        pytest.skip("no native kernels: no compiler, or a GPU")
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = dataclasses.replace(model.PRESETS[preset], num_layers=1)
+    if activations is not None:
+        config = dataclasses.replace(config, activations=activations)
+    runner = runners.ModelRunner(config)
+    found = runners.products_by_path(runner, weights)
+    step = functools.partial(runner.model.apply, last_only=True)
+    memory = jax.eval_shape(functools.partial(model.init_memory, config, 1))
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    jaxpr = jax.make_jaxpr(step)(runners.abstract_weights(config, weights), None, token, memory)
+    names = [str(e.params.get("target_name", e.params.get("name"))) for e in equations(jaxpr)]
+    ternary = [name for name in names if name in ("ternary_grok_TernarySums", "ternary_few_rows")]
+    assert len(found["kernel"]) + len(found["plain JAX"]) == 7
+    assert len(ternary) == len(found["kernel"])
 
 
 def test_memory_of_the_full_model():

@@ -1,5 +1,6 @@
 import concurrent.futures
 import json
+import os
 import re
 import struct
 import zlib
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from factories import join_header, mend_sums, split_header
 from hypothesis import strategies as st
 
 import checkpoint
@@ -241,7 +243,9 @@ def test_verify_finds_nothing_wrong(saved):
     folder, file, _ = saved
     seen = []
     assert shards.verify(folder, seen.append) == []
-    assert sum(seen) == file.stat().st_size
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sum(seen) == sum(sizes.values()) - sizes[shards.CHECKSUMS]
+    assert shards.without_sums(folder) == []
 
 
 def test_verify_names_file_and_tensor(saved):
@@ -299,13 +303,360 @@ def test_a_missing_shard(saved):
         (shards.INDEX, "{", r"index.json: not JSON.*copy it again"),
         (shards.CHECKSUMS, "[]", r"checksums.json: expected a JSON object"),
         (shards.CHECKSUMS, "{}", r"checksums.json does not know it"),
-        (shards.INDEX, '{"weight_map": {"x": "FILE"}}', r"and its header differ in layer_0"),
+        (shards.INDEX, '{"weight_map": {"x": "FILE"}}', r"index.json: not as it was written"),
     ],
 )
 def test_damaged_small_files(saved, name, content, message):
     folder, file, params = saved
     (folder / name).write_text(content.replace("FILE", file.name))
     with pytest.raises(CheckpointError, match=message):
+        restore(folder, params)
+
+
+def small_files(folder):
+    return [path for path in folder.iterdir() if path.suffix != ".safetensors"]
+
+
+@pytest.mark.parametrize("name", [shards.CONFIG, shards.INDEX, "tokenizer.model"])
+@pytest.mark.parametrize("change", ["flip", "remove", "replace"])
+def test_every_file_is_compared(tmp_path, name, change):
+    """On load and by verify: another rope_base, tokenizer or index is another model."""
+    params = mixed()
+    folder = save(tmp_path / "saved", params, extra={"tokenizer.model": b"pieces"})
+    path = folder / name
+    if change == "flip":
+        flip(path, 3)
+    elif change == "remove":
+        path.unlink()
+    else:
+        path.write_text("{}")
+    message = "missing; copy it again" if change == "remove" else ": (not |expected a weight_map)"
+    with pytest.raises(CheckpointError, match=f"{path}.*{message}"):
+        restore(folder, params)
+    try:
+        (problem,) = shards.verify(folder)
+    except CheckpointError as error:  # of an index that cannot be read nothing more can be said
+        problem = str(error)
+    assert re.search(f"{path}.*{message}", problem)
+
+
+def test_the_configuration_is_compared_before_it_is_used(saved):
+    folder = saved[0]
+    (folder / shards.CONFIG).write_text(json.dumps(CONFIG | {"rope_base": 10001}))
+    with pytest.raises(CheckpointError, match="config.json: not as it was written"):
+        checkpoint.read_config(folder)
+
+
+def without_small_sums(folder):
+    """As the first version left it."""
+    path = folder / shards.CHECKSUMS
+    sums = json.loads(path.read_text())
+    path.write_text(json.dumps({n: s for n, s in sums.items() if n.endswith(".safetensors")}))
+
+
+def test_a_checkpoint_without_sums_of_the_small_files(saved):
+    folder, file, params = saved
+    without_small_sums(folder)
+    assert_same(restore(folder, params), jax.tree.map(jax.numpy.asarray, params))
+    assert shards.verify(folder) == []
+    assert shards.without_sums(folder) == [shards.CONFIG, shards.INDEX]
+    index = json.loads((folder / shards.INDEX).read_text())
+    del index["weight_map"]["layer_1/linear/f"]
+    (folder / shards.INDEX).write_text(json.dumps(index))
+    match = rf"{file}: {shards.INDEX} and its header differ in 'layer_1/linear/f'; copy both"
+    with pytest.raises(CheckpointError, match=match):
+        restore(folder, params)
+    assert re.search(match, *shards.verify(folder))
+
+
+def test_a_shard_that_the_index_does_not_list(tmp_path):
+    folder = tmp_path / "out"
+    write(folder)
+    without_small_sums(folder)
+    index = json.loads((folder / shards.INDEX).read_text())
+    index["weight_map"] = {
+        name: file for name, file in index["weight_map"].items() if "00002" not in file
+    }
+    (folder / shards.INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="00002-of-00003.*differ in 'layer/p2'"):
+        shards.open_shards(folder)
+    assert len(shards.verify(folder)) == 1
+
+
+HEX = "0" * 64
+SUMS = {"bytes": 1, "sha256": HEX, "header_crc32": "0" * 8, "tensor_crc32": {}}
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        (shards.INDEX, {}),
+        (shards.INDEX, {"weight_map": {}}),
+        (shards.INDEX, {"weight_map": ["a"]}),
+        (shards.INDEX, {"weight_map": {"a": None}}),
+        (shards.INDEX, {"weight_map": {"a": "../other/model.safetensors"}}),
+        (shards.INDEX, {"weight_map": {"a": "/etc/passwd"}}),
+        (shards.INDEX, {"weight_map": {"a": ".."}}),
+        (shards.INDEX, {"weight_map": {"a": "model\n.safetensors"}}),
+        (shards.CHECKSUMS, {"../a": SUMS}),
+        (shards.CHECKSUMS, {"a": None}),
+        (shards.CHECKSUMS, {"a": [1]}),
+        (shards.CHECKSUMS, {"a": {}}),
+        (shards.CHECKSUMS, {"a": SUMS | {"bytes": "1"}}),
+        (shards.CHECKSUMS, {"a": SUMS | {"bytes": True}}),
+        (shards.CHECKSUMS, {"a": SUMS | {"sha256": 1}}),
+        (shards.CHECKSUMS, {"a": SUMS | {"sha256": HEX[1:]}}),
+        (shards.CHECKSUMS, {"a": SUMS | {"tensor_crc32": []}}),
+        (shards.CHECKSUMS, {"a": SUMS | {"tensor_crc32": {"x": 1}}}),
+        (shards.CHECKSUMS, {"a": {k: v for k, v in SUMS.items() if k != "header_crc32"}}),
+        (shards.CHECKSUMS, {"a": SUMS | {"more": 1}}),
+    ],
+)
+def test_small_files_that_say_something_else(saved, name, content):
+    folder, _, params = saved
+    without_small_sums(folder)
+    (folder / name).write_text(json.dumps(content))
+    for read in (shards.verify, lambda folder: restore(folder, params)):
+        with pytest.raises(CheckpointError, match=f"{folder / name}: .*expected .*copy it again"):
+            read(folder)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_refused_at_once(saved, kind):
+    folder, _, params = saved
+    for path in list(folder.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+        with pytest.raises(CheckpointError, match=f"{path}: a folder, pipe or device"):
+            restore(folder, params)
+        path.unlink() if kind == "pipe" else path.rmdir()
+        path.write_bytes(content)
+
+
+# --- Headers that somebody wrote ------------------------------------------------------------------
+
+T, Q, F = (f"layer_1/linear/{name}" for name in ("t.trits", "q.weight", "f"))
+
+
+def entry(name, **changes):
+    return lambda header: header[name].update(changes)
+
+
+def about(**changes):
+    """Changes what __metadata__ says of layer_1/linear/t."""
+
+    def change(header):
+        metadata = header["__metadata__"]
+        text = json.dumps(json.loads(metadata["layer_1/linear/t"]) | changes)
+        metadata["layer_1/linear/t"] = text
+
+    return change
+
+
+def narrower(header):
+    """One byte less to a row, as bytes that fit."""
+    *rows, width = header[T]["shape"]
+    start, _ = header[T]["data_offsets"]
+    header[T] |= {"shape": [*rows, width - 1], "data_offsets": [start, start + 2 * 5 * (width - 1)]}
+
+
+def shifted(name, first, last):
+    def change(header):
+        start, end = header[name]["data_offsets"]
+        header[name]["data_offsets"] = [start + first, end + last]
+
+    return change
+
+
+def renamed(old, new):
+    def change(header):
+        header[new] = header.pop(old)
+
+    return change
+
+
+def first_to_the_place_of_the_second(header):
+    """Two float32 arrays of one size in one place."""
+    header["layer_0/linear/t.scales"]["data_offsets"] = header["layer_2/linear/f"]["data_offsets"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (narrower, "begins at byte|the tensors end at byte"),
+        (entry(T, shape=[2, 5, 7]), r"data_offsets .* of U8 \[2, 5, 7\], which has 70 bytes"),
+        (entry(T, shape=[8, 5, 2]), r"expected .*.trits uint8 \[2, 5, 8\], found .* \[8, 5, 2\]"),
+        (entry(T, shape=[80]), r"expected .*.trits uint8 \[2, 5, 8\]"),
+        (entry(T, dtype="I8"), "found .* .trits int8"),
+        (entry(T, dtype="F64"), "dtype 'F64', expected one of"),
+        (entry(T, dtype=["U8"]), r"dtype \['U8'\], expected one of"),
+        (entry(T, dtype=None), "dtype None"),
+        (entry(F, dtype="I8"), "which has 210 bytes"),
+        (entry(Q, dtype="U8"), "expected .scales bfloat16.*found .*.weight uint8"),
+        (entry(F, shape=[2, 21, 5.0]), "expected a list of up to 8 sizes, found"),
+        (entry(F, shape=[2, True, 105]), "expected a list of up to 8 sizes, found"),
+        (entry(F, shape=[-2, -21, 5]), "expected a list of up to 8 sizes, found"),
+        (entry(F, shape="2"), "expected a list of up to 8 sizes, found '2'"),
+        (entry(F, shape={}), "expected a list of up to 8 sizes"),
+        (entry(F, shape=[1] * 9), "expected a list of up to 8 sizes"),
+        (entry(F, shape=[0, 1 << 47, 1 << 47], data_offsets=[0, 0]), "begins at byte"),
+        (entry(F, shape=[1 << 61]), "expected a list of up to 8 sizes"),
+        (entry(F, data_offsets=None), "expected a list of up to 8 sizes"),
+        (entry(F, data_offsets=[1]), "data_offsets"),
+        (entry(F, data_offsets=[0, 420, 840]), "data_offsets"),
+        (entry(F, data_offsets=[840, 0]), "data_offsets"),
+        (entry(F, data_offsets=[-840, 0]), "sizes, found"),
+        (entry(F, data_offsets=[0, 1 << 62]), "sizes, found"),
+        (
+            entry(F, data_offsets=[1 << 40, (1 << 40) + 840]),
+            "'layer_1/linear/t.scales' begins at byte",
+        ),
+        (entry(F, more=1), "expected dtype, shape and data_offsets"),
+        (shifted(F, 4, 4), "begins at byte"),
+        (shifted(F, -4, -4), "begins at byte"),
+        (first_to_the_place_of_the_second, "begins at byte"),
+        (lambda h: h.update({F: None}), "expected dtype, shape and data_offsets, found None"),
+        (lambda h: h.update({F: [1, 2]}), "expected dtype, shape"),
+        (lambda h: h.pop(F), "begins at byte|the tensors end"),
+        (lambda h: h.pop("__metadata__"), "expected __metadata__ with format_version '1'"),
+        (lambda h: h.update(__metadata__=[]), "expected __metadata__"),
+        (lambda h: h["__metadata__"].pop("format_version"), "expected __metadata__"),
+        (lambda h: h["__metadata__"].update(format_version="2"), "format_version '1', found"),
+        (lambda h: h["__metadata__"].pop("layer_1/linear/t"), "expected its shape in __meta"),
+        (lambda h: h["__metadata__"].update({"layer_1/linear/t": 3}), "expected its shape"),
+        (lambda h: h["__metadata__"].update({"layer_1/linear/t": "{"}), "linear/t: not JSON"),
+        (lambda h: h["__metadata__"].update({"layer_1/linear/t": "[]"}), "expected a JSON object"),
+        (about(shape=[2, 21, 6]), r"expected .*.trits uint8 \[2, 6, 8\]"),
+        (about(shape=[1 << 40, 21, 5]), r"expected .* \[1099511627776, 1, 1\]"),
+        (about(shape=[2, 21, 5, 1]), "expected the shape of matrices"),
+        (about(shape=[0, 21, 5]), "expected the shape of matrices"),
+        (about(shape=[105]), "expected the shape of matrices"),
+        (about(shape=None), "sizes, found None"),
+        (about(packing="base4"), "packing 'base4', known are"),
+        (about(packing=["base3"]), "packing"),
+        (about(block=3), "block 3, expected 1"),
+        (about(block="1"), "block '1'"),
+        (about(more=1), "expected its shape"),
+        (renamed(T, "layer_1/linear/t.codes"), "'layer_1/linear/t.codes' is not the name"),
+        (renamed(F, "../f"), "'../f' is not the name of a tensor"),
+        (renamed(F, "layer_1/\x1b]0;f"), r"'layer_1/\\x1b\]0;f' is not the name"),
+        (renamed(F, "layer_1/linear/t"), r"expected .*, found  ?float32 \[2, 21, 5\], .scales"),
+        (renamed("layer_1/linear/t.scales", "x"), "expected .scales float32"),
+        (renamed("layer_1/linear/q.scales", "x.scales"), "expected"),
+    ],
+)
+def test_a_header_that_somebody_wrote(saved, change, message):
+    """With sums that agree: only the header itself can tell."""
+    folder, file, params = saved
+    text, rest = split_header(file.read_bytes())
+    header = json.loads(text)
+    change(header)
+    file.write_bytes(join_header(json.dumps(header).encode(), rest))
+    mend_sums(folder)
+    with pytest.raises(CheckpointError, match=f"^{file}: .*({message})") as error:
+        restore(folder, params)
+    assert len(str(error.value)) < 2000 and str(error.value).isprintable()
+    assert shards.verify(folder) == [str(error.value)]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda text, rest: b"", "header is damaged"),
+        (lambda text, rest: b"1234567", "header is damaged"),
+        (lambda text, rest: (1 << 63).to_bytes(8, "little") + text, "header is damaged"),
+        (lambda text, rest: (len(text + rest) + 1).to_bytes(8, "little") + text + rest, "damaged"),
+        (lambda text, rest: join_header(b"", rest), "not JSON"),
+        (lambda text, rest: join_header(b"[]", rest), "expected a JSON object"),
+        (lambda text, rest: join_header(b"\xff", rest), "not JSON"),
+        (lambda text, rest: join_header(b"[" * 100_000, rest), "not JSON"),
+        (lambda text, rest: join_header(b'{"a":' * 100_000, rest), "not JSON"),
+        (lambda text, rest: join_header(b'{"a":' + b"1" * 5000 + b"}", rest), "not JSON"),
+        (lambda text, rest: join_header(b'{"a": 1, "a": 1}', rest), "the key 'a' is there twice"),
+    ],
+)
+def test_a_header_that_is_none(saved, make, message):
+    folder, file, params = saved
+    file.write_bytes(make(*split_header(file.read_bytes())))
+    mend_sums(folder)
+    with pytest.raises(CheckpointError, match=f"^{file}: .*{message}"):
+        restore(folder, params)
+    assert message in shards.verify(folder)[0]
+
+
+def test_narrower_rows_of_trits_never_reach_the_kernels(saved):
+    """The rows of base3 that a kernel takes are as wide as the logical shape says; with a byte less
+    it wrote past the end of its result. The file is whole and so are its sums."""
+    folder, file, params = saved
+    text, rest = split_header(file.read_bytes())
+    header, name = json.loads(text), "layer_3/linear/t.trits"
+    start, end = header[name]["data_offsets"]
+    assert end == len(rest)
+    *rows, width = header[name]["shape"]
+    header[name] |= {
+        "shape": [*rows, width - 1],
+        "data_offsets": [start, start + 8 * 9 * (width - 1)],
+    }
+    rest = rest[: start + 8 * 9 * (width - 1)]
+    file.write_bytes(join_header(json.dumps(header).encode(), rest))
+    mend_sums(folder)
+    with pytest.raises(CheckpointError, match=r"expected .*trits uint8 \[8, 9, 16\], found.* 15\]"):
+        restore(folder, params)
+
+
+# --- Numbers that no model has --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", shards.PACKINGS)
+def test_bytes_that_are_no_trits(tmp_path, packing, monkeypatch):
+    params = mixed()
+    folder = save(tmp_path / "saved", params, packing)
+    (file,) = folder.glob("*.safetensors")
+    flip_to(file, "layer_1/linear/t.trits", 3, 0xFF)
+    title = f"{file}: layer_1/linear/t: "
+    if packing == "2bit":
+        message = f"{title}packed bytes with codes of 3"
+    else:  # `quantize` refuses them, without a file to name
+        message = f"{title}a byte of 255"
+        decode = quantize.from_base3
+
+        def strict(digits):
+            if (digits > 242).any():
+                raise ValueError(f"a byte of {digits.max()}")
+            return decode(digits)
+
+        monkeypatch.setattr(quantize, "from_base3", strict)
+    with pytest.raises(CheckpointError, match=message):
+        restore(folder, params)
+    if packing == "2bit":
+        checkpoint.restore(folder, template(params), RULES, check=False)
+
+
+def flip_to(file, name, at, value):
+    """Sets bytes of a tensor; the sums of payloads are not compared on load."""
+    text, rest = split_header(file.read_bytes())
+    at += json.loads(text)[name]["data_offsets"][0]
+    value = bytes([value]) if isinstance(value, int) else value
+    file.write_bytes(join_header(text, rest[:at] + value + rest[at + len(value) :]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_floats_that_are_no_numbers(saved, value):
+    folder, file, params = saved
+    flip_to(file, "layer_1/linear/f", 4 * 200, np.float32(value).tobytes())
+    with pytest.raises(CheckpointError, match=f"{file}: layer_1/linear/f: NaN or infinite"):
+        restore(folder, params)
+    found = checkpoint.restore(folder, template(params), RULES, check=False)
+    assert not np.isfinite(found["layer_1/linear"]["f"]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1])
+@pytest.mark.parametrize("name, dtype", [("t", np.float32), ("q", ml_dtypes.bfloat16)])
+def test_scales_that_are_no_scales(saved, name, dtype, value):
+    folder, file, params = saved
+    flip_to(file, f"layer_1/linear/{name}.scales", 0, dtype(value).tobytes())
+    with pytest.raises(CheckpointError, match=f"{file}: layer_1/linear/{name}: negative or non-"):
         restore(folder, params)
 
 
@@ -365,8 +716,8 @@ def write(folder, stop=None, filled=None, **options):
             raise Interrupted
         out[2:] = leaves[path][2:]
 
-    options = {"shard_size": 160, "source": "here"} | options
-    shards.write(folder, leaves, fill, {"a": 1}, {"notes": b"x"}, **options)
+    options = {"shard_size": 160, "source": "here", "extra": {"notes": b"x"}} | options
+    shards.write(folder, leaves, fill, {"a": 1}, **options)
 
 
 @pytest.fixture(scope="module")
@@ -423,6 +774,72 @@ def test_going_on_with_something_else_is_an_error(tmp_path, options, message):
         write(tmp_path / "out", **options)
 
 
+@pytest.mark.parametrize("options", [{"source": "there"}, {"shard_size": 400}, {}])
+def test_what_finished_no_shard_is_begun_again(tmp_path, options):
+    """And nothing of the first attempt is left."""
+    write(tmp_path / "whole", **options)
+    folder = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        write(folder, "layer/p0", extra={"tokenizer.model": b"of the other source"})
+    partial = shards.partial_folder(folder)
+    assert {"tokenizer.model", shards.SOURCE} <= set(contents(partial))
+    write(folder, **options)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_beginning_again_may_be_interrupted(tmp_path, whole, monkeypatch):
+    folder, unlink = tmp_path / "out", Path.unlink
+    with pytest.raises(Interrupted):
+        write(folder, "layer/p0", source="there")
+    count = len(contents(shards.partial_folder(folder)))
+    for _ in range(count - 1):
+        calls = []
+
+        def once(path, calls=calls):
+            if calls:
+                raise Interrupted
+            calls.append(path)
+            unlink(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", once)
+            with pytest.raises(Interrupted):
+                write(folder)
+    assert set(contents(shards.partial_folder(folder))) == {shards.SOURCE}
+    write(folder)
+    assert contents(folder) == whole
+
+
+def test_all_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    """After a power failure a folder that is there is whole, down to the small files."""
+    synced, fsync = {}, os.fsync
+    renamed = []
+
+    def noted(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced[path.name] = path.read_bytes() if path.is_file() else b""
+        fsync(descriptor)
+
+    rename = Path.rename
+
+    def checked(path, target):
+        found = {name.removesuffix(".part"): content for name, content in synced.items()}
+        renamed.append({n for n, content in contents(path).items() if found.get(n) != content})
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", checked)
+    write(tmp_path / "out")
+    assert renamed == [set()]
+
+
+def test_names_that_could_not_be_read_are_not_written(tmp_path):
+    for name in ("a.b", "a/../b", "a b", ""):
+        with pytest.raises(CheckpointError, match="is not the name of a tensor"):
+            shards.write(tmp_path / "out", {name: np.zeros(3, np.float32)}, print, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_folder_is_not_overwritten(tmp_path, whole):
     folder = tmp_path / "out"
     write(folder)
@@ -464,10 +881,14 @@ def test_the_sums_are_those_of_other_programs(tmp_path):
 
     folder = tmp_path / "out"
     write(folder)
-    for name, sums in json.loads((folder / shards.CHECKSUMS).read_text()).items():
+    noted = json.loads((folder / shards.CHECKSUMS).read_text())
+    assert set(noted) == set(contents(folder)) - {shards.CHECKSUMS}
+    for name, sums in noted.items():
         data = (folder / name).read_bytes()
         assert sums["sha256"] == hashlib.sha256(data).hexdigest()
         assert sums["bytes"] == len(data)
+        if not name.endswith(".safetensors"):
+            continue
         begin = 8 + struct.unpack("<Q", data[:8])[0]
         assert sums["header_crc32"] == f"{zlib.crc32(data[:begin]):08x}"
         path = sorted(sums["tensor_crc32"])[0]

@@ -1,7 +1,6 @@
 import hashlib
 import io
 import re
-import sys
 from pathlib import Path
 
 import hypothesis
@@ -228,14 +227,44 @@ def test_training_refuses_what_it_cannot_do():
         tokenizer.train(SPEECH, 9999)
 
 
-def test_command_trains_on_the_first_nine_tenths(tmp_path, monkeypatch, capsys):
+def test_command_trains_on_the_first_nine_tenths(tmp_path, capsys):
     text, output = tmp_path / "text.txt", tmp_path / "new.model"
     text.write_text(SPEECH * 9 + "é" * len(SPEECH))
-    command = ["tokenizer.py", str(text), "--vocab-size", "300", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", command)
-    tokenizer.main()
+    tokenizer.main([str(text), "--vocab-size", "300", "--output", str(output)])
     assert output.read_bytes() == tokenizer.train(SPEECH * 9, 300)
     printed = capsys.readouterr().out
     assert "300 pieces" in printed
     assert "training: 729 characters" in printed
     assert "validation: 81 characters, 162 tokens, 0.500 each" in printed
+
+
+def test_command_overwrites_no_tokenizer(tmp_path, capsys):
+    """Least of all the one of the demo model."""
+    text = tmp_path / "text.txt"
+    text.write_text(SPEECH * 9)
+    before = tokenizer.DEMO.read_bytes()
+    with pytest.raises(SystemExit):
+        tokenizer.main([str(text), "--vocab-size", "300"])
+    assert "required: --output" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"tokenizer.model exists: remove it, or give another --o"):
+        tokenizer.main([str(text), "--vocab-size", "300", "--output", str(tokenizer.DEMO)])
+    assert tokenizer.DEMO.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (
+            "hello\n",
+            "1024 pieces from 5 characters: Vocabulary size too high (1024). Please set it",
+        ),
+        ("", "1024 pieces from 0 characters: there are no lines in it. Take a longer text"),
+        ("\n" * 9, "1024 pieces from 8 characters: there are no lines in it. Take a longer text"),
+    ],
+)
+def test_command_says_that_a_text_is_too_short(tmp_path, text, reason):
+    path, output = tmp_path / "text.txt", tmp_path / "new.model"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=re.escape(f"error: no tokenizer of {reason}")) as error:
+        tokenizer.main([str(path), "--output", str(output)])
+    assert ".cc(" not in str(error.value) and not output.exists()

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 import checkpoint
+import evaluate
+import files
 import learning
 import model
 import quantize
@@ -48,6 +52,9 @@ def start(folder):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
+    # What a power failure may leave of a run that has no state yet: nobody's.
+    (folder / "settings.json").write_text("")
+    (folder / "log.jsonl").write_text('{"step": 0}\n{"st')
     return folder, start(folder)
 
 
@@ -68,6 +75,9 @@ def test_a_run_leaves_log_plot_state_and_checkpoint(run):
     assert shards.exists(folder / "checkpoint")
     assert about["command"] == "test"
     assert about["validation"] == min(row["validation"] for row in log)
+    assert json.loads((folder / "settings.json").read_text()) == {"command": "test"}
+    left = {"settings.json", "log.jsonl", "states", "checkpoint"}
+    assert {path.name for path in folder.iterdir() if path.suffix != ".png"} == left
 
 
 KILLED = """
@@ -121,19 +131,140 @@ def test_the_state_of_another_model_is_refused(run):
         state_of(run[0], dataclasses.replace(CONFIG, num_layers=2))
 
 
-def test_other_settings_in_a_begun_folder_are_refused(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    (tmp_path / "settings.json").write_text(json.dumps({"command": "python train.py --steps 7"}))
-    with pytest.raises(SystemExit, match="begun with other settings"):
-        train.main(["--data", str(text), "--output", str(tmp_path), "--preset", "tiny"])
+@pytest.fixture
+def begun(run, tmp_path):
+    """A copy of the finished run's folder."""
+    return Path(shutil.copytree(run[0], tmp_path / "begun"))
+
+
+def test_other_settings_in_a_begun_folder_are_refused(begun, monkeypatch, capsys):
+    flags = ["--data", str(begun / "my text"), "--preset", "tiny", "--output", str(begun)]
+    (begun / "my text").write_text(TEXT)
+    old = train.command_of(train.parse_arguments([*flags, "--learning-rate", "0.1"]))
+    files.write_json(begun / "settings.json", {"command": old})
+    monkeypatch.setattr(train, "product_rate", lambda: 1e9)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*flags, "--steps", "200"])
+    assert str(stopped.value) == (
+        f"error: {begun} was begun with other settings: --steps was 1750, now 200; --learning-rate "
+        "was 0.1, now 0.002. Give the same ones, or another --output"
+    )
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"command": 5}', '{"command": "a \'"}'])
+def test_a_begun_folder_whose_settings_are_lost(tmp_path, content):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match=r"settings.json does not say how .*: remove it if that"):
+        train.check_settings(tmp_path, {"command": "test"})
+    (tmp_path / "settings.json").unlink()
+    train.check_settings(tmp_path, {"command": "test"})
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with (
+        files.lock(tmp_path),
+        pytest.raises(ValueError, match="another process is writing it; wait for its end, or"),
+    ):
+        start(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_failed_at_once_has_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "start", fake_start)
+    monkeypatch.setattr(train.Trainer, "step", lambda self, tokens: {"loss": jnp.nan})
+    monkeypatch.setattr(evaluate, "text_loss", lambda *_: evaluate.Loss(1.0, 1, 1))
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        start(tmp_path)
+    assert not (tmp_path / "settings.json").exists()
+    assert records.open_states(tmp_path).latest_step() is None
+
+
+def fake_start(self, init):
+    self.state = learning.TrainState(jnp.int32(0), {}, ())
+
+
+@pytest.mark.parametrize("text", ["", "a", "To be, or not to be."])
+def test_a_text_too_short_leaves_nothing(tmp_path, text):
+    with pytest.raises(ValueError, match="take a longer text"):
+        train.run(CONFIG, SETTINGS, "ternary", text, tmp_path / "run", {"command": "test"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_that_lost_its_last_line(begun, run):
+    """The row is computed again; that it was cut short is no error."""
+    log = begun / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    assert [row["step"] for row in records.read_log(begun, 6)] == [3]
+    last = start(begun)
+    assert last == {"step": 6, "validation": run[1]["validation"]}
+    assert [row["step"] for row in records.read_log(begun, 6)] == [3, 6]
+
+
+def test_a_log_with_a_damaged_line(tmp_path):
+    for damaged in ("", "[]", '{"step": "x"}', '{"st', "7", "\ufffd"):
+        (tmp_path / "log.jsonl").write_text(f'{{"step": 3}}\n{damaged}\n{{"step": 6}}\n')
+        with pytest.raises(ValueError, match=r"log.jsonl: line 2 is no row of a log, .*; remove"):
+            records.read_log(tmp_path, 6)
+
+
+def test_log_and_plots_are_flushed_before_they_have_their_names(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files, "sync", lambda path: flushed.append(path.name))
+    log = [{"step": 3, "train": 1, "validation": 2, "learning_rate": 1, "load": [[0.5, 0.5]]}]
+    records.write_log(tmp_path, log)
+    records.plot(tmp_path, log)
+    names = ["log.jsonl", "loss.png", "learning_rate.png", "expert_load.png"]
+    assert [name for name in flushed if name != tmp_path.name] == [f"{n}.part" for n in names]
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+
+
+class Metric:
+    def __init__(self, name, events):
+        self.name, self.events = name, events
+
+    def block_until_ready(self):
+        self.events.append(f"done {self.name}")
+
+
+def test_the_bar_counts_steps_that_are_done(monkeypatch):
+    """But for one, which is under way while the next batch is made."""
+    events = []
+
+    class Trainer:
+        def step(self, tokens):
+            events.append(f"begun {tokens}")
+            return {"loss": Metric(tokens, events)}
+
+    class Texts:
+        settings = SETTINGS
+        batch_size, length = 2, 16
+
+        def batch(self, step):
+            events.append(f"batch {step}")
+            return step
+
+    monkeypatch.setattr(train, "log_row", lambda *_: {"train": 1.0, "validation": 1.0})
+    train.train_on(Trainer(), Texts(), 3, lambda row: None)
+    one = ["batch 3", "begun 3"]
+    two = ["batch 4", "begun 4", "done 3"]
+    assert events == one + two + ["batch 5", "begun 5", "done 4"]
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--eval-every", "--batch-size"])
 def test_settings_that_mean_nothing(flag, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--data", "x", "--output", str(tmp_path), flag, "0"])
-    assert f"{flag[2:].replace('-', '_')} must be at least 1, got 0" in capsys.readouterr().err
+    assert f"error: {flag} must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_numbers_that_are_none(value, tmp_path, capsys):
+    for field in dataclasses.fields(train.Settings):
+        if isinstance(field.default, float):
+            flag = f"--{field.name.replace('_', '-')}"
+            with pytest.raises(SystemExit):
+                train.main(["--data", "x", "--output", str(tmp_path), f"{flag}={value}"])
+            assert f"error: {flag} must be " in capsys.readouterr().err
 
 
 def test_a_warm_up_longer_than_the_run():
@@ -278,6 +409,10 @@ def test_a_folder_half_exported_does_not_look_whole(tmp_path, monkeypatch, form,
     with pytest.raises(OSError, match="disk full"):
         records.export(tmp_path / "checkpoint", CONFIG, params, "ternary", form, processor, {})
     assert not (tmp_path / "checkpoint").exists()
+    (tmp_path / "checkpoint.previous").mkdir()  # killed while a new one took its place
+    with pytest.raises(OSError, match="disk full"):
+        records.export(tmp_path / "checkpoint", CONFIG, params, "ternary", form, processor, {})
+    assert (tmp_path / "checkpoint").exists()
 
 
 # --- Dropout and router noise ---------------------------------------------------------------------
@@ -478,9 +613,11 @@ def test_a_teacher_with_another_tokenizer(run, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--dropout", "1"], "dropout must be below 1, got 1.0"),
-        (["--temperature", "0"], "temperature must be above 0, got 0"),
-        (["--accumulate", "0"], "accumulate must be at least 1, got 0"),
+        (["--dropout", "1"], "--dropout must be below 1, got 1.0"),
+        (["--bpe-dropout", "1"], "--bpe-dropout must be below 1, got 1.0"),
+        (["--warmup", "9", "--steps", "9"], "--warmup must be below --steps, 9, got 9"),
+        (["--temperature", "0"], "--temperature must be above 0, got 0"),
+        (["--accumulate", "0"], "--accumulate must be at least 1, got 0"),
         (["--init", "x", "--preset", "tiny"], "leave --preset out"),
     ],
 )
@@ -490,10 +627,46 @@ def test_flags_that_mean_nothing(flags, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path):
-    flags = ["--data", "x", "--output", str(tmp_path), "--init", str(tmp_path / "none")]
-    with pytest.raises(SystemExit, match="no checkpoint folder .*none; give one"):
-        train.main(flags)
+@pytest.mark.parametrize("flag", ["--init", "--teacher"])
+def test_a_folder_that_is_no_checkpoint(tmp_path, flag, monkeypatch):
+    """Said at once, with where one is."""
+    monkeypatch.setattr(train, "plan", lambda *_: pytest.fail("too late"))
+    (tmp_path / "run" / "checkpoint" / "ckpt-0").mkdir(parents=True)
+    for folder, cure in (("gone", ""), ("run", "run/checkpoint")):
+        flags = ["--data", "x", "--output", str(tmp_path / "new"), flag, str(tmp_path / folder)]
+        with pytest.raises(SystemExit, match=f"^error: {tmp_path}/{folder}: .*{cure}"):
+            train.main(flags)
+
+
+def test_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").write_text(TEXT)
+    monkeypatch.setattr(train, "product_rate", lambda: 1e9)
+    monkeypatch.setattr(train, "run", lambda *_, **__: {"validation": 1.25, "step": 6})
+    train.main(["--data", str(tmp_path / "text"), "--output", str(tmp_path), "--preset", "tiny"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tiny: ")
+    for name, value in (("emb_size", "48"), ("--learning-rate", "0.002"), ("--steps", "1750")):
+        assert f"{name:<31}{value}" in lines
+    assert lines[-2:] == [
+        "validation 1.2500 nats per character after 6 steps",
+        f"the best weights are in {tmp_path}/checkpoint",
+    ]
+
+
+def test_times_for_reading():
+    seconds = (0.4, 65, 119, 120, 900, 7200, 12_300, 300_000, 1e8)
+    expected = "0.4 seconds, 65 seconds, 119 seconds, 2.0 minutes, 15 minutes, 2.0 hours, 3.4 hours"
+    expected += ", 3.5 days, 1157 days"
+    assert ", ".join(map(train.readable_time, seconds)) == expected
+
+
+def test_the_command_can_be_given_again(tmp_path):
+    """As it is kept, whatever is in its paths."""
+    flags = ["--data", "my text's", "--output", str(tmp_path), "--init", "a b", "--steps", "200"]
+    args = train.parse_arguments(flags)
+    words = shlex.split(train.command_of(args))
+    assert words[:2] == ["python", "train.py"]
+    assert train.parse_arguments([*words[2:], "--output", str(tmp_path)]) == args
 
 
 def test_too_little_memory_is_said_before_anything_begins(tmp_path, monkeypatch, capsys):
