@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from factories import EVEN, GOLDEN, ODD, equations, golden_arrays, golden_config, random_params
 
+import checkpoint
 import kernels
 import model
 import runners
@@ -687,6 +688,18 @@ def test_parameters_are_put_on_large_pages_where_they_arrive(monkeypatch):
     assert len(advised) == 1 and advised[0] is runner.params
     runner.params = runner.params | {}
     assert len(advised) == 2 and advised[1] is runner.params
+
+
+def test_weights_are_checked_unless_that_is_not_wanted(tmp_path):
+    params = random_params(CONFIG, "int8")
+    module = next(module for module, entries in params.items() if "scale" in entries)
+    params[module] = {"scale": params[module]["scale"].at[0].set(jnp.nan)}
+    checkpoint.save(tmp_path, params)
+    runner = runners.ModelRunner(CONFIG)
+    with pytest.raises(checkpoint.CheckpointError):
+        runner.load(tmp_path)
+    runner.load(tmp_path, check=False)
+    assert bool(jnp.isnan(runner.params[module]["scale"][0]))
 
 
 # Meshes and memory
