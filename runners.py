@@ -86,11 +86,13 @@ class ModelRunner:
             init = jax.jit(self.model.init, out_shardings=shardings)
             self.params = init(jax.random.key(seed), tokens)
 
-    def load(self, folder, weights: str | None = None, progress: bool = False) -> None:
+    def load(
+        self, folder, weights: str | None = None, progress: bool = False, check: bool = True
+    ) -> None:
         """The parameters of a checkpoint folder, in the form that `weights` names in PRECISIONS.
 
         By default in the form that the checkpoint was converted to, and a released one as ternary.
-        Raises checkpoint.CheckpointError.
+        `progress` and `check` are those of `checkpoint.restore`. Raises checkpoint.CheckpointError.
         """
         params = checkpoint.restore(
             folder,
@@ -98,6 +100,7 @@ class ModelRunner:
             precision_table(weights or checkpoint.default_weights(folder)),
             functools.partial(sharding.parameter_shardings, self.mesh),
             progress=progress,
+            check=check,
         )
         self.params = cast_embeddings(params, self.config)
 

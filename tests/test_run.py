@@ -6,6 +6,7 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from factories import EVEN, random_params
 
@@ -273,3 +274,17 @@ def test_flags_change_the_configuration(folder):
 def test_grok_1_is_the_configuration_without_a_file(tmp_path):
     config = run.resolve_config(run.parse_arguments(["--checkpoint", str(tmp_path)]))
     assert config == model.PRESETS["grok-1"]
+
+
+def test_damaged_weights_end_with_an_error(folder, capsys, monkeypatch):
+    load = runners.ModelRunner.load
+
+    def damaged(self, *args, **kwargs):
+        load(self, *args, **kwargs)
+        self.params = jax.tree.map(lambda x: x * jnp.nan if x.ndim == 1 else x, self.params)
+
+    monkeypatch.setattr(runners.ModelRunner, "load", damaged)
+    text = refused(command(folder, "--prompt", "First Citizen:"), capsys)
+    assert text.startswith("error: prompt 1: the logits of this request are not finite")
+    text = refused(command(folder, "--prompt", "a", "--prompt", "b"), capsys)
+    assert "error: prompt 1: the logits" in text and "\nprompt 2: the logits" in text

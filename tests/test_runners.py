@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from factories import EVEN, GOLDEN, ODD, equations, golden_arrays, golden_config, random_params
 
+import checkpoint
 import kernels
 import model
 import runners
@@ -454,19 +455,24 @@ def expected(inference):
     return [exact(complete(inference, request)) for request in OTHERS]
 
 
-def finished(inference, firsts):
-    """All tokens of inserted requests, whose first ones these are; step may be interrupted."""
-    steps = [firsts]
+def drain(inference, steps):
+    """Adds the lists of tokens that are still to come."""
     while inference.busy:
-        try:
-            while inference.busy:
-                steps.append(inference.step())  # between the two there is no moment to interrupt
-        except KeyboardInterrupt:
-            pass
+        steps.append(inference.step())  # between the two there is no moment to interrupt
+
+
+def of_each(firsts, steps):
+    """The tokens of inserted requests, whose first ones these are."""
     return [
-        exact([token for step in steps for token in step if token.slot == first.slot])
+        exact([first, *(t for step in steps for t in step if t.slot == first.slot)])
         for first in firsts
     ]
+
+
+def finished(inference, firsts):
+    steps = []
+    drain(inference, steps)
+    return of_each(firsts, steps)
 
 
 @pytest.mark.parametrize("point, when", CALLS[2:])
@@ -514,29 +520,28 @@ def test_ctrl_c_at_any_moment(inference, expected):
     inference.text(request)
     longest = 1.2 * (time.perf_counter() - begin)
 
-    def kill(seconds):
-        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    def interrupting():
+        timer = threading.Timer(random.uniform(0, longest), os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
         return timer
 
     interrupted = 0
-    for trial in range(40):
-        firsts = [inference.insert(request) for request in OTHERS]
+    for _ in range(40):
+        firsts, steps, done = [inference.insert(request) for request in OTHERS], [], False
         try:
-            timer = kill(random.uniform(0, longest))
-            if trial % 2:
-                assert inference.text(request) == text
-            timer.join()
-        except KeyboardInterrupt as error:
-            interrupted += error.__traceback__.tb_next is not None  # inside of a call
-        assert inference.busy.keys() == {first.slot for first in firsts}
-        try:
-            timer = kill(random.uniform(0, longest))
-            found = finished(inference, firsts)
+            timer = interrupting()
+            done = inference.text(request) == text
             timer.join()
         except KeyboardInterrupt:
-            pass
-        assert found == expected
+            interrupted += not done
+        assert inference.busy.keys() == {first.slot for first in firsts}
+        try:
+            timer = interrupting()
+            drain(inference, steps)
+            timer.join()
+        except KeyboardInterrupt:
+            drain(inference, steps)
+        assert of_each(firsts, steps) == expected
     assert interrupted
 
 
@@ -683,6 +688,18 @@ def test_parameters_are_put_on_large_pages_where_they_arrive(monkeypatch):
     assert len(advised) == 1 and advised[0] is runner.params
     runner.params = runner.params | {}
     assert len(advised) == 2 and advised[1] is runner.params
+
+
+def test_weights_are_checked_unless_that_is_not_wanted(tmp_path):
+    params = random_params(CONFIG, "int8")
+    module = next(module for module, entries in params.items() if "scale" in entries)
+    params[module] = {"scale": params[module]["scale"].at[0].set(jnp.nan)}
+    checkpoint.save(tmp_path, params)
+    runner = runners.ModelRunner(CONFIG)
+    with pytest.raises(checkpoint.CheckpointError):
+        runner.load(tmp_path)
+    runner.load(tmp_path, check=False)
+    assert bool(jnp.isnan(runner.params[module]["scale"][0]))
 
 
 # Meshes and memory
