@@ -72,8 +72,8 @@ def attend_to_cache(
         return larger, total, y
 
     blocks = jnp.minimum(jnp.max(positions), slots - 1) // block + 1
-    one = jnp.zeros((*grouped.shape[:4], 1), jnp.float32)
-    start = (one - 1e30, one, jnp.zeros(grouped.shape, jnp.float32))
+    zeros = kernels.zeros_after(grouped, grouped.shape, jnp.float32)
+    start = (zeros[..., :1] - 1e30, zeros[..., :1], zeros)
     _, total, y = lax.fori_loop(0, blocks, add_block, start)
     return _ungroup_heads(y / total, q)
 

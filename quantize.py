@@ -537,16 +537,18 @@ def _block_products(x, w, experts):
     if len(experts) == 1:
         return jnp.where(experts < 0, 0, product(x[0], w, experts[0])[None])
 
-    def one(block):
-        expert, rows = block
-        result = jax.eval_shape(product, rows, w, expert)
-        return lax.cond(
-            expert < 0,
-            lambda: jnp.zeros(result.shape, result.dtype),
-            lambda: product(rows, w, expert),
-        )
+    result = jax.eval_shape(product, x[0], w, experts[0])
 
-    return lax.map(one, (experts, x))
+    def body(i, y):
+        one = lax.cond(
+            experts[i] < 0,
+            lambda: jnp.zeros(result.shape, result.dtype),
+            lambda: product(x[i], w, experts[i]),
+        )
+        return lax.dynamic_update_index_in_dim(y, one, i, axis=0)
+
+    y = kernels.zeros_after(x, (len(experts), *result.shape), result.dtype)
+    return lax.fori_loop(0, len(experts), body, y)
 
 
 def _of_blocks(w, experts):
@@ -648,7 +650,7 @@ def _by_column_tiles(columns, x, shape):
         return lax.dynamic_update_slice(y, columns(start, size), (0, start))
 
     result = jax.eval_shape(functools.partial(columns, 0, size))
-    y = jnp.zeros((result.shape[0], outputs), result.dtype)
+    y = kernels.zeros_after(x, (result.shape[0], outputs), result.dtype)
     return lax.fori_loop(0, -(-outputs // size), body, y)
 
 

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from factories import EVEN, GOLDEN, ODD, equations, golden_arrays, golden_config, random_params
+from jax.extend.core import Literal
 
+import attention
 import checkpoint
 import kernels
 import model
+import quantize
 import runners
 import sharding
 from runners import Request, SampleSettings
@@ -787,6 +790,29 @@ def test_the_planned_kernels_are_those_that_a_step_takes(
     ternary = [name for name in names if name in ("ternary_grok_TernarySums", "ternary_few_rows")]
     assert len(found["kernel"]) + len(found["plain JAX"]) == 7
     assert len(ternary) == len(found["kernel"])
+
+
+@pytest.mark.parametrize("weights", ["ternary", "int8"])
+def test_loops_make_the_zeros_that_they_start_from(weights, monkeypatch):
+    """XLA:GPU made those of all layers first: 54 GB for a chunk of Grok-1's."""
+    config = dataclasses.replace(EVEN, num_layers=1)
+    params, slots = runners.abstract_weights(config, weights), 2 * attention.CACHE_BLOCK
+    memory = jax.eval_shape(lambda: runners.empty_slots(config, 1, slots)).memory
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(quantize, "DEVICE_TILE", 1 << 10)
+    step = functools.partial(runners.prefill_chunk, model.make_model(config))
+    jaxpr = jax.make_jaxpr(step)(params, memory, tokens, 0, 64)
+    loops = [e for e in equations(jaxpr) if e.primitive.name in ("scan", "while")]
+    constants = {
+        e.outvars[0]
+        for e in equations(jaxpr)
+        if e.primitive.name == "broadcast_in_dim" and isinstance(e.invars[0], Literal)
+    }
+    carried = [x for loop in loops for x in loop.invars if x.aval.ndim]
+    assert len(loops) > 7 and not [x.aval for x in carried if x in constants]
+    for loop in loops:  # what a loop stacks starts from such zeros, too
+        assert len(loop.outvars) == loop.params.get("num_carry", len(loop.outvars))
 
 
 def test_memory_of_the_full_model():
