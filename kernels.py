@@ -68,6 +68,9 @@ def _load() -> ctypes.CDLL | None:
         for name in HANDLERS:
             handler = jax.ffi.pycapsule(getattr(loaded, f"{name}Handler"))
             jax.ffi.register_ffi_target(f"ternary_grok_{name}", handler, platform="cpu")
+        number, pointer = ctypes.c_int64, ctypes.c_void_p
+        loaded.FromBase3.argtypes = [pointer, number, number, pointer, number]
+        loaded.FromBase3.restype = loaded.BestTernaryPath.restype = number
         return loaded
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         text = " ".join(str(error).split())
@@ -227,14 +230,9 @@ def from_base3(digits: np.ndarray) -> np.ndarray:
     check_bytes(digits)
     digits = np.ascontiguousarray(digits)
     packed = np.empty((*digits.shape[:-1], digits.shape[-1] // 4 * 5), np.uint8)
-    convert = library().FromBase3
-    convert.restype = ctypes.c_int64
-    rows, width, packed_width = math.prod(digits.shape[:-1]), digits.shape[-1], packed.shape[-1]
-    largest = convert(
-        ctypes.c_void_p(digits.ctypes.data),
-        *(ctypes.c_int64(n) for n in (rows, width)),
-        ctypes.c_void_p(packed.ctypes.data),
-        ctypes.c_int64(packed_width),
+    rows, width = math.prod(digits.shape[:-1]), digits.shape[-1]
+    largest = library().FromBase3(
+        digits.ctypes.data, rows, width, packed.ctypes.data, packed.shape[-1]
     )
     assert largest >= 0, (digits.shape, packed.shape)
     check_digit(largest)

@@ -336,7 +336,8 @@ def to_base3(packed: np.ndarray) -> np.ndarray:
     """Packed bytes [..., B] at five trits to a byte: uint8 [..., 4 ceil(B / 5)], 0 to 242.
 
     Of every five bytes, the last gives one of its trits to each of the others: their own four are
-    the low digits of a number in base 3, that one is its highest. Zeros (trits) fill up B.
+    the low digits of a number in base 3, that one is its highest. Zeros (trits) fill up B. Codes
+    are 0 to 2; one of 3 would become other trits.
 
     >>> to_base3(np.array([0b10_00_10_01, 0, 0b10_10_10_10, 0, 0b01_00_10_00], np.uint8))
     array([ 61, 162,  80,  81], dtype=uint8)

@@ -6,8 +6,9 @@
     python -m benchmarks --only compile
 
 The limit of a product is the time to read its weights once at the measured bandwidth, or to
-multiply at the measured int8 rate, whichever is longer; that of a decoded token, the weights of two
-of eight experts, attention and the output head. Weights are random, and too large for a cache.
+multiply at the int8 rate of registers alone (`peak.cc`), whichever is longer; that of a decoded
+token, the weights of two of eight experts, attention and the output head. Weights are random, and
+too large for a cache.
 Memory is what a case adds to the process: once loaded, and at most.
 """
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import model
 import runners
 import sharding
+from benchmarks import timer
 
 MESHES = (1, 8)
 PARTS = ("trace", "lower", "compile")
@@ -93,7 +94,7 @@ def main() -> None:
     runner = runners.ModelRunner(CONFIG, sharding.make_mesh(1, parser.parse_args().devices))
     with jax.set_mesh(runner.mesh):
         for name, (step, arguments) in steps(runner).items():
-            row = stages(step, arguments)
+            row = stages(step, arguments) | {"processor": timer.processor()}
             seconds = sum(row[f"{part}_s"] for part in PARTS)
             case = f"grok-1 on {runner.mesh.size}, {name}: {row['instructions']} instructions"
             print(json.dumps({"case": case, "ms": seconds * 1e3} | row), flush=True)

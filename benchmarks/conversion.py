@@ -27,6 +27,7 @@ import checkpoint
 import model
 import quantize
 import shards
+from benchmarks import timer
 from quantize import QuantizedWeight8bit
 from tensor_file import read_tensor, write_tensor
 
@@ -115,11 +116,8 @@ def main() -> None:
         peak = f"{memory / 1e9:6.2f}" if memory else ""
         print(f"{what:34} {seconds:7.2f} s {size / 1e9 / seconds:6.2f} GB/s {ratio} {peak}")
 
-    info = Path("/proc/cpuinfo").read_text()
-    cpu = next((s.split(": ")[1] for s in info.splitlines() if s.startswith("model name")), "")
-    print(
-        f"{os.cpu_count()} cores, {cpu}, Python {platform.python_version()}, NumPy {np.__version__}"
-    )
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
+    print(f"{os.cpu_count()} cores, {timer.processor()}, {versions}")
     print(
         f"{read / 1e9:.2f} GB of int8, largest file {largest / 1e9:.2f} GB, of which the bound of "
         f"memory is {1.25 * largest / 1e9 + 1:.2f} GB"

@@ -25,6 +25,7 @@ import learning
 import model
 import tokenizer
 import train
+from benchmarks import timer
 
 try:
     import torch
@@ -127,7 +128,7 @@ def run(config, settings: learning.Settings, text: str, log: Path) -> dict:
     texts = train.Texts(processor, training, settings, config.sequence_len)
     gpt = Gpt(config, settings.dropout)
     optimizer, rate = make_optimizer(gpt), schedule(settings)
-    print(f"{sum(w.numel() for w in gpt.parameters()):,} parameters")
+    print(f"{sum(w.numel() for w in gpt.parameters()):,} parameters, {timer.processor()}")
 
     def logits(tokens: np.ndarray) -> np.ndarray:
         with torch.no_grad():

@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="PNG file; JSON goes beside it")
     args = parser.parse_args()
     machine = timer.machine()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
     found = measure()
     for name, points in found.items():
         print(f"{name:8}", "  ".join(f"{n}: {1e3 * seconds:.1f} ms" for n, seconds in points))

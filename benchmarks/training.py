@@ -99,6 +99,7 @@ def main(argv=None):
     rates = report(config, settings, args.rounds, args.steps)
     active = train.active_parameters(config)
     flops = train.flops_per_token(config)
+    print(timer.processor())
     print(f"{args.preset}, {active:,} active parameters, {flops / 1e6:.1f} million FLOPs a token")
     for name, rate in rates.items():
         print(f"{name:<16}{rate:>8,} tokens/s {rate * flops / 1e9:>6.0f} GFLOP/s")

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+import kernels
 import learning
 import model
 import quantize
 import runners
 import train
 from benchmarks import __main__ as command
-from benchmarks import compilation, curves, experts, memory
+from benchmarks import compilation, curves, experts, memory, timer
 from benchmarks.products import random_ternary
 
 with_onnxruntime = pytest.mark.skipif(
@@ -35,6 +36,24 @@ def test_the_meter_sees_what_is_kept_and_the_peak_of_each_part():
     assert first["resident_MB"] == pytest.approx(kept.nbytes / 1e6, abs=20)
     assert first["peak_MB"] == pytest.approx(300, abs=20)
     assert second["peak_MB"] == pytest.approx(100, abs=20)
+
+
+@pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels")
+def test_the_peak_counts_the_products_that_were_made():
+    """A group is 8192 rounds of 12 vectors; AMX takes six tiles, a sixteenth as often."""
+    lanes = {0: 64, 1: 12 * 32, 2: 12 * 64, 3: 6 * 16 * 16 * 64 // 16}
+    assert timer.multiply_adds(3) == 3 * 8192 * lanes[kernels.library().BestTernaryPath()]
+    for path in range(min(2, 1 + kernels.library().BestTernaryPath())):
+        assert timer._peak_library().MultiplyAdds(path, 2) == 2 * 8192 * lanes[path]
+
+
+def test_the_limits_of_the_machine_are_numbers(monkeypatch):
+    monkeypatch.setattr(timer, "read_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(timer, "product_rate", lambda dtype: 1e12)
+    found = timer.machine()
+    assert found["processor"] == timer.processor() and found["int8_T_per_s"] > 0
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
+    assert timer.machine()["int8_T_per_s"] == 1
 
 
 def test_a_message_by_hand():

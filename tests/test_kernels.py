@@ -22,9 +22,7 @@ native = pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels: no 
 
 
 def best_path():
-    best = kernels.library().BestTernaryPath
-    best.restype = kernels.ctypes.c_int64
-    return best()
+    return kernels.library().BestTernaryPath()
 
 
 def problem(blocks, rows, inputs, outputs, experts, seed=0):
@@ -407,10 +405,7 @@ def test_bytes_with_gaps_between_them(from_base3):
 @native
 @pytest.mark.parametrize("rows, width, packed", [(2, 7, 8), (2, 8, 9), (2, 8, 11), (-1, 4, 5)])
 def test_the_library_itself_refuses_widths_that_do_not_fit(rows, width, packed):
-    numbers = [kernels.ctypes.c_int64(n) for n in (rows, width, packed)]
-    convert = kernels.library().FromBase3
-    convert.restype = kernels.ctypes.c_int64
-    assert convert(None, *numbers[:2], None, numbers[2]) == -1
+    assert kernels.library().FromBase3(None, rows, width, None, packed) == -1
 
 
 # --- Large pages ----------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+// How fast a core multiplies and adds int8 on registers alone: no product of matrices can be faster.
+//
+// All numbers are ones, so that the sums add up to the number of products; there are so many sums
+// that no addition waits for the one before. Rounds come in groups of kFew, after which sums of 16
+// bits are not yet full. The instructions are those of the paths of cpu_kernels.cc, and written
+// out: a compiler would compute the same product once, or keep sums in memory.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kFew = 8192;
+
+#define SIX(f) f(0) f(1) f(2) f(3) f(4) f(5)
+#define TWELVE(f) SIX(f) f(6) f(7) f(8) f(9) f(10) f(11)
+
+template <class T, class Vectors>
+int64_t Total(const Vectors& sums) {
+  T numbers[sizeof sums / sizeof(T)];
+  std::memcpy(numbers, &sums, sizeof sums);
+  int64_t total = 0;
+  for (T number : numbers) total += number;
+  return total;
+}
+
+int64_t Plain() {
+  int8_t a[64], b[64];
+  int32_t sums[64] = {};
+  std::memset(a, 1, sizeof a), std::memset(b, 1, sizeof b);
+  for (int64_t i = 0; i < kFew; ++i) {
+    __asm__ volatile("" : "+m"(a));  // they might be others now
+    for (int k = 0; k < 64; ++k) sums[k] += a[k] * b[k];
+  }
+  return Total<int32_t>(sums);
+}
+
+#if defined(__x86_64__)
+
+__attribute__((target("avx2"))) int64_t Avx2() {
+  __m256i ones = _mm256_set1_epi8(1), sums[12] = {}, pairs;
+#define ADD(i)                                             \
+  __asm__ volatile("vpmaddubsw %2, %2, %1\n\t"             \
+                   "vpaddw %1, %0, %0"                     \
+                   : "+x"(sums[i]), "=&x"(pairs) : "x"(ones));
+  for (int64_t i = 0; i < kFew; ++i) {
+    TWELVE(ADD)
+  }
+#undef ADD
+  return Total<int16_t>(sums);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vnni"))) int64_t Vnni() {
+  __m512i ones = _mm512_set1_epi8(1), sums[12] = {};
+#define ADD(i) __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(sums[i]) : "v"(ones));
+  for (int64_t i = 0; i < kFew; ++i) {
+    TWELVE(ADD)
+  }
+#undef ADD
+  return Total<int32_t>(sums);
+}
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+__attribute__((target("amx-tile,amx-int8"))) int64_t Amx() {
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
+  int8_t ones[1024];
+  int32_t sums[6][256];
+  std::memset(ones, 1, sizeof ones);
+  __asm__ volatile("ldtilecfg %0" ::"m"(config), "m"(ones));
+#define ZERO(i) _tile_zero(i);
+#define ADD(i) _tile_dpbusd(i, 6, 7);
+#define STORE(i) _tile_stored(i, sums[i], 64);
+  _tile_loadd(6, ones, 64);
+  _tile_loadd(7, ones, 64);
+  SIX(ZERO)
+  for (int64_t i = 0; i < kFew / 16; ++i) {  // each takes 16 times as long
+    SIX(ADD)
+  }
+  SIX(STORE)
+  return Total<int32_t>(sums);
+}
+
+#endif
+
+}  // namespace
+
+// So many groups of rounds, on the path that BestTernaryPath says; the number of products. (That
+// function has asked Linux for AMX, too.)
+extern "C" int64_t MultiplyAdds(int64_t path, int64_t groups) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < groups; ++i) {
+#if defined(__x86_64__)
+    if (path == 1) total += Avx2();
+    if (path == 2) total += Vnni();
+    if (path == 3) total += Amx();
+#endif
+    if (path == 0) total += Plain();
+  }
+  return total;
+}
