@@ -348,8 +348,9 @@ def jit_steps(runner: ModelRunner, in_slots: Slots, in_row: Memory) -> tuple[Cal
 def uninterrupted() -> Iterator[None]:
     """Holds Ctrl-C back until the end of a block, where KeyboardInterrupt is then raised.
 
-    What a donated cache became must not get lost between the call and its assignment. Python runs
-    signal handlers in the main thread alone: in another one there is nothing to hold back.
+    What a donated cache became must not get lost between the call and its assignment. So it waits
+    for a step or a chunk of a prompt, and for what the first of these compile. Python runs signal
+    handlers in the main thread alone: in another one there is nothing to hold back.
     """
     handler = _signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -600,6 +601,8 @@ class InferenceRunner:
         self.timing.prefill_seconds += time.perf_counter() - begin
         self.timing.prefill_tokens += len(request.prompt)
         token = make_token(slot, active, *(x[0] for x in sample))
+        if token.error:
+            self._row = None  # plain JAX multiplies what is masked by 0, and 0 times NaN is NaN
         busy = self.busy if token.done else self.busy | {slot: request}
         # Until here only the device knows of the request, and it computes a row that nobody reads.
         self.busy = busy

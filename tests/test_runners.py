@@ -646,6 +646,20 @@ def test_greedy_tokens_of_the_reference(case, weights, mesh, dtype):
     assert texts == [arrays[f"{prefix}greedy_tokens"].tolist()] * slots
 
 
+def test_nothing_is_left_of_logits_that_are_not_finite(inference, monkeypatch):
+    """Without kernels attention reads all of the cache, and other requests come after."""
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
+    runner = runners.ModelRunner(CONFIG)
+    good = runner.params = inference.runner.params
+    server = runners.InferenceRunner(runner, Letters(), pad_sizes=(4, 32))
+    request = Request([5, 6, 7], 0, max_len=4)
+    expected = exact(complete(server, request))
+    runner.params = jax.tree.map(lambda x: x * jnp.nan if x.ndim == 1 else x, good)
+    assert complete(server, Request([9] * 25, 0, max_len=4))[0].error
+    runner.params = good
+    assert exact(complete(server, request)) == expected
+
+
 # A model and its parameters
 
 
