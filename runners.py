@@ -346,7 +346,8 @@ def jit_steps(runner: ModelRunner, in_slots: Slots, in_row: Memory) -> tuple[Cal
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of a block, where KeyboardInterrupt is then raised.
+    """Holds Ctrl-C back until the end of a block, where KeyboardInterrupt is then raised; a second
+    one is not held back, for a block may compile for minutes, or wait for another host for ever.
 
     What a donated cache became must not get lost between the call and its assignment. So it waits
     for a step or a chunk of a prompt, and for what the first of these compile. Python runs signal
@@ -357,13 +358,19 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     held = []
+
+    def hold(*caught):
+        held.append(True)
+        if len(held) > 1:
+            handler(*caught)
+
     # `signal.signal` makes enums of handlers: two such calls are 4 % of a step of the demo.
-    _signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    _signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:
         _signal.signal(signal.SIGINT, handler)
-        if held:
+        if len(held) == 1:
             signal.raise_signal(signal.SIGINT)
 
 

@@ -501,6 +501,19 @@ def test_an_interrupted_request_ends_alone(inference, expected, monkeypatch, cal
     assert finished(inference, firsts) == expected
 
 
+def test_a_second_ctrl_c_is_not_held_back(inference):
+    """What hangs can be ended; after it, the runner serves again."""
+    reached = []
+    with pytest.raises(KeyboardInterrupt), runners.uninterrupted():
+        ctrl_c()
+        reached.append(1)
+        ctrl_c()
+        reached.append(2)
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert inference.insert(Request([3], 0, max_len=1)).done
+
+
 def test_ctrl_c_is_left_to_whoever_handles_it(inference, expected, monkeypatch):
     """With a handler that does not raise, and in a thread, where none is run, nothing changes."""
     calls = []
