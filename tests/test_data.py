@@ -3,7 +3,6 @@ import contextlib
 import hashlib
 import socket
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -106,7 +105,7 @@ def slow(start):
         connection.sendall(b"HTTP/1.0 200 OK\r\n" + start)
         while True:
             connection.sendall(b"0")
-            time.sleep(0.02)
+            threading.Event().wait(0.02)  # time.sleep is what other tests put something else for
 
     return send
 
