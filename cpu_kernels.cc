@@ -14,12 +14,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -63,29 +63,41 @@ class Sizes {
  public:
   // what: the array and the names of its sizes, as in "k [B, K, S, H]"
   template <class Buffer>
-  void Match(const std::string& what, const Buffer& x) {
+  void Match(std::string_view what, const Buffer& x) {
     const auto found = x.dimensions();
-    std::string text = what + " is [";
-    for (size_t i = 0; i < found.size(); ++i) text += (i ? ", " : "") + std::to_string(found[i]);
     const size_t rank = std::count(what.begin(), what.end(), ',') + 1;
-    Check(found.size() == rank, text, "], not of rank ", rank);
+    if (found.size() != rank) Check(false, Text(what, found), ", not of rank ", rank);
     size_t begin = what.find('[') + 1;
     for (const int64_t size : found) {
       const size_t end = what.find_first_of(",]", begin);
-      const auto& [name, known] = *sizes_.emplace(what.substr(begin, end - begin), size).first;
-      Check(size == known, text, "], but ", name, " is ", known);
+      const std::string_view name = what.substr(begin, end - begin);
+      if (const int64_t known = Find(name); known < 0)
+        sizes_.emplace_back(name, size);
+      else if (known != size)
+        Check(false, Text(what, found), ", but ", name, " is ", known);
       begin = end + 2;
     }
   }
   // The same for an array of any dtype, which must be this one.
-  void Match(const std::string& what, const ffi::AnyBuffer& x, ffi::DataType dtype) {
+  void Match(std::string_view what, const ffi::AnyBuffer& x, ffi::DataType dtype) {
     Check(x.element_type() == dtype, what, " is ", x.element_type(), ", not ", dtype);
     Match(what, x);
   }
-  int64_t operator[](const char* name) const { return sizes_.at(name); }
+  int64_t operator[](std::string_view name) const { return Find(name); }
 
  private:
-  std::map<std::string, int64_t> sizes_;
+  int64_t Find(std::string_view name) const {
+    for (const auto& [known, size] : sizes_)
+      if (known == name) return size;
+    return -1;
+  }
+  static std::string Text(std::string_view what, ffi::AnyBuffer::Dimensions found) {
+    std::ostringstream text;
+    text << what << " is [";
+    for (size_t i = 0; i < found.size(); ++i) text << (i ? ", " : "") << found[i];
+    return text.str() + "]";
+  }
+  std::vector<std::pair<std::string_view, int64_t>> sizes_;
 };
 
 void CheckFloats(const char* what, const ffi::AnyBuffer& x) {
