@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import files
-from files import cache_folder
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cc")
 HANDLERS = (
@@ -86,7 +85,7 @@ def build(source: Path = SOURCE, folder: Path | None = None) -> Path:
     Raises OSError without a compiler, or for a folder that is not private; SubprocessError if it
     takes too long.
     """
-    folder = private_folder(folder or cache_folder() / "kernels")
+    folder = private_folder(folder or files.cache_folder() / "kernels")
     command = [*compiler(), *FLAGS]
     known = (source.read_bytes(), jax.lib.__version__, platform.machine(), command, sys.platform)
     name = f"{source.stem}-{_sum(repr(known).encode())}"
@@ -172,7 +171,7 @@ def keep_compilations() -> None:
         known = sorted({line for line in lines if line.startswith(("model name", "flags"))})
         key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
         try:
-            folder = private_folder(cache_folder() / f"xla-{key}")
+            folder = private_folder(files.cache_folder() / f"xla-{key}")
         except OSError as error:
             print(f"note: what JAX compiles is not kept: {error}", file=sys.stderr)
             return
