@@ -501,7 +501,7 @@ def test_the_gradient_of_a_loaded_model_is_that_of_its_matrices(
         )
         params = {m: {n: seen(w) for n, w in entries.items()} for m, entries in params.items()}
         output = make_model(config).apply(params, None, tokens[:, :-1])
-        return jnp.mean(learning.evaluate.cross_entropy(output.logits, tokens[:, 1:]))
+        return jnp.mean(learning.cross_entropy(output.logits, tokens[:, 1:]))
 
     def dequantized(w):
         table = isinstance(w, quantize.QuantizedTable8bit)
