@@ -94,7 +94,9 @@ def test_of_several_threads_one_compiles(tmp_path):
     damaged.write_bytes(whole.read_bytes()[:100_000])
     out, err = run_code(THREADS, tmp_path)
     assert (out, err.count("\n")) == ("1 1 True", 0) and err.startswith("note: compiling")
-    assert kernels._sum(damaged.read_bytes()) in damaged.name  # this compiler repeats itself
+    # From another folder a compiler may make other bytes, and so another name.
+    sound = [p for p in damaged.parent.iterdir() if kernels._sum(p.read_bytes()) in p.name]
+    assert len(sound) == 1
 
 
 COMPILER = """#!/bin/sh
