@@ -160,7 +160,8 @@ class SampleSettings(NamedTuple):
 class SampleOutput(NamedTuple):
     """A token of each row, int32 [B], and the most likely ones [B, TOP_K], with probabilities.
 
-    prob is NaN if a logit of the row is not finite; then nothing else in it has a meaning.
+    prob is NaN if the largest logit of the row is not finite, as with any NaN among them; then
+    nothing else in it has a meaning.
     """
 
     token_id: jax.Array
@@ -221,8 +222,7 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     )
     token = jnp.where(random, drawn, greedy).astype(jnp.int32)
     chosen = jnp.take_along_axis(allowed, token[:, None], axis=-1)
-    finite = jnp.isfinite(largest[:, 0]) & jnp.isfinite(jnp.min(logits, axis=-1))
-    prob = jnp.where(finite, jnp.exp(chosen - total)[:, 0], jnp.nan)
+    prob = jnp.where(jnp.isfinite(largest), jnp.exp(chosen - total), jnp.nan)[:, 0]
     return SampleOutput(token, prob, top_k_ids, jnp.exp(top_k - total))
 
 
@@ -642,9 +642,10 @@ class InferenceRunner:
             slots, self._slots = self._slots or self._new_slots(), None
             try:
                 after, samples = call(slots)
+                slots = None  # a dozen arrays, freed while the device computes
                 found = jax.device_get((samples, after.active))
             except BaseException as error:
-                if any(x.is_deleted() for x in jax.tree.leaves(slots)):
+                if slots is None or any(x.is_deleted() for x in jax.tree.leaves(slots)):
                     self.busy, self._undelivered, self._losses = {}, [], self._losses + 1
                     error.add_note("All requests of this runner are lost; its slots are free.")
                 else:
@@ -670,10 +671,12 @@ class InferenceRunner:
         if not any(token.slot in slots for token in self._undelivered):
             with uninterrupted():
                 self._step()
-        tokens = [token for token in self._undelivered if token.slot in slots]
-        rest = [token for token in self._undelivered if token.slot not in slots]
-        done = {token.slot for token in tokens if token.done}
-        busy = {slot: request for slot, request in self.busy.items() if slot not in done}
+        tokens, rest, busy = [], [], dict(self.busy)
+        for token in self._undelivered:
+            mine = token.slot in slots
+            (tokens if mine else rest).append(token)
+            if mine and token.done:
+                del busy[token.slot]
         # The caller has them as soon as they are gone from here.
         self._undelivered, self.busy = rest, busy
         return tokens

@@ -595,12 +595,14 @@ def test_who_waits_is_told_of_the_loss(inference, monkeypatch):
 
 def test_rows_that_are_not_finite_end(inference):
     good = jax.random.normal(jax.random.key(0), (1, CONFIG.vocab_size))
-    bad = [good.at[0, 7].set(value) for value in (np.nan, np.inf, -np.inf)]
+    bad = [good.at[0, 7].set(np.nan), good.at[0, 7].set(np.inf), jnp.full_like(good, -np.inf)]
     slots = runners.empty_slots(CONFIG, 4, 8)
     slots = slots._replace(settings=settings(4, max_len=3), active=jnp.ones(4, bool))
     after, output = runners.advance(jnp.concatenate([*bad, good]), slots, eos=2)
     assert after.active.tolist() == [False, False, False, True]
     assert jnp.isnan(output.prob).tolist() == [True, True, True, False]
+    filtered = sample(jnp.concatenate(bad), settings(3, 0.5, 0.5), jnp.zeros(3, jnp.int32))
+    assert jnp.isnan(filtered.prob).all()
     alone = sample(good, settings(1), jnp.zeros(1, jnp.int32))
     assert output.token_id[3] == alone.token_id[0]
 
