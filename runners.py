@@ -38,6 +38,7 @@ from model import (
     LanguageModelConfig,
     Memory,
     abstract_params,
+    group_by_expert,
     init_memory,
     make_model,
     precision_table,
@@ -48,6 +49,7 @@ TOP_K = 8  # alternatives that come with each token
 PAD_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # prefill is compiled for each one that is used
 EMBEDDINGS = "language_model/in_out_embed"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+LAYER = "transformer/decoder_layer_0"
 EXACT = {"xla_allow_excess_precision": False}  # else the batch says where XLA rounds to bfloat16
 
 # --- A model on its mesh --------------------------------------------------------------------------
@@ -825,8 +827,8 @@ def device_bytes(shapes, shardings) -> int:
 def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: int) -> dict:
     """Bytes that serving takes on each device, by purpose; nothing is allocated.
 
-    "activations" is an estimate: the attention scores of a prefill chunk for a block of the cache
-    in float32, three times over, and the logits of all slots, twice.
+    "activations" is an estimate: what the larger of a prefill chunk and a decode step needs besides
+    its arguments, and the logits of all slots, five times, to sort and to sample them.
     """
     config, mesh = runner.config, runner.mesh
     params = abstract_weights(config, weights)
@@ -835,14 +837,128 @@ def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: i
     rows = [
         jax.eval_shape(functools.partial(empty_slots, config, n, sequence_len)) for n in (slots, 1)
     ]
-    heads = -(-config.num_q_heads // mesh.shape["model"])
-    scores = heads * min(PAD_SIZES[-1], sequence_len) * min(attention.CACHE_BLOCK, sequence_len)
+    local = jax.tree.map(lambda x, to: x.update(shape=to.shard_shape(x.shape)), params, shardings)
+    step = functools.partial(step_bytes, config, local, sequence_len)
+    prefill = step(1, min(PAD_SIZES[-1], sequence_len))
+    decode = step(-(-slots // mesh.shape["data"]), 1)
     return {
         "weights": device_bytes(params, shardings) - table,
         "embeddings": table,
         "cache": sum(device_bytes(row, slots_shardings(mesh, row)) for row in rows),
-        "activations": 4 * (3 * scores + 2 * slots * config.vocab_size),
+        "activations": max(prefill, decode) + 5 * 4 * slots * config.vocab_size,
     }
+
+
+def step_bytes(
+    config: LanguageModelConfig, local: dict, sequence_len: int, batch: int, tokens: int
+) -> int:
+    """Bytes that a device needs for its part of tokens [B, T], besides the step's arguments.
+
+    local: the shapes of the device's parts of the parameters
+
+    Four arrays of hidden states stay. Beside them come, one after the other: three arrays of
+    attention's logits for a block of the cache; the sums of both products that go into the experts,
+    with what they read and what is made of them; the sums that come out of the experts, twice where
+    they are added over a mesh. So XLA does with Grok-1 on GPUs and TPUs, small models on CPUs.
+    """
+    count, size, sums = batch * tokens, jnp.dtype(config.fprop_dtype).itemsize, sum_bytes(config)
+    rows, width = expert_rows(config, count)[0], expert_weight(config, local).shape[-1]
+    stages = (
+        logit_bytes(config, local, sequence_len, batch, tokens),
+        rows * (size * config.emb_size + 2 * sums * width + size * width),
+        rows * (size * width + (sums + 4) * config.emb_size),
+    )
+    hidden = 4 * size * count * config.emb_size
+    return hidden + max(stages) + plain_bytes(config, local, count)
+
+
+def logit_bytes(
+    config: LanguageModelConfig, local: dict, sequence_len: int, batch: int, tokens: int
+) -> int:
+    """Three arrays of attention's logits for a block of the cache; a kernel makes none."""
+    heads, kv_heads = (
+        local[f"{LAYER}/multi_head_attention/{name}"]["w"].shape[-1] // config.key_size
+        for name in ("query", "key")
+    )
+    q, k = (
+        jax.ShapeDtypeStruct(shape, config.fprop_dtype)
+        for shape in (
+            (batch, tokens, heads, config.key_size),
+            (batch, kv_heads, sequence_len, config.key_size),
+        )
+    )
+    if kernels.attention_kernel(q, k, config.attn_logit_cap):
+        return 0
+    seen = sequence_len if tokens == 1 else min(attention.CACHE_BLOCK, sequence_len)
+    return 3 * 4 * batch * tokens * heads * seen
+
+
+def plain_bytes(config: LanguageModelConfig, local: dict, count: int) -> int:
+    """What products without a kernel add to `step_bytes`, for so many tokens."""
+    up, (rows, blocks) = expert_weight(config, local), expert_rows(config, count)
+    backend = jax.default_backend()
+    total = 0
+    if backend == "cpu" and kernels.library() is None:  # the table in float32
+        total += 4 * math.prod(local[EMBEDDINGS]["embeddings"].shape)
+    if isinstance(up, jax.ShapeDtypeStruct):  # a copy of the matrix for each block, then rounded
+        rounded = 2 if config.fprop_dtype == "bfloat16" else 0
+        return total + blocks * math.prod(up.shape[-2:]) * (4 + rounded)
+    if backend == "cpu":
+        return total + loop_bytes(config, local, count, rows)
+    if isinstance(up, quantize.QuantizedWeight8bit) and config.activations != "float":
+        # XLA:GPU transposes all experts for products of integers, of two matrices at a time.
+        total += 2 * up.weight.size if backend == "gpu" else 0
+    if backend == "tpu" and config.activations == "int15":  # sums of planes beside those of both
+        total += 2 * sum_bytes(config) * rows * up.shape[-1]
+    return total
+
+
+def loop_bytes(config: LanguageModelConfig, local: dict, count: int, rows: int) -> int:
+    """What loops of plain JAX add on a CPU, for so many tokens and rows of experts.
+
+    XLA makes the sums that they fill before anything else, those of all layers. Then there are the
+    tiles that they unpack, and the planes of int15 by themselves.
+    """
+    native, sums = kernels.library() is not None, sum_bytes(config)
+    formats = (quantize.QuantizedWeight8bit, quantize.QuantizedWeight1_58bit)
+    formats = formats[:1] if native and config.activations != "float" else formats
+    matrices = {
+        module: entries["w"]
+        for module, entries in local.items()
+        if module.startswith(f"{LAYER}/") and isinstance(entries.get("w"), formats)
+    }
+    if not matrices:
+        return 0
+    filled = sum(
+        sums * (count if "attention" in module else rows) * w.shape[-1]
+        for module, w in matrices.items()
+    )
+    up = expert_weight(config, local)
+    counted = 2 * sums * rows * up.shape[-1] if isinstance(up, formats) else 0  # in `step_bytes`
+    tile = min(quantize.TILE, max(math.prod(w.shape[-2:]) for w in matrices.values()))
+    planes = 0 if sums == 4 else 4 * rows * up.shape[-1]
+    return config.num_layers * filled - counted + planes + 10 * tile
+
+
+def sum_bytes(config: LanguageModelConfig) -> int:
+    """Bytes of an unscaled sum: int32 or float32, or two for the planes of int15 activations."""
+    return 8 if config.activations == "int15" else 4
+
+
+def expert_weight(config: LanguageModelConfig, params: dict):
+    """A matrix that goes into the experts, or into a dense block."""
+    return params[f"{LAYER}/moe/linear" if config.num_experts > 1 else f"{LAYER}/linear"]["w"]
+
+
+def expert_rows(config: LanguageModelConfig, count: int) -> tuple[int, int]:
+    """Rows, padding included, and blocks that the experts make of so many tokens."""
+    if config.num_experts == 1:
+        return count, 1
+    index = jax.ShapeDtypeStruct((count, config.num_selected_experts), jnp.int32)
+    valid = jax.ShapeDtypeStruct((count,), jnp.bool)
+    group = functools.partial(group_by_expert, num_experts=config.num_experts)
+    blocks = jax.eval_shape(group, index, valid)
+    return blocks.token_of_row.size, blocks.expert_of_block.size
 
 
 def products_by_path(runner: ModelRunner, weights: str) -> dict[str, list[str]]:
