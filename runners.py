@@ -30,6 +30,7 @@ from jax import lax
 
 import attention
 import checkpoint
+import experts
 import kernels
 import quantize
 import sharding
@@ -38,7 +39,6 @@ from model import (
     LanguageModelConfig,
     Memory,
     abstract_params,
-    group_by_expert,
     init_memory,
     make_model,
     precision_table,
@@ -956,7 +956,7 @@ def expert_rows(config: LanguageModelConfig, count: int) -> tuple[int, int]:
         return count, 1
     index = jax.ShapeDtypeStruct((count, config.num_selected_experts), jnp.int32)
     valid = jax.ShapeDtypeStruct((count,), jnp.bool)
-    group = functools.partial(group_by_expert, num_experts=config.num_experts)
+    group = functools.partial(experts.group_by_expert, num_experts=config.num_experts)
     blocks = jax.eval_shape(group, index, valid)
     return blocks.token_of_row.size, blocks.expert_of_block.size
 

@@ -1,0 +1,132 @@
+"""The mixture of experts: tokens sorted by the experts they chose, their products, gated sums.
+
+Shape letters as in `model.py`. Kernels of `kernels.py` do the work where there are any.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import kernels
+import quantize
+
+
+class ExpertBlocks(NamedTuple):
+    """(token, expert) pairs laid out expert by expert, in blocks of rows that share one expert.
+
+    row_of_pair: int32 [T, A], where each pair went; R for a pair that is skipped
+    token_of_row: int32 [R], its inverse; T for a row of padding
+    expert_of_block: int32 [blocks], -1 for an empty block
+    """
+
+    row_of_pair: jax.Array
+    token_of_row: jax.Array
+    expert_of_block: jax.Array
+
+
+def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> ExpertBlocks:
+    """Sorts the experts that T tokens chose, index [T, A], into blocks; skips tokens not valid [T].
+
+    With two experts, blocks of two rows, and tokens that chose 1, 0, 1 and 1 (A = 1):
+    row_of_pair is [2, 0, 3, 4], token_of_row [1, -, 0, 2, 3, -], expert_of_block [0, 1, 1].
+    """
+    tokens, selected = index.shape
+    pairs = tokens * selected
+    block = expert_block(pairs, num_experts)
+    blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
+    rows = blocks * block
+    flat = jnp.where(valid[:, None], index, num_experts).reshape(pairs)
+    if block == 1:  # one token: nothing to sort
+        used, pair = flat < num_experts, jnp.arange(pairs)
+        row_of_pair = jnp.where(used, pair, pairs).reshape(tokens, selected)
+        token_of_row = jnp.where(used, pair // selected, tokens)
+        return ExpertBlocks(row_of_pair, token_of_row, jnp.where(used, flat, -1))
+
+    counts = jnp.bincount(flat, length=num_experts + 1)
+    last_block = jnp.cumsum(-(-counts[:num_experts] // block))
+    first_row = jnp.concatenate([jnp.zeros(1, jnp.int32), last_block * block])
+    order = jnp.argsort(flat, stable=True)
+    expert = flat[order]
+    rank = jnp.arange(pairs) - (jnp.cumsum(counts) - counts)[expert]
+    row = jnp.where(expert < num_experts, first_row[expert] + rank, rows)
+    row_of_pair = jnp.zeros(pairs, jnp.int32).at[order].set(row)
+    token_of_row = jnp.full(rows, tokens).at[row].set(order // selected, mode="drop")
+    owner = jnp.sum(last_block <= jnp.arange(blocks)[:, None], axis=1)
+    expert_of_block = jnp.where(owner < num_experts, owner, -1)
+    return ExpertBlocks(row_of_pair.reshape(tokens, selected), token_of_row, expert_of_block)
+
+
+def expert_block(pairs: int, num_experts: int) -> int:
+    """Rows in a block: an expert's fair share, or four times as many, up to 16, so that with few
+    tokens few experts need two blocks; at most 128, as many as are worth unpacking a matrix for, or
+    half of the share: training reads a copy of the matrix for each block.
+
+    Two of eight experts: 1 for one token, 8 for eight, 16 for 64, 32 for 128, 128 for 512 and 1024,
+    512 for 4096, 2048 for 16384.
+    """
+    share = pairs / num_experts
+    rows = max(share, min(4 * share, 16))
+    rows = min(rows, max(128, share / 2))
+    return 1 << max(0, math.ceil(math.log2(rows)))
+
+
+@jax.custom_vjp
+def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
+    """The tokens x [T, D] as rows [R, D]; padding is zeros, which kernels leave out.
+
+    The gradients of this and of `gated_sums` read rows, too: a scatter would be slower.
+    """
+    return x.at[blocks.token_of_row].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def gated_sums(rows: jax.Array, gates: jax.Array, blocks: ExpertBlocks) -> jax.Array:
+    """Each token's rows of [R, D], times its gates [T, A], summed: float32 [T, D]."""
+    if kernels.on_cpu():
+        return kernels.gated_sums(rows, gates, blocks.row_of_pair)
+    chosen = rows.at[blocks.row_of_pair].get(mode="clip")  # [T, A, D]
+    used = jnp.where(blocks.row_of_pair < len(rows), gates, 0)
+    return jnp.sum(chosen.astype(jnp.float32) * used[..., None], axis=1)
+
+
+def _rows_backward(blocks, d_rows):
+    ones = jnp.ones(blocks.row_of_pair.shape, jnp.float32)
+    return gated_sums(d_rows, ones, blocks).astype(d_rows.dtype), None
+
+
+def _sums_backward(kept, d_sums):
+    rows, gates, blocks = kept
+    d_rows, at = d_sums.at[blocks.token_of_row].get(mode="clip"), blocks.row_of_pair
+    gate_of_row = jnp.zeros(len(rows)).at[at].set(gates, mode="drop")
+    d_gates = jnp.sum(rows.astype(jnp.float32) * d_rows, axis=1)
+    d_gates = d_gates.at[at].get(mode="fill", fill_value=0)
+    return (d_rows * gate_of_row[:, None]).astype(rows.dtype), d_gates, None
+
+
+rows_of_tokens.defvjp(lambda x, blocks: (rows_of_tokens(x, blocks), blocks), _rows_backward)
+gated_sums.defvjp(lambda *args: (gated_sums(*args), args), _sums_backward)
+
+
+def mixture(
+    x, gates, index, valid, linear, linear_v, linear_1, activations: str, axis_name=None
+) -> jax.Array:
+    """The experts' gated sum, float32 [B, T, D]: each token is computed by its chosen experts only.
+
+    x: [B, T, D]; gates float32, index int32: [B, T, A]; valid: bool [B, T]
+    linear, linear_v: [E, D, F]; linear_1: [E, F, D]
+    axis_name: inside `shard_map`, the mesh axis that F is split over, if any
+    """
+    batch, queries, size = x.shape
+    num_experts = linear.shape[0]
+    flat = functools.partial(jnp.reshape, shape=(batch * queries, -1))
+    blocks = group_by_expert(flat(index), valid.reshape(-1), num_experts)
+    dot = functools.partial(
+        quantize.grouped_dot, experts=blocks.expert_of_block, activations=activations
+    )
+    rows = rows_of_tokens(flat(x), blocks)  # [R, D]
+    hidden = jax.nn.gelu(dot(rows, linear)) * dot(rows, linear_v)  # [R, F]
+    out = dot(hidden, linear_1, axis_name=axis_name)  # [R, D]
+    return gated_sums(out, flat(gates), blocks).reshape(batch, queries, size)

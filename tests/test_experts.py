@@ -1,0 +1,115 @@
+"""Sorting tokens by expert, and the mixture beside a plain sum over all experts."""
+
+import dataclasses
+import functools
+
+import factories
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import experts
+
+
+def test_grouping_is_that_of_the_docstring(monkeypatch):
+    monkeypatch.setattr(experts, "expert_block", lambda pairs, num_experts: 2)
+    index = jnp.array([[1], [0], [1], [1]])
+    blocks = experts.group_by_expert(index, jnp.ones(4, bool), 2)
+    assert blocks.row_of_pair.ravel().tolist() == [2, 0, 3, 4]
+    assert blocks.token_of_row.tolist() == [1, 4, 0, 2, 3, 4]
+    assert blocks.expert_of_block.tolist() == [0, 1, 1]
+    rows = experts.rows_of_tokens(jnp.array([[1], [2], [3], [4]]), blocks)
+    assert rows.ravel().tolist() == [2, 0, 1, 3, 4, 0]
+
+
+@pytest.mark.parametrize(
+    "pairs, block",
+    [
+        (2, 1),
+        (16, 8),
+        (17, 16),
+        (128, 16),
+        (129, 32),
+        (256, 32),
+        (1024, 128),
+        (4096, 256),
+        (8192, 512),
+    ],
+)
+def test_expert_block(pairs, block):
+    assert experts.expert_block(pairs, 8) == block
+
+
+@pytest.mark.parametrize(
+    "tokens, selected, num_experts",
+    [(1, 1, 3), (2, 5, 5), (13, 1, 2), (31, 3, 11), (300, 2, 8)],
+)
+def test_every_valid_pair_has_a_row_of_its_expert(tokens, selected, num_experts):
+    random = np.random.default_rng(0)
+    group = jax.jit(experts.group_by_expert, static_argnums=2)
+    for trial in range(30):
+        favourites = random.random((tokens, num_experts)) ** [1, 1, 9][trial % 3]
+        if trial % 2:
+            favourites += np.arange(num_experts)  # all choose the same
+        index = np.argsort(-favourites)[:, :selected]
+        valid = random.random(tokens) < random.choice([0, 0.3, 1])
+        row_of_pair, token_of_row, expert_of_block = group(index, valid, num_experts)
+        rows, blocks = len(token_of_row), len(expert_of_block)
+        expert_of_row = np.repeat(expert_of_block, rows // blocks)
+
+        assert np.all(np.asarray(row_of_pair)[~valid] == rows)
+        used = np.asarray(row_of_pair)[valid]
+        assert used.size == np.unique(used).size and np.all(used < rows)
+        token = np.broadcast_to(np.arange(tokens)[:, None], index.shape)[valid]
+        assert np.array_equal(np.asarray(token_of_row)[used], token)
+        assert np.array_equal(expert_of_row[used], index[valid])
+
+        padding = np.setdiff1d(np.arange(rows), used)
+        assert np.all(np.asarray(token_of_row)[padding] == tokens)
+        empty = np.setdiff1d(np.arange(blocks), used // (rows // blocks))
+        assert np.all(np.asarray(expert_of_block)[empty] == -1)
+
+
+def test_the_gradient_of_experts_is_that_of_all_experts_weighted():
+    """Of every weight, gate and token; tokens that are not valid get and give nothing."""
+    random = np.random.default_rng(0)
+    tokens, size, ffn, count = 37, 6, 8, 5
+    shapes = [(1, tokens, size), (1, tokens, 2), (count, size, ffn), (count, size, ffn)]
+    shapes += [(count, ffn, size)]
+    floats = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
+    index = jnp.argsort(jnp.asarray(random.random((1, tokens, count))))[..., :2]
+    valid = jnp.asarray(random.random((1, tokens)) < 0.7)
+    weight = jnp.asarray(random.standard_normal(shapes[0]), jnp.float32)
+
+    def sparse(x, gates, *matrices):
+        y = experts.mixture(x, gates, index, valid, *matrices, activations="float")
+        return jnp.sum(y * weight)
+
+    def dense(x, gates, linear, linear_v, linear_1):
+        x, linear, linear_v = x[:, :, None, None], linear[None, None], linear_v[None, None]
+        y = (jax.nn.gelu(x @ linear) * (x @ linear_v) @ linear_1)[..., 0, :]  # [1, T, E, D]
+        share = jnp.sum(jax.nn.one_hot(index, count) * gates[..., None], axis=2)
+        return jnp.sum(jnp.einsum("bted,bte->btd", y, share) * weight * valid[..., None])
+
+    both = (jax.jit(jax.grad(f, argnums=range(5)))(*floats) for f in (sparse, dense))
+    for found, expected in zip(*both, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # float32 sums of 60
+
+
+@pytest.mark.parametrize("weights", ["int8", "ternary"])
+def test_no_token_meets_every_expert(weights):
+    tokens, size, ffn, count = 1021, 24, 40, 8
+    config = dataclasses.replace(
+        factories.ODD, emb_size=size, widening_factor=2.5, num_experts=count, num_layers=1
+    )
+    assert config.ffn_size == ffn
+    moe = factories.random_params(config, weights)
+    moe = [
+        moe[f"transformer/decoder_layer_0/moe/{m}"]["w"] for m in ("linear", "linear_v", "linear_1")
+    ]
+    x = jnp.ones((1, tokens, size))
+    gates, index = jnp.ones((1, tokens, 2)), jnp.ones((1, tokens, 2), jnp.int32)
+    valid = jnp.ones((1, tokens), bool)
+    f = functools.partial(experts.mixture, activations="float")
+    assert factories.largest_array(f, x, gates, index, valid, *moe) < tokens * count * size
