@@ -113,7 +113,7 @@ def training_model(
 
 def is_added(module: hk.Module) -> bool:
     """Whether the stream of hidden states is the sum of what this module and others return."""
-    return isinstance(module, model.InOutEmbed) or module.name in ("rms_norm_1", "rms_norm_3")
+    return isinstance(module, model.InOutEmbed) or module.name in model.ADDED_NORMS
 
 
 def drop(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:

@@ -5,7 +5,8 @@ K key/value heads, G = N / K, H head size, F feed-forward, E experts, A experts 
 V vocabulary; I, O for a bare matrix, R rows sorted by expert.
 
 Modules and parameters carry the names of the release, whose files are numbered in the order of
-the sorted parameter tree: renaming one shifts every tensor after it.
+the sorted parameter tree: renaming one shifts every tensor after it. A module that is given no name
+has that of its class, such as `multi_head_attention`.
 """
 
 import dataclasses
@@ -314,54 +315,52 @@ def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Ar
 # --- Modules --------------------------------------------------------------------------------------
 
 
+def matrix(*shape: int):
+    """The parameter w [..., I, O] of the module that calls, in any format of `quantize.py`."""
+    return hk.get_parameter("w", shape, init=hk.initializers.TruncatedNormal(shape[-2] ** -0.5))
+
+
+@dataclasses.dataclass
 class Linear(hk.Module):
-    """x @ w for a weight in any format of `quantize.py`; no bias, as in Grok-1."""
+    """x @ w; no bias, as in Grok-1."""
 
-    def __init__(self, output_size: int, axes: tuple, activations: str, name: str):
-        super().__init__(name)
-        self.output_size = output_size  # O
-        self.axes = axes  # logical axes of [I, O]
-        self.activations = activations
-
-    def weight(self, input_size: int, num_experts: int | None = None):  # [I, O] or [E, I, O]
-        lead = () if num_experts is None else (num_experts,)
-        init = hk.initializers.TruncatedNormal(input_size**-0.5)
-        return hk.get_parameter("w", [*lead, input_size, self.output_size], init=init)
+    output_size: int  # O
+    activations: str
+    name: str | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, I] -> [B, T, O]
-        inputs, outputs = self.axes
+        w = matrix(x.shape[-1], self.output_size)
+        inputs, outputs = sharding.parameter_axes(f"{self.module_name}/w", 2)
         axis = sharding.mesh_axis(inputs, x.shape[-1])
         dot = functools.partial(quantize.dot, activations=self.activations, axis_name=axis)
-        in_axes = (("batch", None, inputs), self.axes)
-        sharded = sharding.shard_map(dot, in_axes, ("batch", None, outputs))
-        return sharded(x, self.weight(x.shape[-1]))
+        in_axes = (("batch", None, inputs), (inputs, outputs))
+        return sharding.shard_map(dot, in_axes, ("batch", None, outputs))(x, w)
 
 
+@dataclasses.dataclass
 class RMSNorm(hk.Module):
     """`rms_norm` with a scale of its own."""
 
-    def __init__(self, eps: float, name: str = "rms_norm"):
-        super().__init__(name)
-        self.eps = eps
+    eps: float
+    name: str | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         return rms_norm(x, hk.get_parameter("scale", x.shape[-1:], init=jnp.ones), self.eps)
 
 
+@dataclasses.dataclass
 class MultiHeadAttention(hk.Module):
     """Grouped-query attention with rotary positions and a soft cap on its logits."""
 
-    def __init__(self, config: LanguageModelConfig, name: str = "multi_head_attention"):
-        super().__init__(name)
-        self.config = config
+    config: LanguageModelConfig
 
     def __call__(self, x: jax.Array, positions: jax.Array, memory: KVMemory | None):
         """x [B, T, D], positions [B, T] -> [B, T, D] and the cache with the new keys and values."""
         c = self.config
 
         def project(heads, name):
-            linear = Linear(heads * c.key_size, ("embed", "heads"), c.activations, name)
-            return linear(x).reshape(*x.shape[:2], heads, c.key_size)
+            y = Linear(heads * c.key_size, c.activations, name)(x)
+            return y.reshape(*x.shape[:2], heads, c.key_size)
 
         q = rotary_embedding(project(c.num_q_heads, "query"), positions, c.rope_base)
         k = rotary_embedding(project(c.num_kv_heads, "key"), positions, c.rope_base)
@@ -375,64 +374,59 @@ class MultiHeadAttention(hk.Module):
         rows = ("batch", None, "heads", None)
         look = sharding.shard_map(look, (rows, MEMORY_AXES, MEMORY_AXES, ("batch", None)), rows)
         y = look(q, *seen, positions)  # [B, T, N, H]
-        linear = Linear(c.emb_size, ("heads", "embed"), c.activations, "linear")
-        return linear(y.reshape(*x.shape[:2], -1)), memory
+        return Linear(c.emb_size, c.activations, "linear")(y.reshape(*x.shape[:2], -1)), memory
 
 
+@dataclasses.dataclass
 class Router(hk.Module):
     """Softmax over all experts and the A largest; their probabilities are not renormalised."""
 
-    def __init__(self, config: LanguageModelConfig, name: str = "router"):
-        super().__init__(name)
-        self.config = config
+    config: LanguageModelConfig
 
     def __call__(self, x: jax.Array):
         """[B, T, D] -> logits and probabilities, float32 [B, T, E], and of the chosen experts
         [B, T, A] probability and index."""
         c, size = self.config, x.shape[-1]
-        init = hk.initializers.TruncatedNormal(size**-0.5)
-        w = hk.get_parameter("w", [size, c.num_experts], init=init)
         rows = x.reshape(-1, size).astype(jnp.float32)
-        logits = quantize.table_dot(rows, w.T).reshape(*x.shape[:2], c.num_experts)
+        logits = quantize.table_dot(rows, matrix(size, c.num_experts).T)
+        logits = logits.reshape(*x.shape[:2], c.num_experts)
         probs = jax.nn.softmax(logits, axis=-1)
         return logits, probs, *lax.top_k(probs, c.num_selected_experts)
 
 
+@dataclasses.dataclass
 class MoELayer(hk.Module):
     """(gelu(x @ linear) * (x @ linear_v)) @ linear_1 of each token's experts, times their gates."""
 
-    def __init__(self, config: LanguageModelConfig, name: str = "moe"):
-        super().__init__(name)
-        self.config = config
+    config: LanguageModelConfig
+    name: str = "moe"
 
     def __call__(self, x, gates, index, valid):
         """x [B, T, D], gates and index [B, T, A], valid [B, T] -> [B, T, D]."""
         c = self.config
-        up, down = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
-
-        def weight(name, inputs, outputs, axes):
-            return Linear(outputs, axes, c.activations, name).weight(inputs, c.num_experts)
-
-        weights = (
-            weight("linear", c.emb_size, c.ffn_size, up),
-            weight("linear_v", c.emb_size, c.ffn_size, up),
-            weight("linear_1", c.ffn_size, c.emb_size, down),
-        )
-        token, axis = ("batch", None, None), sharding.mesh_axis("ffn", c.ffn_size)
-        sharded = sharding.shard_map(
-            functools.partial(experts.mixture, activations=c.activations, axis_name=axis),
-            (token, token, token, token[:2], up, up, down),
-            token,
-        )
-        return sharded(x, gates, index, valid, *weights).astype(x.dtype)
+        up, down = (c.num_experts, c.emb_size, c.ffn_size), (c.num_experts, c.ffn_size, c.emb_size)
+        weights, axes = [], []
+        for name, shape in (("linear", up), ("linear_v", up), ("linear_1", down)):
+            with hk.name_scope(name):
+                weights.append(matrix(*shape))
+            axes.append(sharding.parameter_axes(f"{self.module_name}/{name}/w", len(shape)))
+        axis = sharding.mesh_axis(axes[-1][1], c.ffn_size)
+        mix = functools.partial(experts.mixture, activations=c.activations, axis_name=axis)
+        token = ("batch", None, None)
+        mix = sharding.shard_map(mix, (token, token, token, token[:2], *axes), token)
+        return mix(x, gates, index, valid, *weights).astype(x.dtype)
 
 
+# The norms whose output is added to h; dropout in training comes after them (`learning.is_added`).
+ADDED_NORMS = ("rms_norm_1", "rms_norm_3")
+
+
+@dataclasses.dataclass
 class DecoderLayer(hk.Module):
     """Attention, then experts (or one dense block), each between two norms and added to h."""
 
-    def __init__(self, config: LanguageModelConfig, name: str):
-        super().__init__(name)
-        self.config = config
+    config: LanguageModelConfig
+    name: str
 
     def __call__(self, h, positions, valid, memory):
         """h [B, T, D], positions and valid [B, T] -> LayerOutput and the layer's cache."""
@@ -446,20 +440,18 @@ class DecoderLayer(hk.Module):
             logits, probs, gates, index = Router(c)(x)
             y = MoELayer(c)(x, gates, index, valid)
         else:
-            linear = Linear(c.ffn_size, ("embed", "ffn"), c.activations, "linear")
-            linear_v = Linear(c.ffn_size, ("embed", "ffn"), c.activations, "linear_v")
-            linear_1 = Linear(c.emb_size, ("ffn", "embed"), c.activations, "linear_1")
-            y = linear_1(jax.nn.gelu(linear(x)) * linear_v(x))
+            gate = jax.nn.gelu(Linear(c.ffn_size, c.activations, "linear")(x))
+            y = gate * Linear(c.ffn_size, c.activations, "linear_v")(x)
+            y = Linear(c.emb_size, c.activations, "linear_1")(y)
         h = h + norm("rms_norm_3")(y)
         return LayerOutput(h, logits, probs, index), memory
 
 
+@dataclasses.dataclass
 class Transformer(hk.Module):
     """All decoder layers."""
 
-    def __init__(self, config: LanguageModelConfig, name: str = "transformer"):
-        super().__init__(name)
-        self.config = config
+    config: LanguageModelConfig
 
     def __call__(self, h: jax.Array, lengths: jax.Array, memory: Memory | None):
         """h [B, T, D], lengths [B] -> a LayerOutput for each layer, and the cache."""
@@ -469,7 +461,7 @@ class Transformer(hk.Module):
         valid = queries < lengths[:, None]  # [B, T]
         outputs, caches = [], []
         for i in range(self.config.num_layers):
-            layer = DecoderLayer(self.config, name=f"decoder_layer_{i}")
+            layer = DecoderLayer(self.config, f"decoder_layer_{i}")
             cache = None if memory is None else memory.layers[i]
             output, cache = layer(h, positions, valid, cache)
             h = output.hidden
@@ -480,51 +472,46 @@ class Transformer(hk.Module):
         return tuple(outputs), memory
 
 
+@dataclasses.dataclass
 class InOutEmbed(hk.Module):
     """The table [V, D] that embeds tokens and, transposed, gives the logits."""
 
-    def __init__(self, config: LanguageModelConfig, name: str = "in_out_embed"):
-        super().__init__(name)
-        self.config = config
+    config: LanguageModelConfig
 
-    @property
-    def embeddings(self) -> jax.Array | quantize.QuantizedTable8bit:  # [V, D]
+    def table(self):
+        """The parameter [V, D], floats or rows of int8, and the logical axis of V."""
         c = self.config
         init = hk.initializers.TruncatedNormal(c.embedding_init_scale * c.emb_size**-0.5)
-        return hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], init=init)
+        table = hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], init=init)
+        return table, sharding.parameter_axes(f"{self.module_name}/embeddings", 2)[0]
 
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
         c, dtype = self.config, self.config.fprop_dtype
-        axis = sharding.mesh_axis("vocab", c.vocab_size)
+        table, vocab = self.table()
+        axis = sharding.mesh_axis(vocab, c.vocab_size)
         look = functools.partial(quantize.table_rows, axis_name=axis)
-        axes = (("vocab", None), ("batch", None))
-        look = sharding.shard_map(look, axes, ("batch", None, None))
-        rows = look(self.embeddings, tokens).astype(dtype).astype(jnp.float32)
+        in_axes = ((vocab, None), ("batch", None))
+        look = sharding.shard_map(look, in_axes, ("batch", None, None))
+        rows = look(table, tokens).astype(dtype).astype(jnp.float32)
         return (rows * c.embedding_multiplier_scale).astype(dtype)
 
     def decode(self, h: jax.Array) -> jax.Array:  # [..., D] -> float32 [..., V]
-        table = self.embeddings
+        table, vocab = self.table()
         if isinstance(table, jax.Array):
             table = table.astype(h.dtype)
-        rows, whole = ("batch", None), ("vocab", None)
-        dot = sharding.shard_map(quantize.table_dot, (rows, whole), ("batch", "vocab"))
+        in_axes = (("batch", None), (vocab, None))
+        dot = sharding.shard_map(quantize.table_dot, in_axes, ("batch", vocab))
         logits = dot(h.reshape(-1, h.shape[-1]), table).reshape(*h.shape[:-1], -1)
         return logits * self.config.output_multiplier_scale
 
 
+@dataclasses.dataclass
 class LanguageModel(hk.Module):
     """Tokens to logits. The transformer is made outside, as in the release: its parameters are
     `transformer/...`, not `language_model/transformer/...`."""
 
-    def __init__(
-        self,
-        config: LanguageModelConfig,
-        transformer: Transformer,
-        name: str = "language_model",
-    ):
-        super().__init__(name)
-        self.config = config
-        self.transformer = transformer
+    config: LanguageModelConfig
+    transformer: Transformer
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ each decoder layer sums over "model" twice: after the attention's and after the 
 
 import functools
 import os
+import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -37,6 +38,17 @@ PARAMETER_RULES = (
 )
 
 Axes = Sequence[str | None]
+
+
+def parameter_axes(path: str, rank: int) -> Axes:
+    """The logical axes of the parameter "module/name", of this rank: the last ones of its rule.
+
+    Raises ValueError if no rule of `PARAMETER_RULES` matches.
+    """
+    for pattern, axes in PARAMETER_RULES:
+        if re.search(pattern, path):
+            return axes[-rank:] or (None,) * rank
+    raise ValueError(f"no rule matches parameter {path!r}; add one to sharding.PARAMETER_RULES")
 
 
 def make_mesh(data: int = 1, model: int = 1) -> Mesh:
@@ -182,7 +194,7 @@ def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:
         uneven = {
             axis
             for arg, axes in zip(args, in_axes, strict=True)
-            for size, axis in zip(arg.shape, axes, strict=False)
+            for size, axis in zip(arg.shape, axes, strict=True)
             if AXES[axis] is not None and size % mesh.shape[AXES[axis]]
         }
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import quantize
 import sharding
-from model import MEMORY_AXES, Memory, init_memory, make_model
+from model import MEMORY_AXES, Memory, abstract_params, init_memory, make_model
 from runners import cast_embeddings, decode_step, empty_slots
 
 CONFIG = dataclasses.replace(factories.EVEN, num_layers=1)
@@ -265,6 +265,27 @@ def test_dense_blocks_are_split_like_experts():
     assert shapes[MODULE + "linear_1"]["w"] == (160 // 8, 40)
 
 
+@pytest.mark.parametrize("config", [CONFIG, DENSE], ids=["experts", "dense"])
+def test_every_matrix_is_multiplied_where_it_lies(config, monkeypatch):
+    """Modules ask for the axes of each of their matrices by its own path; the router's is whole."""
+    asked, parameter_axes = {}, sharding.parameter_axes
+
+    def recorded(path, rank):
+        asked[path] = rank
+        return parameter_axes(path, rank)
+
+    monkeypatch.setattr(sharding, "parameter_axes", recorded)
+    params = abstract_params(config)
+    ranks = {f"{m}/{n}": w.ndim for m, entries in params.items() for n, w in entries.items()}
+    assert asked == {p: r for p, r in ranks.items() if r > 1 and "router" not in p}
+
+
+def test_axes_of_a_parameter_are_the_last_of_its_rule():
+    assert sharding.parameter_axes(MODULE + "moe/linear_v/w", 3) == ("experts", "embed", "ffn")
+    assert sharding.parameter_axes(MODULE + "linear_1/w", 2) == ("ffn", "embed")
+    assert sharding.parameter_axes(MODULE + "router/w", 2) == (None, None)
+
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 
@@ -286,6 +307,17 @@ def test_a_parameter_without_a_rule():
     params = params_of(CONFIG, "float") | {"transformer/bias": {"b": jnp.zeros(3)}}
     with pytest.raises(ValueError, match="no rule matches parameter 'transformer/bias/b'"):
         sharding.parameter_shardings(sharding.make_mesh(1, 8), params)
+
+
+def test_axes_without_a_rule():
+    with pytest.raises(ValueError, match="no rule matches parameter 'bias/b'; add one to sharding"):
+        sharding.parameter_axes("bias/b", 1)
+
+
+def test_an_argument_with_more_axes_than_are_named():
+    double = sharding.shard_map(lambda x: 2 * x, [("batch",)], ("batch",))
+    with jax.set_mesh(sharding.make_mesh(2, 4)), pytest.raises(ValueError, match="zip"):
+        double(jnp.ones((4, 3)))
 
 
 def test_a_rule_without_a_parameter():
