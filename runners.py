@@ -815,15 +815,6 @@ def abstract_weights(config: LanguageModelConfig, weights: str) -> dict:
     return jax.eval_shape(functools.partial(cast_embeddings, config=config), params)
 
 
-def device_bytes(shapes, shardings) -> int:
-    """Bytes on each device of a tree of arrays or `ShapeDtypeStruct`s that is sharded like this."""
-
-    def one(x, where):
-        return math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(one, shapes, shardings)))
-
-
 def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: int) -> dict:
     """Bytes that serving takes on each device, by purpose; nothing is allocated.
 
@@ -833,7 +824,7 @@ def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: i
     config, mesh = runner.config, runner.mesh
     params = abstract_weights(config, weights)
     shardings = sharding.parameter_shardings(mesh, params)
-    table = device_bytes(params[EMBEDDINGS], shardings[EMBEDDINGS])
+    table = sharding.device_bytes(params[EMBEDDINGS], shardings[EMBEDDINGS])
     rows = [
         jax.eval_shape(functools.partial(empty_slots, config, n, sequence_len)) for n in (slots, 1)
     ]
@@ -842,9 +833,9 @@ def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: i
     prefill = step(1, min(PAD_SIZES[-1], sequence_len))
     decode = step(-(-slots // mesh.shape["data"]), 1)
     return {
-        "weights": device_bytes(params, shardings) - table,
+        "weights": sharding.device_bytes(params, shardings) - table,
         "embeddings": table,
-        "cache": sum(device_bytes(row, slots_shardings(mesh, row)) for row in rows),
+        "cache": sum(sharding.device_bytes(row, slots_shardings(mesh, row)) for row in rows),
         "activations": max(prefill, decode) + 5 * 4 * slots * config.vocab_size,
     }
 

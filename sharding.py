@@ -6,6 +6,7 @@ each decoder layer sums over "model" twice: after the attention's and after the 
 """
 
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -83,6 +84,15 @@ def memory_limit(mesh: Mesh) -> int:
     stats = devices[0].memory_stats() or {}
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
     return stats.get("bytes_limit", host)
+
+
+def device_bytes(shapes, shardings) -> int:
+    """Bytes on each device of a tree of arrays or `ShapeDtypeStruct`s that is sharded like this."""
+
+    def one(x, where):
+        return math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(one, shapes, shardings)))
 
 
 # --- Arrays that live on a mesh -------------------------------------------------------------------

@@ -34,7 +34,6 @@ import kernels
 import learning
 import model
 import records
-import runners
 import sharding
 import tokenizer
 from learning import Settings, TrainState
@@ -69,12 +68,12 @@ def training_memory(config, settings: Settings, weights: str, mesh) -> dict:
     """
     state = abstract_state(config, learning.make_optimizer(settings), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    params = runners.device_bytes(state.params, shardings.params)
+    params = sharding.device_bytes(state.params, shardings.params)
     batch = -(-settings.batch_size // mesh.shape["data"])
     one, two = (kept_bytes(config, settings, weights, batch, layers) for layers in (1, 2))
     return {
         "parameters": params,
-        "Adam": runners.device_bytes(state.opt_state, shardings.opt_state),
+        "Adam": sharding.device_bytes(state.opt_state, shardings.opt_state),
         "gradients": params * (1 if settings.accumulate == 1 else 2),
         "activations": one + (config.num_layers - 1) * (two - one),
     }
