@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import factories
 import jax
@@ -153,15 +150,6 @@ def test_unknown_configuration_keys():
 def test_bad_configurations(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
-
-
-def test_importing_starts_nothing():
-    code = (
-        "import checkpoint, model\n"
-        "from jax._src import xla_bridge\n"
-        "assert not xla_bridge.backends_are_initialized()\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=Path(model.__file__).parent, check=True)
 
 
 # --- Against NumPy --------------------------------------------------------------------------------
