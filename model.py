@@ -143,10 +143,10 @@ PRESETS = {
     "1b": small(1536, 16, 24, 8, sequence_len=1024),
 }
 
-# Fields of configuration files, the reference's and those of converted checkpoints, that say
-# nothing about the architecture, or that follow from other fields.
-IGNORED_KEYS = {"case", "checkpoint", "ffn_size", "mesh", "pad_token", "shard_activations"}
-IGNORED_KEYS |= {"preset", "quantization_config"}
+# Fields of config.json that say nothing about the architecture, or that follow from other fields:
+# those of converted checkpoints, and those of tests/golden, whose folders the commands take, too.
+IGNORED_KEYS = {"preset", "quantization_config"}
+IGNORED_KEYS |= {"case", "checkpoint", "ffn_size", "mesh", "pad_token", "shard_activations"}
 OPTIONAL_KEYS = {"activations", "embedding_init_scale", "embeddings", "eos_token", "fprop_dtype"}
 
 _MATRICES = r"/(query|key|value|linear|linear_v|linear_1)/w$"
@@ -312,11 +312,12 @@ def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Ar
     return KVMemory(write(memory.k, k, positions), write(memory.v, v, positions))
 
 
-# --- Modules --------------------------------------------------------------------------------------
+# --- Parts with parameters ------------------------------------------------------------------------
 
 
 def matrix(*shape: int):
-    """The parameter w [..., I, O] of the module that calls, in any format of `quantize.py`."""
+    """The parameter w [..., I, O] of the module or name scope around it, in any format of
+    `quantize.py`."""
     return hk.get_parameter("w", shape, init=hk.initializers.TruncatedNormal(shape[-2] ** -0.5))
 
 
@@ -346,6 +347,42 @@ class RMSNorm(hk.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         return rms_norm(x, hk.get_parameter("scale", x.shape[-1:], init=jnp.ones), self.eps)
+
+
+@dataclasses.dataclass
+class InOutEmbed(hk.Module):
+    """The table [V, D] that embeds tokens and, transposed, gives the logits."""
+
+    config: LanguageModelConfig
+
+    def table(self):
+        """The parameter [V, D], floats or rows of int8, and the logical axis of V."""
+        c = self.config
+        init = hk.initializers.TruncatedNormal(c.embedding_init_scale * c.emb_size**-0.5)
+        table = hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], init=init)
+        return table, sharding.parameter_axes(f"{self.module_name}/embeddings", 2)[0]
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
+        c, dtype = self.config, self.config.fprop_dtype
+        table, vocab = self.table()
+        axis = sharding.mesh_axis(vocab, c.vocab_size)
+        look = functools.partial(quantize.table_rows, axis_name=axis)
+        in_axes = ((vocab, None), ("batch", None))
+        look = sharding.shard_map(look, in_axes, ("batch", None, None))
+        rows = look(table, tokens).astype(dtype).astype(jnp.float32)
+        return (rows * c.embedding_multiplier_scale).astype(dtype)
+
+    def decode(self, h: jax.Array) -> jax.Array:  # [..., D] -> float32 [..., V]
+        table, vocab = self.table()
+        if isinstance(table, jax.Array):
+            table = table.astype(h.dtype)
+        in_axes = (("batch", None), (vocab, None))
+        dot = sharding.shard_map(quantize.table_dot, in_axes, ("batch", vocab))
+        logits = dot(h.reshape(-1, h.shape[-1]), table).reshape(*h.shape[:-1], -1)
+        return logits * self.config.output_multiplier_scale
+
+
+# --- Forward pass ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -410,7 +447,7 @@ class MoELayer(hk.Module):
             with hk.name_scope(name):
                 weights.append(matrix(*shape))
             axes.append(sharding.parameter_axes(f"{self.module_name}/{name}/w", len(shape)))
-        axis = sharding.mesh_axis(axes[-1][1], c.ffn_size)
+        axis = sharding.mesh_axis(axes[-1][1], c.ffn_size)  # of F
         mix = functools.partial(experts.mixture, activations=c.activations, axis_name=axis)
         token = ("batch", None, None)
         mix = sharding.shard_map(mix, (token, token, token, token[:2], *axes), token)
@@ -470,39 +507,6 @@ class Transformer(hk.Module):
         if memory is not None:
             memory = Memory(tuple(caches), step + lengths)
         return tuple(outputs), memory
-
-
-@dataclasses.dataclass
-class InOutEmbed(hk.Module):
-    """The table [V, D] that embeds tokens and, transposed, gives the logits."""
-
-    config: LanguageModelConfig
-
-    def table(self):
-        """The parameter [V, D], floats or rows of int8, and the logical axis of V."""
-        c = self.config
-        init = hk.initializers.TruncatedNormal(c.embedding_init_scale * c.emb_size**-0.5)
-        table = hk.get_parameter("embeddings", [c.vocab_size, c.emb_size], init=init)
-        return table, sharding.parameter_axes(f"{self.module_name}/embeddings", 2)[0]
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
-        c, dtype = self.config, self.config.fprop_dtype
-        table, vocab = self.table()
-        axis = sharding.mesh_axis(vocab, c.vocab_size)
-        look = functools.partial(quantize.table_rows, axis_name=axis)
-        in_axes = ((vocab, None), ("batch", None))
-        look = sharding.shard_map(look, in_axes, ("batch", None, None))
-        rows = look(table, tokens).astype(dtype).astype(jnp.float32)
-        return (rows * c.embedding_multiplier_scale).astype(dtype)
-
-    def decode(self, h: jax.Array) -> jax.Array:  # [..., D] -> float32 [..., V]
-        table, vocab = self.table()
-        if isinstance(table, jax.Array):
-            table = table.astype(h.dtype)
-        in_axes = (("batch", None), (vocab, None))
-        dot = sharding.shard_map(quantize.table_dot, in_axes, ("batch", vocab))
-        logits = dot(h.reshape(-1, h.shape[-1]), table).reshape(*h.shape[:-1], -1)
-        return logits * self.config.output_multiplier_scale
 
 
 @dataclasses.dataclass
