@@ -10,33 +10,32 @@ Shapes: I inputs, O outputs, E experts, G scale groups, B packed bytes; `...` is
 import concurrent.futures
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.experimental import multihost_utils
 
+import conversion
 import files
+import formats
 import quantize
 import shards
 import tensor_file
-from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
-from shards import StoredTrits, slices
+from conversion import aligned_empty, check_scales, slices
+from quantize import PackedWeight, QuantizedWeight
+from shards import StoredTrits
 from tensor_file import CheckpointError, check_writable, read_tensor, write_tensor
 
 FOLDER = files.RELEASED
-KINDS = ("ternary", "int8", "float32")
-CHUNK = 1 << 21  # bytes of a weight, whole rows, that a thread takes at a time
+PIECE = 1 << 20  # bytes that a thread copies or decodes at a time
 CHECK = 1 << 18  # floats that are checked at a time: these, too, stay in the cache
-COLUMNS = 2048  # columns of these converted at a time: with 256 rows, they stay in a core's cache
 
 Params = dict[str, dict[str, Any]]
 
@@ -47,7 +46,7 @@ Params = dict[str, dict[str, Any]]
 def save(folder: str | os.PathLike, params: Params) -> None:
     """Writes `{module: {name: weight}}` to folder/ckpt-0 in the release's format and order.
 
-    Leaves are float32 arrays or QuantizedWeight8bit; `save_converted` takes ternary ones. All is
+    Leaves are float32 arrays or int8 QuantizedWeights; `save_converted` takes ternary ones. All is
     written to another name first and renamed at the end; a `ckpt-0` that was there is replaced.
     Raises CheckpointError, before anything is written, for a leaf that the format has no form for.
     """
@@ -132,55 +131,57 @@ def save_converted(
     params: Params,
     config: dict,
     extra: dict[str, bytes] | None = None,
-    packing: str = "base3",
 ) -> None:
     """Writes `{module: {name: weight}}` to a new folder, in the format of `docs/format.md`.
 
-    Leaves are float32 arrays, QuantizedWeight8bit or QuantizedWeight1_58bit.
+    Leaves are weights of `formats.FORMATS`, as `config` says of each.
 
     config: of the model, with what `quantization` says of the weights
     extra: more files, {name: content}, such as the tokenizer
-    packing: one of shards.PACKINGS
     """
+    about = config["quantization_config"]
     leaves = {f"{module}/{name}": params[module][name] for module, name in sorted_keys(params)}
+    named = quantize.match_rules(about["precision"], leaves)
     shutil.rmtree(shards.partial_folder(folder), ignore_errors=True)
 
     def fill(path, stored):
-        leaf = jax.tree.map(np.asarray, leaves[path])
-        if isinstance(leaf, QuantizedWeight1_58bit):
-            matrices = leaf.packed.reshape(-1, *leaf.packed.shape[-2:])
-            for matrix, out in zip(matrices, stored.matrices, strict=True):
-                shards.store_trits(matrix, out, packing)
-            stored.scales[...] = leaf.scales
-        else:
-            jax.tree.map(np.copyto, stored, leaf)
+        for leaf, out in zip(jax.tree.leaves(leaves[path]), arrays_of(stored), strict=True):
+            out[...] = np.asarray(leaf)
 
-    def form(leaf):
-        ternary = isinstance(leaf, QuantizedWeight1_58bit)
-        if ternary and leaf.block != quantize.packing_block(leaf.shape[-2]):
-            raise CheckpointError(f"packed in blocks of {leaf.block}, which the format has not")
-        return shards.stored_form(leaf, packing) if ternary else leaf
+    def form(path, leaf):
+        if not isinstance(leaf, PackedWeight):
+            return leaf
+        if jax.tree.structure(leaf) != jax.tree.structure(formats.shapes(named[path], leaf.shape)):
+            raise CheckpointError(f"{path}: is not {named[path]}, as its precision says")
+        return shards.stored_form(named[path], leaf.shape, about["packing"])
 
-    shards.write(folder, {path: form(leaf) for path, leaf in leaves.items()}, fill, config, extra)
+    forms = {path: form(path, leaf) for path, leaf in leaves.items()}
+    shards.write(folder, forms, fill, config, extra)
 
 
-def quantization(weights: str, rules: Sequence[tuple[str, str]], packing: str = "base3") -> dict:
+def arrays_of(w) -> list:
+    """The arrays of a stored weight; trits as `StoredTrits`."""
+    return jax.tree.leaves(w, is_leaf=lambda x: isinstance(x, StoredTrits))
+
+
+def quantization(weights: str, precision: quantize.Rules, packing: str = "base3") -> dict:
     """What a converted checkpoint's `config.json` says of its weights.
 
-    weights: the name of the precision table, rules: the table
+    weights: the name of the precision table, precision: the table
+    packing: of trits, one of shards.PACKINGS
     """
     about = {
-        "quant_method": "absmean ternary",
+        "quant_method": "ternary",
         "format_version": shards.VERSION,
         "weights": weights,
-        "precision": [list(rule) for rule in rules],
+        "precision": [list(rule) for rule in precision],
         "packing": packing,
     }
     return {"quantization_config": about}
 
 
 def default_weights(folder: str | os.PathLike) -> str:
-    """The name of the precision to load a checkpoint in: what it was converted to, or "ternary".
+    """The name of the precision that a checkpoint is in: what it was converted to, or "ternary".
 
     Raises CheckpointError for a format that this code does not know.
     """
@@ -192,10 +193,10 @@ def default_weights(folder: str | os.PathLike) -> str:
         raise CheckpointError(
             f"{path}: quantization_config {files.shown(about)}, expected an object; copy it again"
         )
-    if about.get("format_version") != shards.VERSION:
+    if about.get("format_version") not in shards.READ_VERSIONS:
         raise CheckpointError(
             f"{path}: format version {files.shown(about.get('format_version'))}, this code reads "
-            f"{shards.VERSION}; update it, or convert the checkpoint again"
+            f"{shards.READ_VERSIONS}; update it, or convert the checkpoint again"
         )
     if not isinstance(about.get("weights"), str):
         raise CheckpointError(
@@ -205,13 +206,28 @@ def default_weights(folder: str | os.PathLike) -> str:
     return about["weights"]
 
 
+def stored_precision(folder: str | os.PathLike) -> dict[str, str] | None:
+    """{path: format} of a converted checkpoint, as its shards say; None for a released one."""
+    if not shards.exists(folder):
+        return None
+    default_weights(folder)  # refuses what is of another version
+    return {path: format_of(leaf) for path, (_, leaf) in shards.open_shards(folder).items()}
+
+
+def format_of(stored) -> str:
+    """The format, a name of formats.FORMATS, of a stored weight."""
+    if isinstance(stored, PackedWeight):
+        return stored.packed.format
+    return "int8" if isinstance(stored, QuantizedWeight) else "float32"
+
+
 # --- Restoring ------------------------------------------------------------------------------------
 
 
 def restore(
     folder: str | os.PathLike,
     template: Params,
-    rules: Sequence[tuple[str, str]],
+    precision: quantize.Rules,
     shardings: Callable[[Params], Params] | None = None,
     *,
     threads: int | None = None,
@@ -221,9 +237,9 @@ def restore(
     """The parameters `{module: {name: weight}}` of a folder, on the devices they belong to.
 
     template: `{module: {name: array or ShapeDtypeStruct}}` of logical shapes
-    rules: what each parameter becomes, a table for `quantize.match_rules` of "module/name":
-      "float32" and "int8" as in the file, "ternary" as in a converted checkpoint, or made from a
-      released int8 file
+    precision: the format of each parameter, a table for `quantize.match_rules` of "module/name" and
+      names of formats.FORMATS: that of the file, or another one that is made from it, which
+      float32 and int8 weights can be
     shardings: gives the sharding of every array of a tree like the result, from its shapes, such as
       `functools.partial(sharding.parameter_shardings, mesh)`; None for the default device
     threads: converting one tensor at a time; default: one for each core
@@ -232,12 +248,12 @@ def restore(
       infinities, codes of 3
 
     Host memory in use is that of one restored tensor and a few megabytes for each thread. The files
-    are mapped, and each process reads the slices of its devices; what is made ternary on the way is
-    read once by all processes together besides. Raises CheckpointError, before anything is
-    converted, if a file is missing, left over, damaged, or not what template and rules say, and
+    are mapped, and each process reads the slices of its devices; what is made ternary by absmean
+    is read once by all processes together besides. Raises CheckpointError, before anything is
+    converted, if a file is missing, left over, damaged, or not what template and precision say, and
     later for what `check` finds.
     """
-    entries = check_files(pathlib.Path(folder), template, rules)
+    entries = check_files(pathlib.Path(folder), template, precision)
     abstract: Params = {module: {} for module in template}
     for entry in entries:
         abstract[entry.module][entry.name] = entry.restored
@@ -263,13 +279,13 @@ def restore(
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A parameter, where it is read, and the shapes it is restored to."""
+    """A parameter, where it is read, and the format and shapes that it is restored to."""
 
     module: str
     name: str
     file: pathlib.Path
     read: Callable  # () -> the tensor, mapped
-    kind: str
+    format: str
     restored: Any
     bytes: int
 
@@ -282,26 +298,25 @@ class Entry:
         return f"{self.file}: {self.path}"
 
 
-def check_files(folder: pathlib.Path, template: Params, rules) -> list[Entry]:
+def check_files(folder: pathlib.Path, template: Params, precision) -> list[Entry]:
     """All parameters of a checkpoint, in order; CheckpointError for the first few that do not fit.
 
     Reads the header of every file. Arguments as in `restore`.
     """
     keys = sorted_keys(template)
-    kinds = quantize.match_rules(rules, [f"{module}/{name}" for module, name in keys])
-    unknown = sorted(set(kinds.values()) - set(KINDS))
-    if unknown:
-        raise CheckpointError(f"unknown precision {unknown[0]!r} in the rules; use one of {KINDS}")
+    named = quantize.match_rules(precision, [f"{module}/{name}" for module, name in keys])
+    for format in sorted(set(named.values())):
+        formats.format_named(format)
     check_folder(folder)
     sources = _converted_files(folder, keys) if shards.exists(folder) else _released(folder, keys)
     entries, problems = [], []
     for (module, name), (file, read) in zip(keys, sources, strict=True):
-        kind = kinds[f"{module}/{name}"]
+        format = named[f"{module}/{name}"]
         try:
             tensor = read()
-            restored = restored_shapes(tensor, tuple(template[module][name].shape), kind)
+            restored = restored_shapes(tensor, tuple(template[module][name].shape), format)
             size = shards.stored_bytes(tensor)
-            entries.append(Entry(module, name, file, read, kind, restored, size))
+            entries.append(Entry(module, name, file, read, format, restored, size))
         except CheckpointError as error:
             text = str(error).removeprefix(f"{file}: ")
             problems.append(f"{file}: {module}/{name}: {text}")
@@ -355,45 +370,44 @@ def _raise_any(problems: list[str], shown: int = 5) -> None:
         raise CheckpointError("\n".join(problems[:shown] + more))
 
 
-def restored_shapes(tensor, shape: tuple[int, ...], kind: str):
-    """The ShapeDtypeStructs that a tensor is restored to; CheckpointError if it does not fit."""
-    if isinstance(tensor, StoredTrits) and kind != "ternary":
+def restored_shapes(tensor, shape: tuple[int, ...], format: str):
+    """The ShapeDtypeStructs of a format that a stored tensor is restored to.
+
+    CheckpointError unless the tensor is a sound one of this logical shape, and of that format, or
+    of another that it can be made from.
+    """
+    stored = format_of(tensor)
+    if format != stored and (isinstance(tensor, PackedWeight) or format == "float32"):
         raise CheckpointError(
-            f"expected {_wanted(kind)}, found ternary {list(tensor.shape)}: this checkpoint was "
-            "converted, its weights are what they are; leave the choice of weights to it"
+            f"it is {stored} in the file, which cannot become {format}; leave the choice of "
+            "weights to the checkpoint, or choose a precision that says so of this parameter"
         )
-    quantized = not isinstance(tensor, np.ndarray)
-    if quantized == (kind == "float32"):
-        use = "'ternary' or 'int8'" if quantized else "'float32'"
-        raise CheckpointError(
-            f"expected {_wanted(kind)}, to restore it as {kind!r}, found {_describe(tensor)}; "
-            f"choose a precision table that says {use} of this parameter"
-        )
-    expected = _expected(tensor, shape)
-    if _describe(tensor) != expected:
+    if _describe(tensor) != (expected := _expected(tensor, shape)):
         raise CheckpointError(
             f"expected {expected}, found {_describe(tensor)}; choose the preset that the "
             "checkpoint was made for"
         )
-    if kind == "float32":
-        return jax.ShapeDtypeStruct(shape, np.float32)
-    if kind == "int8":
-        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tensor)
-    return shards.ternary_shapes(shape)
+    if format != stored:
+        if len(shape) not in (2, 3):
+            raise CheckpointError(f"an array {list(shape)} is no matrix, and cannot be {format}")
+        return formats.shapes(format, shape)
+    return jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tensor, is_leaf=_is_trits
+    )
 
 
-def _wanted(kind: str) -> str:
-    return "a float32 array" if kind == "float32" else "an int8 weight with scales"
+def _is_trits(x) -> bool:
+    return isinstance(x, StoredTrits)
 
 
 def _describe(tensor) -> str:
-    if isinstance(tensor, StoredTrits):
-        return f"ternary {list(tensor.shape)} in blocks of {tensor.block}"
+    if isinstance(tensor, PackedWeight):
+        return f"{format_of(tensor)} {list(tensor.shape)} in blocks of {tensor.block}"
     return tensor_file.describe(tensor)
 
 
 def _expected(tensor, shape: tuple[int, ...]) -> str:
-    """What `_describe` says of a sound tensor of this kind and logical shape.
+    """What `_describe` says of a sound tensor of this format and logical shape.
 
     G belongs to the file: where the one found divides I it is expected, else any is.
     """
@@ -401,9 +415,10 @@ def _expected(tensor, shape: tuple[int, ...]) -> str:
         return f"float32 {list(shape)}"
     if len(shape) not in (2, 3):
         return f"no matrix, but an array {list(shape)}"
-    if isinstance(tensor, StoredTrits):
-        return f"ternary {list(shape)} in blocks of {quantize.packing_block(shape[-2])}"
     *lead, inputs, outputs = shape
+    if isinstance(tensor, PackedWeight):
+        block = quantize.packing_block(inputs)
+        return f"{format_of(tensor)} {list(shape)} in blocks of {block}"
     groups: Any = tensor.scales.shape[-2] if tensor.scales.ndim > 1 else 0
     if groups == 0 or inputs % groups:
         groups = f"a divisor of {inputs}"
@@ -415,15 +430,15 @@ def _check_placement(entries: list[Entry], placement: Params) -> None:
     for entry in entries:
         where = placement[entry.module][entry.name]
         try:
-            shards = jax.tree.map(lambda x, s: s.shard_shape(x.shape), entry.restored, where)
+            local = jax.tree.map(lambda x, s: s.shard_shape(x.shape), entry.restored, where)
         except ValueError as error:
             raise CheckpointError(
                 f"{entry.title}: {error}; choose a mesh that divides this axis"
             ) from None
-        if entry.kind == "ternary" and shards.packed[-1] % entry.restored.block:
+        if isinstance(local, PackedWeight) and local.packed[-1] % entry.restored.block_bytes:
             raise CheckpointError(
-                f"{entry.title}: a shard of {shards.packed[-1]} packed bytes cuts a block of "
-                f"{entry.restored.block}; choose a smaller mesh axis for it"
+                f"{entry.title}: a shard of {local.packed[-1]} packed bytes cuts a block of "
+                f"{local.block}; choose a smaller mesh axis for it"
             )
 
 
@@ -431,25 +446,25 @@ def _restore_one(entry: Entry, where, pool, check: bool):
     tensor = entry.read()
     if not isinstance(tensor, np.ndarray):
         check_scales(tensor.scales, entry.title)
-    if entry.kind != "ternary":
+    if entry.format == format_of(tensor):
 
-        def copy(array):
-            copied = _aligned_copy(array)
-            if check and entry.kind == "float32":  # of int8 the scales have been looked at
-                check_finite(copied, entry.title)
-            return copied
+        def place(array, sharding):
+            if isinstance(array, StoredTrits):
+                array = dataclasses.replace(array, check=check)
+            return _place(array.shape, sharding, functools.partial(read, array))
 
-        restored = jax.tree.map(
-            lambda array, sharding: _place(array.shape, sharding, lambda i: copy(array[i])),
-            tensor,
-            where,
-        )
-    elif isinstance(tensor, StoredTrits):
-        restored = _restore_stored(entry, tensor, where, pool, check)
+        def read(array, index):
+            with files.naming(entry.title):
+                copy = _read(array, index, pool)
+            if check and copy.dtype == np.float32:
+                check_finite(copy, entry.title)
+            return copy
+
+        restored = jax.tree.map(place, tensor, where, is_leaf=_is_trits)
     else:
-        restored = _restore_ternary(entry, tensor, where, pool)
-    for leaf in shards.parts("", tensor).values():
-        tensor_file.release(leaf)
+        restored = _restore_converted(entry, tensor, where, pool)
+    for array in shards.parts("", tensor).values():
+        tensor_file.release(array)
     return restored
 
 
@@ -463,29 +478,57 @@ def check_finite(array: np.ndarray, title: str) -> None:
             )
 
 
-def check_scales(scales: np.ndarray, title: str) -> None:
-    """CheckpointError unless all scales are finite and none is negative."""
-    scales = scales.astype(np.float32)
-    if not (np.isfinite(scales) & (scales >= 0)).all():
-        raise CheckpointError(
-            f"{title}: negative or non-finite scales; copy or download the file again"
+def _read(array, index: tuple[slice, ...], pool) -> np.ndarray:
+    """A copy of a slice of a stored array; a parameter must not change, or end, with its file."""
+    out = aligned_empty([s.stop - s.start for s in index], array.dtype)
+    if out.ndim < 2 or out.size < PIECE:
+        out[...] = array[index]
+        return out
+    *lead, rows, columns = index
+    size = max(1, PIECE // (out.itemsize * max(1, columns.stop - columns.start)))
+    experts = range(lead[0].start, lead[0].stop) if lead else [0]
+
+    def copy(at):
+        expert, piece = at
+        here = (slice(expert, expert + 1),) * len(lead)
+        there = (expert - lead[0].start,) if lead else ()
+        values = array[(*here, piece, columns)]
+        out[(*there, slice(piece.start - rows.start, piece.stop - rows.start))] = values
+
+    pieces = [(e, piece) for e in experts for piece in slices(rows.start, rows.stop, size)]
+    for _ in pool.map(copy, pieces):
+        pass
+    return out
+
+
+def _restore_converted(entry: Entry, tensor, where, pool):
+    """A parameter in another format than the file's, made of the slice that this process needs."""
+    made, packed = entry.restored, isinstance(entry.restored, PackedWeight)
+
+    def hull(x, sharding):  # in which all slices of this process's devices lie
+        if not packed:
+            return tuple(slice(0, size) for size in x.shape)
+        indices = sharding.addressable_devices_indices_map(x.shape).values()
+        return tuple(
+            slice(min(i.indices(size)[0] for i in axis), max(i.indices(size)[1] for i in axis))
+            for size, axis in zip(x.shape, zip(*indices, strict=True), strict=True)
         )
 
+    hulls = jax.tree.map(hull, made, where)
+    *experts, rows, columns = hulls.packed if packed else hulls.codes
+    index = (*(experts or [slice(0, 1)]), *((rows, columns) if packed else (columns, rows)))
+    part = conversion.converter(tensor, entry.format, entry.title, pool)(index)
 
-def _restore_stored(
-    entry: Entry, stored: StoredTrits, where, pool, check: bool
-) -> QuantizedWeight1_58bit:
-    """Trits as they are in the file, in the packing of memory."""
+    def place(x, sharding, array, hull):
+        array = array.reshape(array.shape[-len(x.shape) :])  # without an axis of experts
 
-    def packed_slice(index):
-        out = _aligned_empty([s.stop - s.start for s in index], np.uint8)
-        with files.naming(entry.title):
-            shards.load_trits(stored, index, out, pool.map, check)
-        return out
+        def make(index):
+            pairs = zip(index, hull, strict=True)
+            return array[tuple(slice(i.start - h.start, i.stop - h.start) for i, h in pairs)]
 
-    packed = _place(entry.restored.packed.shape, where.packed, packed_slice)
-    scales = _place(stored.scales.shape, where.scales, lambda i: _aligned_copy(stored.scales[i]))
-    return dataclasses.replace(entry.restored, packed=packed, scales=scales)
+        return _place(x.shape, sharding, make)
+
+    return jax.tree.map(place, made, where, part, hulls)
 
 
 def _place(shape, sharding, make: Callable) -> jax.Array:
@@ -500,106 +543,3 @@ def _place(shape, sharding, make: Callable) -> jax.Array:
         data = make(tuple(slice(*pair) for pair in bounds))
         shards += [jax.device_put(data, device) for device in holders]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
-
-
-def _aligned_empty(shape, dtype) -> np.ndarray:
-    """An array at a multiple of 64 bytes: JAX on CPU takes it over instead of copying it."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _aligned_copy(array: np.ndarray) -> np.ndarray:
-    """A copy out of the mapped file, for a parameter must not change, or end, with its file."""
-    copy = _aligned_empty(array.shape, array.dtype)
-    copy[...] = array
-    return copy
-
-
-def _restore_ternary(entry: Entry, tensor, where, pool) -> QuantizedWeight1_58bit:
-    gamma, pack = ternarize(tensor, entry.title, pool)
-
-    def packed_slice(index):
-        packed = pack(index if len(index) == 3 else (slice(0, 1), *index), entry.restored.block)
-        return packed.reshape(packed.shape[-len(index) :])
-
-    gamma = gamma.reshape(entry.restored.scales.shape)
-    packed = _place(entry.restored.packed.shape, where.packed, packed_slice)
-    scales = _place(gamma.shape, where.scales, gamma.__getitem__)
-    return dataclasses.replace(entry.restored, packed=packed, scales=scales)
-
-
-def ternarize(tensor: QuantizedWeight8bit, title: str, pool):
-    """gamma of an int8 weight, float32 [E, 1, 1], and a function that packs a slice of its trits.
-
-    `pack(index, block)` takes slices of [E, O, B], whole blocks of B, and returns these packed
-    bytes. An E of 1 stands for none. The file is read twice: for the sums of |code| that gamma
-    is made of, which must not depend on the mesh or the number of processes (they are exact
-    integers, and each process sums its part), and for the trits.
-    """
-    stack = jax.tree.map(lambda array: array[None] if array.ndim == 2 else array, tensor)
-    check_scales(stack.scales, title)
-    scales = stack.scales.astype(np.float32)
-    sums = _absolute_sums(stack, pool)
-    gamma = quantize.absmean_of_sums(sums, scales, stack.shape[-2])
-    zeros = quantize.zero_range(scales, gamma)
-    return gamma, lambda index, block: _pack_slice(stack.weight, zeros, index, block, pool)
-
-
-def _absolute_sums(stack: QuantizedWeight8bit, pool) -> np.ndarray:
-    """Sums of |code| over the rows of each expert and scale group: int64 [E, G, O], exact.
-
-    Each process reads its part of the rows, and they exchange their sums.
-    """
-    experts, inputs, outputs = stack.shape
-    sums = np.zeros(stack.scales.shape, np.int64)
-    groups = sums.shape[1]
-    size = inputs // groups
-    chunks = [
-        (e, g, rows)
-        for e in range(experts)
-        for g in range(groups)
-        for rows in slices(g * size, (g + 1) * size, max(1, CHUNK // outputs))
-    ]
-    chunks = chunks[jax.process_index() :: jax.process_count()]
-    partial = pool.map(lambda at: quantize.absolute_sums(stack.weight[at[0], at[2]]), chunks)
-    for (e, g, _), part in zip(chunks, partial, strict=True):
-        sums[e, g] += part
-    if jax.process_count() > 1:  # as int32, which JAX keeps: 128 times the rows
-        sums = multihost_utils.process_allgather(sums.astype(np.int32)).sum(0, dtype=np.int64)
-    return sums
-
-
-def _pack_slice(weight, zeros, index, block: int, pool) -> np.ndarray:
-    """Packed trits [E, O, B] of one slice of the packed array; zeros: see `quantize.zero_range`."""
-    experts, outputs, width = index
-    out = _aligned_empty([s.stop - s.start for s in index], np.uint8)
-    per_row = weight.shape[1] // zeros[0].shape[1]  # rows of a scale group
-
-    def convert(at):
-        expert, taken = at  # `taken` bytes of each output, whole blocks
-        rows = slice(4 * taken.start, min(4 * taken.stop, weight.shape[1]))
-        for columns in slices(outputs.start, outputs.stop, COLUMNS):
-            tile = weight[expert, rows, columns]
-            codes = np.ones((4 * (taken.stop - taken.start), tile.shape[1]), np.uint8)
-            for start in range(rows.start // per_row * per_row, rows.stop, per_row):
-                group = slice(
-                    max(start - rows.start, 0), min(start + per_row, rows.stop) - rows.start
-                )
-                lowest, highest = (bound[expert, start // per_row, columns] for bound in zeros)
-                quantize.int8_to_codes(tile[group], lowest, highest, out=codes[group])
-            here = slice(columns.start - outputs.start, columns.stop - outputs.start)
-            there = slice(taken.start - width.start, taken.stop - width.start)
-            packed = quantize.pack_codes(codes, block)
-            # Transposed in the cache first: written across `out` directly, it takes twice as long.
-            out[expert - experts.start, here, there] = np.ascontiguousarray(packed.T)
-
-    per_chunk = max(1, CHUNK // (4 * block * weight.shape[2])) * block
-    chunks = [
-        (expert, taken)
-        for expert in range(experts.start, experts.stop)
-        for taken in slices(width.start, width.stop, per_chunk)
-    ]
-    list(pool.map(convert, chunks))
-    return out

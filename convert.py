@@ -32,15 +32,18 @@ import numpy as np
 import tqdm
 
 import checkpoint
+import conversion
 import download
 import files
+import formats
 import model
 import quantize
 import shards
 import tokenizer
 from checkpoint import CheckpointError, readable_size
-from quantize import QuantizedWeight8bit
-from shards import StoredTrits, slices
+from conversion import slices
+from quantize import PackedWeight, QuantizedWeight
+from shards import StoredTrits
 from tensor_file import read_tensor, release
 
 COPY = 1 << 25  # bytes that are copied at a time
@@ -66,7 +69,7 @@ def convert(
     progress: bool = False,
     sealed: Callable[[shards.Shard], None] = lambda shard: None,
 ) -> None:
-    """Writes released parameters to a converted checkpoint, one after the other; resumes.
+    """Writes a checkpoint's parameters to a converted one, one after the other; resumes.
 
     entries: of all parameters, from `checkpoint.check_files`
     config, extra, source, shard_size, sealed: as in `shards.write`
@@ -91,13 +94,13 @@ def convert(
             bar.set_description(f"tensor {number[path]}/{len(number)}", refresh=False)
             entry = by_path[path]
             tensor = entry.read()
-            if entry.kind == "ternary":
-                _fill_ternary(entry, tensor, stored, packing, pool, bar.update)
+            if entry.format == checkpoint.format_of(tensor):
+                if not isinstance(tensor, np.ndarray):
+                    conversion.check_scales(tensor.scales, entry.title)
+                for array, out in zip(*map(checkpoint.arrays_of, (tensor, stored)), strict=True):
+                    _copy(array, out, entry.title, bar.update)
             else:
-                if isinstance(tensor, QuantizedWeight8bit):
-                    checkpoint.check_scales(tensor.scales, entry.title)
-                copy = functools.partial(_copy, title=entry.title, update=bar.update)
-                jax.tree.map(copy, tensor, stored)
+                _fill_converted(entry, tensor, stored, pool, bar.update)
             filled.add(path)
             written += shards.stored_bytes(stored)
             bar.set_postfix_str(f"{readable_size(written)} written", refresh=False)
@@ -113,34 +116,47 @@ def convert(
 
 def stored_form(entry: checkpoint.Entry, packing: str):
     """The abstract leaf that a parameter is stored as."""
-    ternary = entry.kind == "ternary"
-    return shards.stored_form(entry.restored, packing) if ternary else entry.restored
+    if not isinstance(entry.restored, PackedWeight):
+        return entry.restored
+    return shards.stored_form(entry.format, entry.restored.shape, packing)
 
 
-def _fill_ternary(entry, tensor, stored: StoredTrits, packing: str, pool, update) -> None:
-    gamma, pack = checkpoint.ternarize(tensor, entry.title, pool)
-    outputs, width = entry.restored.packed.shape[-2:]
-    matrices = stored.matrices
-    for e, out in enumerate(matrices):
-        index = slice(e, e + 1), slice(0, outputs), slice(0, width)
-        (packed,) = pack(index, stored.block)
-        shards.store_trits(packed, out, packing, pool.map)
-        release(out)
-        update(entry.bytes // len(matrices))
-    release(tensor.weight)
-    stored.scales[...] = gamma.reshape(stored.scales.shape)
-    update(entry.bytes % len(matrices))
+def _fill_converted(entry, tensor, stored, pool, update) -> None:
+    """Makes a parameter of another format than its file's, an expert at a time."""
+    make = conversion.converter(tensor, entry.format, entry.title, pool)
+    experts, inputs, outputs = (1, *entry.restored.shape)[-3:]
+    packed = isinstance(stored, PackedWeight)
+    width = stored.packed.shape[-1] if packed else inputs
+    targets = checkpoint.arrays_of(conversion.stacked(stored))
+    for e in range(experts):
+        made = make((slice(e, e + 1), slice(0, outputs), slice(0, width)))
+        for array, out in zip(jax.tree.leaves(made), targets, strict=True):
+            _store(array[0], out, e, pool)
+        for array in (tensor, *shards.parts("", stored).values()):
+            release(array.codes if isinstance(array, QuantizedWeight) else array)
+        update(entry.bytes // experts)
+    update(entry.bytes % experts)
 
 
-def _copy(source: np.ndarray, out: np.ndarray, title: str, update) -> None:
+def _store(array: np.ndarray, out, expert: int, pool) -> None:
+    def store(piece):
+        out[expert, piece] = array[piece]
+
+    rows = max(1, shards.PIECE // max(1, array[:1].nbytes))
+    for _ in pool.map(store, slices(0, len(array), rows)):
+        pass
+
+
+def _copy(source, out, title: str, update) -> None:
     rows = max(1, COPY // max(1, source[:1].nbytes))
     for piece in slices(0, len(source), rows):
-        if source.dtype == np.float32:
-            checkpoint.check_finite(source[piece], title)
-        out[piece] = source[piece]
+        values = source[piece]
+        if values.dtype == np.float32:
+            checkpoint.check_finite(values, title)
+        out[piece] = values
         release(source)
         release(out)
-        update(source[piece].nbytes)
+        update(values.nbytes)
 
 
 # --- Sources --------------------------------------------------------------------------------------
@@ -149,7 +165,7 @@ def _copy(source: np.ndarray, out: np.ndarray, title: str, update) -> None:
 class Stream:
     """The release on the hub, a file at a time: fetched ahead, and deleted once it is stored."""
 
-    def __init__(self, folder: Path, repo: str, template: dict, rules):
+    def __init__(self, folder: Path, repo: str, template: dict, precision):
         """Files are kept in folder/ckpt-0 as long as they are needed."""
         self.folder, self.repo = folder, repo
         keys = checkpoint.sorted_keys(template)
@@ -161,23 +177,24 @@ class Stream:
         self.ahead = concurrent.futures.ThreadPoolExecutor(1)
         self.fetching: dict[Path, concurrent.futures.Future] = {}
         self.closed = False
-        kinds = quantize.match_rules(rules, self.files)
+        named = quantize.match_rules(precision, self.files)
         self.entries = [
-            self._entry(module, name, template[module][name].shape, kinds[f"{module}/{name}"])
+            self._entry(module, name, template[module][name].shape, named[f"{module}/{name}"])
             for module, name in keys
         ]
 
-    def _entry(self, module, name, shape, kind) -> checkpoint.Entry:
+    def _entry(self, module, name, shape, format) -> checkpoint.Entry:
         file = self.files[f"{module}/{name}"]
-        expected = _released_form(module, shape, kind)
-        restored = shards.ternary_shapes(shape) if kind == "ternary" else expected
+        expected = _released_form(module, shape, format)
+        made = formats.format_named(format).packed
+        restored = formats.shapes(format, shape) if made else expected
 
         def read():
             self.fetch(file)
             tensor = read_tensor(self.fetching.pop(file).result())
             if file in self.following:
                 self.fetch(self.following[file])
-            found = checkpoint.restored_shapes(tensor, shape, kind)
+            found = checkpoint.restored_shapes(tensor, shape, format)
             if found != restored:
                 raise CheckpointError(
                     f"{file}: {module}/{name}: found {found}, expected {restored}; --download the "
@@ -186,7 +203,7 @@ class Stream:
             return tensor
 
         return checkpoint.Entry(
-            module, name, file, read, kind, restored, shards.stored_bytes(expected)
+            module, name, file, read, format, restored, shards.stored_bytes(expected)
         )
 
     def fetch(self, file: Path) -> None:
@@ -209,13 +226,13 @@ class Stream:
         self.ahead.shutdown(cancel_futures=True)
 
 
-def _released_form(module: str, shape: tuple[int, ...], kind: str):
+def _released_form(module: str, shape: tuple[int, ...], format: str):
     """Shapes of a tensor in the release; it shares out the inputs of output projections, 8 ways."""
-    if kind == "float32":
+    if format == "float32":
         return jax.ShapeDtypeStruct(shape, np.float32)
     *lead, inputs, outputs = shape
     groups = GROUPS if re.search(r"moe/linear_1$|attention/linear$", module) else 1
-    return QuantizedWeight8bit(
+    return QuantizedWeight(
         jax.ShapeDtypeStruct(shape, np.int8),
         jax.ShapeDtypeStruct((*lead, groups, outputs), jnp.bfloat16),
     )
@@ -258,67 +275,45 @@ class Measure(NamedTuple):
 def measure(stored, original, pool, update=lambda count: None) -> Measure:
     """Reads a stored parameter, and the source's where there is one, None where there is not."""
     weights, size = math.prod(stored.shape), shards.stored_bytes(stored)
-    if not isinstance(stored, StoredTrits):
-        error = energy = None
-        if original is not None:
-            error, energy = _difference(stored, original)
-        update(size)
-        return Measure(weights, size, None, error, energy)
-    *_, inputs, outputs = stored.shape
-    width = -(-inputs // 4)
+    if isinstance(stored, np.ndarray) and stored.ndim < 2:
+        stored, original = (w if w is None else w[None] for w in (stored, original))
+    stack, source = (w if w is None else conversion.stacked(w) for w in (stored, original))
+    packed = isinstance(stored, PackedWeight)
+    experts, inputs, outputs = (1, *stored.shape)[-3:]
     tiles = [
-        (e, columns)
-        for e in range(len(stored.matrices))
+        (slice(e, e + 1), columns)
+        for e in range(experts)
         for columns in slices(0, outputs, max(1, TILE // inputs))
     ]
-    gammas = stored.scales.reshape(-1)
 
     def one(tile):
-        e, columns = tile
-        packed = np.empty((columns.stop - columns.start, width), np.uint8)
-        index = slice(e, e + 1), columns, slice(0, width)
-        shards.load_trits(stored, index, packed[None])
-        zeros = int(np.bitwise_count(packed & np.uint8(0b01_01_01_01)).sum())  # codes 01
-        found = [packed.size * 4 - zeros, 0.0, 0.0]
-        if original is not None:
-            weight = quantize.QuantizedWeight1_58bit(
-                packed, gammas[e], stored.block, 4 * width - inputs
-            )
-            w = _columns(original, e, columns)
-            ternary = quantize.unpack(weight).astype(np.float32) * gammas[e]
-            found[1:] = np.square(w - ternary).sum(dtype=float), np.square(w).sum(dtype=float)
+        part = outputs_of(stack, *tile)
+        found = [np.count_nonzero(quantize.codes_of(part)) if packed else 0, 0.0, 0.0]
+        if source is not None:
+            w = quantize.dequantize(outputs_of(source, *tile))
+            error = np.square(w - quantize.dequantize(part)).sum(dtype=float)
+            found[1:] = error, np.square(w).sum(dtype=float)
         update(size // len(tiles))
         return found
 
     nonzero, error, energy = map(sum, zip(*pool.map(one, tiles), strict=True))
-    for array in shards.parts("", stored).values():
-        release(array)
-    if original is None:
-        return Measure(weights, size, nonzero)
-    release(original.weight)
-    return Measure(weights, size, nonzero, error, energy)
+    for leaf in (stored, original):
+        for array in () if leaf is None else shards.parts("", leaf).values():
+            release(array)
+    errors = (None, None) if original is None else (error, energy)
+    return Measure(weights, size, nonzero if packed else None, *errors)
 
 
-def _columns(weight: QuantizedWeight8bit, expert: int, columns: slice) -> np.ndarray:
-    """Columns of one matrix of an int8 weight, float32 [I, O]."""
-    matrix = jax.tree.map(lambda array: array if array.ndim == 2 else array[expert], weight)
-    codes, scales = matrix.weight[:, columns], matrix.scales[:, columns].astype(np.float32)
-    grouped = codes.reshape(len(scales), -1, codes.shape[-1]) * scales[:, None]
-    return grouped.reshape(codes.shape)
+def outputs_of(stack, expert: slice, outputs: slice):
+    """Some outputs of one matrix of a stored weight with an axis of experts, in memory."""
 
+    def part(array, axis):
+        index = [expert, *[slice(None)] * (array.ndim - 1)]
+        index[axis] = outputs if array.shape[axis] > 1 else slice(None)
+        return array[tuple(index)]
 
-def _difference(stored, original) -> tuple[float, float]:
-    """Sums of |W - W'|^2 and |W|^2 over the numbers of a parameter that is stored as it was."""
-    kept, was = (shards.parts("", leaf) for leaf in (stored, original))
-    error = energy = 0.0
-    for name, array in was.items():
-        for rows in slices(0, len(array), max(1, TILE // max(1, array[:1].size))):
-            a, b = (x[rows].astype(np.float32) for x in (array, kept[name]))
-            error += np.square(a - b).sum(dtype=float)
-            energy += np.square(a).sum(dtype=float)
-        release(array)
-        release(kept[name])
-    return error, energy
+    axes = conversion.output_axes(stack)
+    return jax.tree.map(part, stack, axes, is_leaf=lambda x: isinstance(x, StoredTrits))
 
 
 def inspect(folder: Path, source: Path | None, progress: bool) -> None:
@@ -330,12 +325,14 @@ def inspect(folder: Path, source: Path | None, progress: bool) -> None:
     originals: dict[str, Any] = {}
     if source is not None:
         template = model.abstract_params(resolve_config(source))
-        rules = model.precision_table(checkpoint.default_weights(folder))
-        originals = {e.path: e for e in checkpoint.check_files(source, template, rules)}
-        if originals.keys() != stored.keys():
-            raise CheckpointError(f"{folder} was not made from {source}: they differ in parameters")
-    row = f"{{:{max(map(len, stored))}}} {{:>16}} {{:>8}} {{:>11}} {{:>15}} {{:>7}}".format
-    print(row("parameter", "shape", "density", "scale", "bytes", "error"))
+        precision = {path: checkpoint.format_of(leaf) for path, (_, leaf) in stored.items()}
+        try:
+            originals = {e.path: e for e in checkpoint.check_files(source, template, precision)}
+        except ValueError as error:
+            raise CheckpointError(f"{folder} was not made from {source}: {error}") from None
+    widths = f"{{:{max(map(len, stored))}}} {{:>15}} {{:>16}} {{:>8}} {{:>11}} {{:>15}} {{:>7}}"
+    row = widths.format
+    print(row("parameter", "format", "shape", "density", "scale", "bytes", "error"))
     families: dict[str, list[Measure]] = {}
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -348,13 +345,11 @@ def inspect(folder: Path, source: Path | None, progress: bool) -> None:
             original = originals[path].read() if originals else None
             with files.naming(f"{file}: {path}"):
                 found = measure(leaf, original, pool, bar.update)
-            ternary = isinstance(leaf, StoredTrits)
-            scale = f"{leaf.scales.mean():.5g}" if ternary else ""
-            shape = " x ".join(map(str, leaf.shape))
-            bar.write(
-                row(path, shape, found.density, scale, f"{found.bytes:,}", found.relative_error),
-                file=sys.stdout,
-            )
+            scale = f"{leaf.scales.mean():.5g}" if isinstance(leaf, PackedWeight) else ""
+            described = path, checkpoint.format_of(leaf), " x ".join(map(str, leaf.shape))
+            size = f"{found.bytes:,}"
+            line = row(*described, found.density, scale, size, found.relative_error)
+            bar.write(line, file=sys.stdout)
             family = next(name for pattern, name in FAMILIES if re.search(pattern, path))
             families.setdefault(family, []).append(found)
     row = "{:12} {:>16} {:>17} {:>12} {:>8} {:>7}".format
@@ -409,11 +404,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     do("--inspect", type=Path, metavar="FOLDER", help="table of a converted checkpoint")
     add("--source", type=Path, metavar="FOLDER", help="released: --inspect tells the error too")
     add("--preset", choices=model.PRESETS, help="configuration (config.json, else grok-1)")
-    add(
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
         "--weights",
         choices=model.PRECISIONS,
         default="ternary",
         help="precision of the converted weights (%(default)s)",
+    )
+    precision.add_argument(
+        "--precision",
+        type=Path,
+        metavar="FILE",
+        help='the same as a table of one\'s own, JSON: [["/moe/", "ternary2-128"], ...]',
     )
     add(
         "--packing",
@@ -451,12 +453,14 @@ def resolve_config(folder: Path | None, preset: str | None = None) -> model.Lang
 
 
 def check_source(folder: Path) -> None:
-    """CheckpointError unless the folder holds a released checkpoint."""
+    """CheckpointError unless the folder holds weights that others can be made from."""
     checkpoint.check_folder(folder)
-    if shards.exists(folder):
-        raise CheckpointError(
-            f"{folder}: is converted already; give the released checkpoint that it was made from"
-        )
+    for path, format in (checkpoint.stored_precision(folder) or {}).items():
+        if formats.format_named(format).packed:
+            raise CheckpointError(
+                f"{folder}: is converted already, {path} is {format}; give the checkpoint that it "
+                "was made from"
+            )
 
 
 def check_converted(folder: Path) -> None:
@@ -512,10 +516,11 @@ def convert_command(args: argparse.Namespace) -> None:
     if source is not None:
         check_source(source)
     config = resolve_config(source, args.preset)
-    rules, template = model.PRECISIONS[args.weights], model.abstract_params(config)
-    about = model.config_to_dict(config) | checkpoint.quantization(
-        args.weights, rules, args.packing
-    )
+    weights, precision = resolve_precision(args)
+    template = model.abstract_params(config)
+    named = model.formats_of(template, precision)
+    about = model.config_to_dict(config)
+    about |= checkpoint.quantization(weights, precision, args.packing)
     scratch = output.parent / f"{output.name}.download"
     if output.exists():
         check_complete(output, about)
@@ -527,10 +532,10 @@ def convert_command(args: argparse.Namespace) -> None:
     stream = None
     if args.stream:
         fetch_tokenizer(scratch, config)
-        stream = Stream(scratch, args.repo, template, rules)
+        stream = Stream(scratch, args.repo, template, named)
         entries = stream.entries
     else:
-        entries = checkpoint.check_files(source, template, rules)
+        entries = checkpoint.check_files(source, template, named)
     shard_size = round(args.shard_size * 1e9)
     check_space(output, entries, args.packing, shard_size, streamed=stream is not None)
     begin = time.perf_counter()
@@ -560,6 +565,14 @@ def convert_command(args: argparse.Namespace) -> None:
         written=f"{readable_size(written)} to {output}",
         memory=f"{readable_size(peak_memory())} at the peak, mapped pages of files included",
     )
+
+
+def resolve_precision(args: argparse.Namespace) -> tuple[str, quantize.Rules]:
+    """The name of the precision, and its table."""
+    if args.precision is None:
+        return args.weights, model.PRECISIONS[args.weights]
+    with files.open_file(args.precision) as file:
+        return args.precision.stem, model.parse_precision(file.read(), str(args.precision))
 
 
 def check_complete(output: Path, config: dict) -> None:

@@ -111,13 +111,23 @@ gated_sums.defvjp(lambda *args: (gated_sums(*args), args), _sums_backward)
 
 
 def mixture(
-    x, gates, index, valid, linear, linear_v, linear_1, activations: str, axis_name=None
+    x,
+    gates,
+    index,
+    valid,
+    linear,
+    linear_v,
+    linear_1,
+    activations: str,
+    axis_name: str | None = None,
+    scale_last: bool | None = None,
 ) -> jax.Array:
     """The experts' gated sum, float32 [B, T, D]: each token is computed by its chosen experts only.
 
     x: [B, T, D]; gates float32, index int32: [B, T, A]; valid: bool [B, T]
     linear, linear_v: [E, D, F]; linear_1: [E, F, D]
     axis_name: inside `shard_map`, the mesh axis that F is split over, if any
+    scale_last: of the whole linear_1, see `quantize.dot`
     """
     batch, queries, size = x.shape
     num_experts = linear.shape[0]
@@ -128,5 +138,5 @@ def mixture(
     )
     rows = rows_of_tokens(flat(x), blocks)  # [R, D]
     hidden = jax.nn.gelu(dot(rows, linear)) * dot(rows, linear_v)  # [R, F]
-    out = dot(hidden, linear_1, axis_name=axis_name)  # [R, D]
+    out = dot(hidden, linear_1, axis_name=axis_name, scale_last=scale_last)  # [R, D]
     return gated_sums(out, flat(gates), blocks).reshape(batch, queries, size)

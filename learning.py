@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import formats
 import model
-import quantize
 
 
 def setting(default, text: str):
@@ -80,19 +80,18 @@ def training_model(
     dropout: float = 0.0,
     router_noise: float = 0.0,
 ) -> hk.Transformed:
-    """The model on latent float weights; "ternary" ones are seen through `fake_ternarize`.
+    """The model on latent float weights, seen as their formats of the precision `weights` are.
 
     dropout: of the embeddings, and of what each block adds to them
     router_noise: e; the inputs of routers are multiplied by random numbers from 1 - e to 1 + e
       (Switch Transformers, section 2.2, "input jitter")
     """
     params = model.abstract_params(config)
-    kinds = quantize.apply_rules(model.PRECISIONS[weights], params, lambda _, kind, w: kind)
+    named = model.formats_of(params, model.precision_table(weights))
 
     def getter(next_getter, value, context):
         w = next_getter(value)
-        ternary = kinds[context.module_name][context.name] == "ternary"
-        return quantize.fake_ternarize(w) if ternary else w
+        return formats.format_named(named[f"{context.module_name}/{context.name}"]).train(w)
 
     def interceptor(next_f, args, kwargs, context):
         if context.method_name != "__call__":

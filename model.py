@@ -11,7 +11,9 @@ has that of its class, such as `multi_head_attention`.
 
 import dataclasses
 import functools
+import json
 import math
+import re
 from typing import NamedTuple
 
 import haiku as hk
@@ -23,6 +25,7 @@ from jax import lax
 import attention
 import experts
 import files
+import formats
 import kernels
 import quantize
 import sharding
@@ -151,18 +154,25 @@ OPTIONAL_KEYS = {"activations", "embedding_init_scale", "embeddings", "eos_token
 
 _MATRICES = r"/(query|key|value|linear|linear_v|linear_1)/w$"
 
-# For each choice of weights, what a parameter becomes in memory: ordered tables of path patterns,
-# first match wins. "ternary-experts" keeps attention, 1.8 % of the parameters, at the release's
-# precision: absmean there is what changes the routing most. "float" is for models trained so.
+_ATTENTION = r"/multi_head_attention/"
+
+# For each choice of weights, the format that a parameter has in memory: ordered tables of path
+# patterns, first match wins. `X-experts` keeps attention, 1.8 % of the parameters, at the release's
+# precision: absmean there is what changes the routing most. "float32" is for models trained so.
 PRECISIONS = {
-    "ternary": ((_MATRICES, "ternary"), (r"", "float32")),
-    "ternary-experts": (
-        (r"/multi_head_attention/", "int8"),
-        (_MATRICES, "ternary"),
-        (r"", "float32"),
-    ),
-    "int8": ((_MATRICES, "int8"), (r"", "float32")),
-    "float": ((r"", "float32"),),
+    **{
+        name: ((_MATRICES, name), (r"", "float32")) for name in formats.FORMATS if name != "float32"
+    },
+    **{
+        re.sub("^ternary2?", r"\g<0>-experts", name): (
+            (_ATTENTION, "int8"),
+            (_MATRICES, name),
+            (r"", "float32"),
+        )
+        for name, format in formats.FORMATS.items()
+        if format.packed
+    },
+    "float32": ((r"", "float32"),),
 }
 
 
@@ -171,6 +181,42 @@ def precision_table(weights: str) -> tuple[tuple[str, str], ...]:
     if weights not in PRECISIONS:
         raise ValueError(f"unknown choice of weights {weights!r}; known: {list(PRECISIONS)}")
     return PRECISIONS[weights]
+
+
+def parse_precision(content: bytes, title: str) -> tuple[tuple[str, str], ...]:
+    """A precision table from JSON, a list of [pattern, format]; ValueError for anything else.
+
+    The first pattern that is found in a parameter's "module/name" gives its format.
+    """
+    try:
+        table = tuple((pattern, format) for pattern, format in json.loads(content))
+        for pattern, format in table:
+            re.compile(pattern)
+            formats.format_named(format)
+    except (ValueError, TypeError, re.error) as error:
+        raise ValueError(
+            f"{title}: not a list of pairs of a pattern and a format, such as "
+            f'[["/moe/", "ternary2-128"], ["", "float32"]]: {error!s:.300}'
+        ) from None
+    return table
+
+
+def formats_of(template: dict, precision: quantize.Rules) -> dict[str, str]:
+    """{path: format} of the parameters of a tree `{module: {name: weight}}`, by a precision.
+
+    Raises ValueError as `quantize.match_rules` does, for a format that there is not, and for one
+    of a parameter that is no matrix of a linear layer.
+    """
+    paths = [f"{module}/{name}" for module in template for name in template[module]]
+    named = quantize.match_rules(precision, paths)
+    for path, format in named.items():
+        formats.format_named(format)
+        if format != "float32" and not re.search(_MATRICES, path):
+            raise ValueError(
+                f"{path} cannot be {format}, only float32: the products of attention and experts "
+                "take other formats; correct the precision"
+            )
+    return named
 
 
 def config_from_dict(values: dict | None) -> LanguageModelConfig:
@@ -333,7 +379,12 @@ class Linear(hk.Module):
         w = matrix(x.shape[-1], self.output_size)
         inputs, outputs = sharding.parameter_axes(f"{self.module_name}/w", 2)
         axis = sharding.mesh_axis(inputs, x.shape[-1])
-        dot = functools.partial(quantize.dot, activations=self.activations, axis_name=axis)
+        dot = functools.partial(
+            quantize.dot,
+            activations=self.activations,
+            axis_name=axis,
+            scale_last=quantize.has_last_scale(w),
+        )
         in_axes = (("batch", None, inputs), (inputs, outputs))
         return sharding.shard_map(dot, in_axes, ("batch", None, outputs))(x, w)
 
@@ -448,7 +499,12 @@ class MoELayer(hk.Module):
                 weights.append(matrix(*shape))
             axes.append(sharding.parameter_axes(f"{self.module_name}/{name}/w", len(shape)))
         axis = sharding.mesh_axis(axes[-1][1], c.ffn_size)  # of F
-        mix = functools.partial(experts.mixture, activations=c.activations, axis_name=axis)
+        mix = functools.partial(
+            experts.mixture,
+            activations=c.activations,
+            axis_name=axis,
+            scale_last=quantize.has_last_scale(weights[-1]),
+        )
         token = ("batch", None, None)
         mix = sharding.shard_map(mix, (token, token, token, token[:2], *axes), token)
         return mix(x, gates, index, valid, *weights).astype(x.dtype)

@@ -1,23 +1,33 @@
-"""Weight formats: Grok-1's int8 and BitNet b1.58's ternary, and the one `dot` that takes them all.
+"""Weights and their products: codes times scales, as they are or packed, and the one `dot` for all.
 
-Shapes: I inputs (the contracted axis), O outputs, E experts, G scale groups, R rows; `...` is
-nothing or an expert axis. A weight's logical shape is always `[..., I, O]`, whatever its bytes.
+Shapes: I inputs (the contracted axis), O outputs, E experts, G groups of inputs, P planes of trits,
+R rows; `...` is nothing or an expert axis. A weight's logical shape is always `[..., I, O]`,
+whatever its bytes. `formats.py` makes weights; here is what they are.
+
+Codes are integers from -127 to 127. A scale belongs to a matrix, an output, a group of inputs or a
+row, which the shape of `scales` alone says: each of its sizes divides that of the weight.
 
 How a ternary matrix is packed: transposed, four trits to a byte, in blocks of `4 * block` weights
 of one output. Byte i of a block holds its weights i, block + i, 2 block + i and 3 block + i at bits
-0, 2, 4 and 6, each as trit + 1. So the weights of one bit position lie side by side, and so do the
-activations that they meet. One output with eight inputs, block = 2:
+0, 2, 4 and 6, each as trit + 1. So the weights of one bit position, a slab, lie side by side, and
+so do the activations that they meet. One output with eight inputs, block = 2:
 
     trits    1  0 -1  1  0  0  1 -1        codes    2  1  0  2  1  1  2  0
     byte 0 = 2 | 0 << 2 | 1 << 4 | 2 << 6 = 146      weights 0, 2, 4, 6
     byte 1 = 1 | 2 << 2 | 1 << 4 | 0 << 6 = 25       weights 1, 3, 5, 7
+
+Trits of several planes may be added, each times a multiplier of its group of inputs. Then a block
+has `block` bytes of the first plane and, behind, as many of the next; a group is all inputs, or
+one, two or four slabs of a block. Multipliers are integers that sum up to 127 at most, so that
+their sum of trits is a code, and sums of products with integers are exact in any order: on every
+mesh and in every batch. The one float scale comes last.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +38,7 @@ from jax import lax
 import kernels
 
 ACTIVATIONS = ("float", "int15", "int8")  # what quantized matrices are multiplied with
-EPSILON = 1e-5  # added to gamma, so that an all-zero matrix divides by something
+LEVELS = 127  # the largest code
 MAX_BLOCK = 64  # bytes: 256 weights, one tile of a kernel
 SHARDS = 8  # a block is small enough that this many shards of I each hold whole blocks
 TILE = 1 << 22  # weights unpacked at a time on a CPU: enough for two cores, and no more
@@ -38,184 +48,176 @@ FEW_ROWS = 8  # bfloat16 and int8 products of fewer rows take a slow path on a C
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weight", "scales"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
-class QuantizedWeight8bit:
-    """The release's form: `weight` times the scale of its group of rows and its column.
+class QuantizedWeight:
+    """Codes as they are, times scales; also the rows of an embedding table, [V, D].
 
-    weight: int8 [..., I, O]
-    scales: bfloat16 or float32 [..., G, O]; row i belongs to group i // (I / G)
+    codes: int8 [..., I, O]; in training float32, whose gradient goes on to the latent weights
+    scales: bfloat16 or float32 [..., G, C]; G divides I, and C is 1 or O. Row i belongs to group
+      i // (I / G)
     """
 
-    weight: Any
+    codes: Any
     scales: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape [..., I, O]."""
-        return tuple(self.weight.shape)
+        return tuple(self.codes.shape)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["packed", "scales"],
+    data_fields=["packed", "scales", "multipliers"],
     meta_fields=["block", "padding"],
 )
 @dataclasses.dataclass(frozen=True)
-class QuantizedWeight1_58bit:
-    """{-1, 0, 1} times a scale, four trits to a byte (layout: see the module's docstring).
+class PackedWeight:
+    """Codes that are trits, or sums of trits times multipliers, four trits to a byte, times scales.
 
-    packed: uint8 [..., O, B], B bytes for each output
-    scales: float32 [..., 1, 1], one for a matrix, so one for each expert
-    block: bytes in a packing block; divides B
+    packed: uint8 [..., O, B], B bytes for each output (layout: see the module's docstring)
+    scales: float32 [..., 1, C]; C is 1 or O
+    block: bytes in a packing block of one plane
     padding: zeros appended to I to fill the last byte, 0 to 3
+    multipliers: int8 [..., O, G, P], or None: one plane, whose trits are the codes
     """
 
     packed: Any
     scales: Any
     block: int
     padding: int = 0
+    multipliers: Any = None
+
+    @property
+    def planes(self) -> int:
+        """P."""
+        return 1 if self.multipliers is None else self.multipliers.shape[-1]
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a packing block with all its planes."""
+        return self.planes * self.block
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape [..., I, O]."""
         *lead, outputs, width = self.packed.shape
-        return (*lead, 4 * width - self.padding, outputs)
+        return (*lead, 4 * width // self.planes - self.padding, outputs)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["trits", "scales"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class FakeTernaryWeight:
-    """A ternary matrix in training, made of latent floats by `fake_ternarize`.
+Weight = jax.Array | QuantizedWeight | PackedWeight
 
-    trits: float32 [..., I, O], -1, 0 or 1; their gradient goes on to the latent weights
-    scales: float32 [..., 1, 1]
+
+def dequantize(w: Weight) -> jax.Array:
+    """The float32 matrix `[..., I, O]` that a weight stands for; NumPy in, NumPy out."""
+    if not isinstance(w, QuantizedWeight | PackedWeight):
+        return w.astype(np.float32)
+    *lead, inputs, outputs = w.shape
+    groups = w.scales.shape[-2]
+    codes = codes_of(w).reshape(*lead, groups, inputs // groups, outputs)
+    scales = w.scales[..., :, None, :].astype(np.float32)
+    return (codes.astype(np.float32) * scales).reshape(w.shape)
+
+
+def codes_of(w: QuantizedWeight | PackedWeight):
+    """The codes [..., I, O] of a weight, int8 unless it is one in training."""
+    return unpack(w) if isinstance(w, PackedWeight) else w.codes
+
+
+# --- Packing --------------------------------------------------------------------------------------
+
+
+def packing_block(inputs: int) -> int:
+    """Bytes in a packing block for I inputs: the largest power of two up to 64 that fits.
+
+    Where the size allows, blocks are small enough that each of 2, 4 or 8 shards of I holds whole
+    ones. 6144 inputs: 64; 256: 8; 48: 1.
     """
-
-    trits: Any
-    scales: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[..., I, O]."""
-        return tuple(self.trits.shape)
+    width = -(-inputs // 4)
+    per_shard = width // math.gcd(width, SHARDS)
+    return min(MAX_BLOCK, per_shard & -per_shard)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weight", "scales"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class QuantizedTable8bit:
-    """An embedding table whose rows are int8 times a scale each.
+def group_size(inputs: int, wanted: int) -> int:
+    """Inputs in a group: as many as wanted, 64 or more, or a whole packing block if that is less.
 
-    weight: int8 [V, D]
-    scales: float32 [V, 1]
+    So 2, 4 or 8 shards of I hold whole groups, too. 6144 inputs: as wanted up to 256; 1536: 64.
     """
-
-    weight: Any
-    scales: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[V, D]."""
-        return tuple(self.weight.shape)
+    return min(wanted, 4 * packing_block(inputs))
 
 
-Weight = jax.Array | QuantizedWeight8bit | QuantizedWeight1_58bit | FakeTernaryWeight
+def pack(trits, scales, multipliers=None, block: int | None = None) -> PackedWeight:
+    """The packed form of int8 trits [..., I, O]; with multipliers, of planes [..., P, I, O].
 
-
-# --- Quantizing -----------------------------------------------------------------------------------
-
-
-def absmean_scale(w):
-    """gamma = mean |W|, float32 [..., 1, 1]. (BitNet b1.58, section 2, equation 3)"""
-    return jnp.mean(jnp.abs(w.astype(jnp.float32)), axis=(-2, -1), keepdims=True)
-
-
-def round_to_trits(w, gamma):
-    """clip(round(W / (gamma + eps)), -1, 1), in the dtype of w; works on NumPy and JAX arrays.
-
-    (BitNet b1.58, section 2, equations 1 and 2.)
+    scales: float32 [..., 1, C]; multipliers: int8 [..., O, G, P]. NumPy in, NumPy out.
     """
-    return (w / (gamma + EPSILON)).round().clip(-1, 1)
+    if multipliers is None:
+        trits = trits[..., None, :, :]
+    *lead, planes, inputs, outputs = trits.shape
+    block, padding = block or packing_block(inputs), -inputs % 4
+    codes = (trits.astype(np.int8, copy=False) + np.int8(1)).view(np.uint8)  # [..., P, I, O]
+    if padding:
+        xp = np if isinstance(trits, np.ndarray) else jnp
+        rows = [(0, 0)] * (len(lead) + 1) + [(0, padding), (0, 0)]
+        codes = xp.pad(codes, rows, constant_values=1)
+    packed = pack_codes(codes, block)  # [..., P, W, O]
+    packed = packed.reshape(*lead, planes, -1, block, outputs).swapaxes(-4, -3)
+    packed = packed.reshape(*lead, -1, outputs).swapaxes(-1, -2)
+    return PackedWeight(packed, scales, block, padding, multipliers)
 
 
-def ternarize(w: jax.Array) -> QuantizedWeight1_58bit:
-    """Absmean ternary form of a float matrix `[..., I, O]`."""
-    gamma = absmean_scale(w)
-    return pack(round_to_trits(w.astype(jnp.float32), gamma).astype(jnp.int8), gamma)
+def pack_codes(codes, block: int):  # [..., 4 W, O] -> [..., W, O]
+    """Packed rows, not transposed yet, of trit + 1 of one plane, uint8; NumPy in, NumPy out."""
+    *lead, _, outputs = codes.shape
+    codes = codes.reshape(*lead, -1, 4, block, outputs)
+    packed = codes[..., 3, :, :] * np.uint8(4)
+    packed += codes[..., 2, :, :]
+    packed *= np.uint8(4)
+    packed += codes[..., 1, :, :]
+    packed *= np.uint8(4)
+    packed += codes[..., 0, :, :]
+    return packed.reshape(*lead, -1, outputs)
 
 
-def fake_ternarize(w: jax.Array) -> FakeTernaryWeight:
-    """Absmean ternary form of a float matrix in training: its gradient is that of the identity."""
-    gamma = absmean_scale(w)
-    wide = w.astype(jnp.float32)
-    scaled = wide / lax.stop_gradient(jnp.maximum(gamma, 1e-30))
-    trits = straight_through(scaled, round_to_trits(wide, gamma))
-    return FakeTernaryWeight(trits, lax.stop_gradient(gamma))
+def unpack(w: PackedWeight):
+    """The int8 codes [..., I, O] of a packed weight: trits, or their sums times multipliers."""
+    *lead, outputs, width = w.packed.shape
+    packed = w.packed.reshape(*lead, outputs, -1, w.planes, 1, w.block)
+    trits = _trits_at(packed, np.array([0, 2, 4, 6], np.uint8)[:, None])  # [..., P, 4, block]
+    codes = _sum_planes(trits, _of_slabs(w.multipliers, packed.shape[-4]))
+    codes = codes.reshape(*lead, outputs, -1)
+    return codes[..., : w.shape[-2]].swapaxes(-1, -2)
 
 
-def latent(w: Weight) -> jax.Array:
-    """The float32 weights to train on from w: the values it stands for, [..., I, O].
-
-    Of a ternary w, larger by one over the share of its trits that are not 0: then their mean
-    magnitude is the scale of w again, and their absmean ternary form is w.
-    """
-    values = dequantize(w)
-    if not isinstance(w, QuantizedWeight1_58bit):
-        return values
-    return values * (w.scales / jnp.maximum(absmean_scale(values), 1e-30))
+def _trits_at(packed, shift):
+    """The int8 trits at bits `shift` and `shift + 1` of each byte."""
+    return (packed >> shift & np.uint8(3)).astype(np.int8) - np.int8(1)
 
 
-def is_ternary(w: QuantizedWeight1_58bit) -> bool:
-    """Whether each weight is exactly -1, 0 or 1 times its matrix's scale; a byte can say 2."""
-    values = dequantize(w)
-    return bool(jnp.all((values == 0) | (jnp.abs(values) == w.scales)))
+def _of_slabs(multipliers, blocks: int):
+    """The multipliers [..., O, G, P] of each slab: int8 [..., O, blocks or 1, P, 4 or 1]."""
+    if multipliers is None or multipliers.shape[-2] == 1:
+        return None if multipliers is None else multipliers[..., None]
+    *lead, groups, planes = multipliers.shape
+    each = multipliers.reshape(*lead, blocks, groups // blocks, planes).swapaxes(-1, -2)
+    return each.repeat(4 * blocks // groups, axis=-1)
+
+
+def _sum_planes(trits, multipliers):
+    """Trits int8 [..., P, 4, block] to codes [..., 4, block]; multipliers as in `_of_slabs`."""
+    if multipliers is None:
+        return trits[..., 0, :, :]
+    return (trits * multipliers[..., None]).sum(axis=-3, dtype=np.int8)
+
+
+# --- Rounding rows --------------------------------------------------------------------------------
 
 
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
     """The value of `rounded`, to the last bit, with the gradient of x."""
     return lax.stop_gradient(rounded) + (x - lax.stop_gradient(x))  # x + (rounded - x) rounds again
-
-
-def quantize_int8(w: jax.Array, groups: int = 1) -> QuantizedWeight8bit:
-    """Absolute-maximum int8 form of `[..., I, O]`, a bfloat16 scale for each column and group."""
-    *lead, inputs, outputs = w.shape
-    w = w.astype(jnp.float32).reshape(*lead, groups, inputs // groups, outputs)
-    scales = jnp.max(jnp.abs(w), axis=-2) / 127
-    scales = jnp.where(scales > 0, scales, 1).astype(jnp.bfloat16)
-    weight = jnp.clip(jnp.round(w / scales[..., None, :].astype(jnp.float32)), -127, 127)
-    return QuantizedWeight8bit(
-        weight.astype(jnp.int8).reshape(*lead, inputs, outputs),
-        scales,
-    )
-
-
-def quantize_int8_keeping_trits(w: jax.Array) -> QuantizedWeight8bit:
-    """int8 form of latent weights whose absmean trits are those of the latent weights.
-
-    Rounding to int8 moves values across the ternary threshold here and there; those go one code
-    back over it. Raises ValueError where that does not help.
-    """
-    w = jnp.asarray(w, jnp.float32)
-    int8, moved = jax.jit(quantize_int8)(w), True
-    for _ in range(8):  # each move changes gamma a little, which may call for another
-        int8, moved = _toward_trits(int8, w)
-        if not moved:
-            return int8
-    raise ValueError("some weights have no int8 form with the same trits; is a column all alike?")
-
-
-@jax.jit
-def _toward_trits(int8: QuantizedWeight8bit, w: jax.Array):
-    """Codes moved by one where their trits are not those of w, and whether any were."""
-    rounded = dequantize(int8)
-    found, wanted = (round_to_trits(x, absmean_scale(x)) for x in (rounded, w))
-    weight = jnp.clip(int8.weight + (wanted - found), -127, 127).astype(jnp.int8)
-    return dataclasses.replace(int8, weight=weight), jnp.any(found != wanted)
 
 
 def quantize_rows(
@@ -224,9 +226,9 @@ def quantize_rows(
     """Rows x [R, I] as integers [R, I] and a float32 step [R, 1], x ~ integers * step.
 
     "int8" is BitNet's: int8, to 127 times the step (BitNet b1.58, section 2). "int15" is fixed
-    point in int16, to 16256 = 127 * 128 times the step: finer than bfloat16, and two planes of
-    int8 (`planes`), so that kernels for int8 multiply it. No gradient passes: `grouped_dot` lets it
-    go straight through.
+    point in int16, to 16256 = 127 * 128 times the step: finer than bfloat16, and two halves of
+    int8 (`high_and_low`), so that kernels for int8 multiply it. No gradient passes: `grouped_dot`
+    lets it go straight through.
 
     axis_name: the mesh axis that I is split over, if any: the maximum is that of the whole row
     """
@@ -252,203 +254,35 @@ def in_this_order(x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x) if kernels.on_cpu() else x
 
 
-def planes(integers: jax.Array) -> tuple[jax.Array, jax.Array]:
+def high_and_low(integers: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int15 as two of int8: integers = 128 * high + low."""
     high = (integers + 64) >> 7
     return high.astype(jnp.int8), (integers - (high << 7)).astype(jnp.int8)
-
-
-def dequantize(w: Weight) -> jax.Array:
-    """The float32 matrix `[..., I, O]` that a weight of any format stands for."""
-    if isinstance(w, QuantizedWeight1_58bit):
-        return unpack(w).astype(jnp.float32) * w.scales
-    if isinstance(w, FakeTernaryWeight):
-        return w.trits * w.scales
-    if isinstance(w, QuantizedWeight8bit):
-        *lead, inputs, outputs = w.shape
-        groups = w.scales.shape[-2]
-        grouped = w.weight.reshape(*lead, groups, inputs // groups, outputs)
-        scales = w.scales[..., :, None, :].astype(jnp.float32)
-        return (grouped.astype(jnp.float32) * scales).reshape(w.shape)
-    return w.astype(jnp.float32)
-
-
-# --- Packing --------------------------------------------------------------------------------------
-
-
-def packing_block(inputs: int) -> int:
-    """Bytes in a packing block for I inputs: the largest power of two up to 64 that fits.
-
-    Where the size allows, blocks are small enough that each of 2, 4 or 8 shards of I holds whole
-    ones. 6144 inputs: 64; 256: 8; 48: 1.
-    """
-    width = -(-inputs // 4)
-    per_shard = width // math.gcd(width, SHARDS)
-    return min(MAX_BLOCK, per_shard & -per_shard)
-
-
-def pack(trits, scales, block: int | None = None) -> QuantizedWeight1_58bit:
-    """int8 trits [..., I, O] and their scales to the packed form; NumPy in, NumPy out."""
-    *lead, inputs, _ = trits.shape
-    block = block or packing_block(inputs)
-    padding = -inputs % 4
-    codes = (trits.astype(np.int8, copy=False) + np.int8(1)).view(np.uint8)  # [..., I, O]
-    if padding:
-        xp = np if isinstance(trits, np.ndarray) else jnp
-        rows = [(0, 0)] * len(lead) + [(0, padding), (0, 0)]
-        codes = xp.pad(codes, rows, constant_values=1)
-    packed = pack_codes(codes, block).swapaxes(-1, -2)
-    return QuantizedWeight1_58bit(packed, scales, block, padding)
-
-
-def pack_codes(codes, block: int):  # [..., 4 B, O] -> [..., B, O]
-    """Packed rows, not transposed yet, of codes trit + 1, uint8; NumPy in, NumPy out."""
-    *lead, _, outputs = codes.shape
-    codes = codes.reshape(*lead, -1, 4, block, outputs)
-    packed = codes[..., 3, :, :] * np.uint8(4)
-    packed += codes[..., 2, :, :]
-    packed *= np.uint8(4)
-    packed += codes[..., 1, :, :]
-    packed *= np.uint8(4)
-    packed += codes[..., 0, :, :]
-    return packed.reshape(*lead, -1, outputs)
-
-
-def _trits_at(packed, shift):
-    """The int8 trits at bits `shift` and `shift + 1` of each byte."""
-    return (packed >> shift & np.uint8(3)).astype(np.int8) - np.int8(1)
-
-
-def _unpack_rows(packed, block: int):  # [..., B] -> [..., 4 B]
-    *lead, width = packed.shape
-    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
-    trits = _trits_at(packed.reshape(*lead, width // block, 1, block), shifts)
-    return trits.reshape(*lead, 4 * width)
-
-
-def unpack(w: QuantizedWeight1_58bit):
-    """The int8 trits [..., I, O] of a packed weight."""
-    trits = _unpack_rows(w.packed, w.block)
-    return trits[..., : w.shape[-2]].swapaxes(-1, -2)
-
-
-def to_base3(packed: np.ndarray) -> np.ndarray:
-    """Packed bytes [..., B] at five trits to a byte: uint8 [..., 4 ceil(B / 5)], 0 to 242.
-
-    Of every five bytes, the last gives one of its trits to each of the others: their own four are
-    the low digits of a number in base 3, that one is its highest. Zeros (trits) fill up B. Codes
-    are 0 to 2; one of 3 would become other trits.
-
-    >>> to_base3(np.array([0b10_00_10_01, 0, 0b10_10_10_10, 0, 0b01_00_10_00], np.uint8))
-    array([ 61, 162,  80,  81], dtype=uint8)
-    """
-    *lead, width = packed.shape
-    fives = np.full((*lead, -(-width // 5) * 5), 0b01_01_01_01, np.uint8)
-    fives[..., :width] = packed
-    p = _first_fours(fives).copy().view(np.uint8)
-    # Worth 1, 4, 16 and 64 in a packed byte, its trits become worth 1, 3, 9 and 27.
-    digits = p - (p >> np.uint8(2))
-    digits -= np.uint8(3) * (p >> np.uint8(4))
-    digits -= np.uint8(9) * (p >> np.uint8(6))
-    fifth = fives.reshape(-1)[4::5].astype("<u4")
-    fifth = (fifth | fifth << 6 | fifth << 12 | fifth << 18) & 0x03030303  # a trit to each byte
-    digits += np.uint8(81) * fifth.view(np.uint8)
-    return digits.reshape(*lead, -(-width // 5) * 4)
-
-
-def from_base3(digits: np.ndarray) -> np.ndarray:
-    """The packed bytes [..., 5 G] that `to_base3` turned into digits uint8 [..., 4 G].
-
-    Raises ValueError for other arrays, and for a byte above 242: five trits make none.
-    """
-    if kernels.library() is not None:
-        return kernels.from_base3(digits)
-    kernels.check_bytes(digits)
-    kernels.check_digit(digits.max(initial=0))
-    digits = np.ascontiguousarray(digits)
-    *lead, width = digits.shape
-    d = digits.reshape(-1)
-    # With its quotients by 3, 9 and so on added, the trits of d are worth 1, 4, 16, 64 and 256:
-    # the fifth leaves the byte by itself. (Multiplied, for NumPy shifts bytes left slowly.)
-    fifth = d // np.uint8(81)
-    p = np.uint8(4) * fifth + d // np.uint8(27)
-    p = np.uint8(4) * p + d // np.uint8(9)
-    p = np.uint8(4) * p + d // np.uint8(3) + d
-    packed = np.empty((*lead, width // 4 * 5), np.uint8)
-    _first_fours(packed)[...] = p.view("<u4")
-    # The highest byte of the product: fifth[0] + 4 fifth[1] + 16 fifth[2] + 64 fifth[3].
-    gathered = fifth.view("<u4") * np.uint32(1 << 24 | 1 << 18 | 1 << 12 | 1 << 6)
-    packed.reshape(-1)[4::5] = gathered.view(np.uint8)[3::4]
-    return packed
-
-
-def _first_fours(fives: np.ndarray) -> np.ndarray:
-    """A view of the first four of every five bytes, as one uint32 each."""
-    return np.ndarray(fives.size // 5, "<u4", fives, strides=5)
-
-
-# --- int8 to ternary, blockwise -------------------------------------------------------------------
-#
-# NumPy, for weights too large to be float32 all at once. The result is exactly that of
-# `round_to_trits(weight * scales, gamma)`.
-
-
-def absolute_sums(weight: np.ndarray) -> np.ndarray:
-    """Sums of |weight| over the rows of int8 [I, O], exact: int64 [O]."""
-    sums = np.zeros(weight.shape[1], np.int64)
-    for start in range(0, len(weight), 256):  # 256 * 128 fits in 16 bits
-        magnitude = np.abs(weight[start : start + 256]).view(np.uint8)  # |-128| wraps to 128
-        sums += magnitude.sum(axis=0, dtype=np.uint16)
-    return sums
-
-
-def absmean_of_sums(sums: np.ndarray, scales: np.ndarray, inputs: int) -> np.ndarray:
-    """gamma, float32 [E, 1, 1], from sums of |weight| and scales float32, both [E, G, O].
-
-    Rounded once, from the exact sum (`math.fsum`): no order of summation shows in it.
-    """
-    count = inputs * scales.shape[-1]
-    weighted = sums * scales.astype(np.float64)  # exact: 24 bits at most times 24
-    means = [math.fsum(matrix.ravel().tolist()) / count for matrix in weighted]
-    return np.array(means, np.float32).reshape(-1, 1, 1)
-
-
-def zero_range(scales: np.ndarray, gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest code that round to 0 under each scale: int8 [E, G, O] each.
-
-    scales: float32 [E, G, O], none negative; gamma: float32 [E, 1, 1]. A binary search that asks
-    `round_to_trits` itself, which is monotonic in the code and symmetric about 0.
-    """
-    limits = np.zeros(scales.shape, np.int16)  # 0 to 128
-    for step in (64, 32, 16, 8, 4, 2, 1, 1):
-        w = (limits + np.int16(step)).astype(np.float32) * scales
-        limits += np.int16(step) * (round_to_trits(w, gamma) == 0)
-    return (-limits).astype(np.int8), np.minimum(limits, 127).astype(np.int8)
-
-
-def int8_to_codes(weight: np.ndarray, lowest, highest, out: np.ndarray) -> None:
-    """Writes trit + 1 of weights int8 [R, O] to `out`, uint8 [R, O]; the range of 0 is int8 [O]."""
-    np.greater(weight, highest, out=out.view(bool))
-    out += np.greater_equal(weight, lowest).view(np.uint8)
 
 
 # --- Products -------------------------------------------------------------------------------------
 
 
 def dot(
-    x: jax.Array, w: Weight, *, activations: str = "float", axis_name: str | None = None
+    x: jax.Array,
+    w: Weight,
+    *,
+    activations: str = "float",
+    axis_name: str | None = None,
+    scale_last: bool | None = None,
 ) -> jax.Array:  # [..., I] -> [..., O]
     """x @ w for a weight [I, O] of any format, in the dtype of x.
 
     activations: one of ACTIVATIONS. "float" multiplies x as it is; "int8" and "int15" round each
-      row first, see `quantize_rows`, and then ternary products are exact integer sums. Gradients go
-      straight through the rounding, to x and to the scales of w.
+      row first, see `quantize_rows`, and then products with a weight that has no scales along I
+      are exact integer sums. Gradients go straight through the rounding, to x and to the scales.
     axis_name: inside `shard_map`, the mesh axis that I is split over; the result is the whole sum
+    scale_last: `has_last_scale` of the whole weight, where a device's part does not tell
     """
     stack = jax.tree.map(lambda leaf: leaf[None], w)
     rows = x.reshape(-1, x.shape[-1])
-    only = jnp.zeros(1, jnp.int32)
-    y = grouped_dot(rows, stack, only, activations=activations, axis_name=axis_name)
+    only, options = jnp.zeros(1, jnp.int32), {"axis_name": axis_name, "scale_last": scale_last}
+    y = grouped_dot(rows, stack, only, activations=activations, **options)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -459,6 +293,7 @@ def grouped_dot(
     *,
     activations: str = "float",
     axis_name: str | None = None,
+    scale_last: bool | None = None,
 ) -> jax.Array:  # [R, I] -> [R, O]
     """Rows in equal blocks, each block times one expert's matrix; experts are read where they lie.
 
@@ -468,33 +303,55 @@ def grouped_dot(
     """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
-    if isinstance(w, FakeTernaryWeight) and activations != "int8":
-        w = dequantize(w)  # bfloat16 has 8 bits
-    blocks = experts.shape[0]
-    step = None
-
-    def sums(rows, w, experts):  # [R, I] -> float32 [R, O], over all of I, not scaled
-        y = _block_products(rows.reshape(blocks, -1, x.shape[-1]), w, experts)
-        y = y.reshape(x.shape[0], -1)
-        return (y if axis_name is None else lax.psum(y, axis_name)).astype(jnp.float32)
-
+    if in_training(w) and activations != "int8":
+        w, scale_last = dequantize(w), False  # bfloat16 has 8 bits
+    scale_last = has_last_scale(w) if scale_last is None else scale_last
+    sums, step = functools.partial(_sums, axis_name=axis_name, scale_last=scale_last), None
     if activations == "float":
         y = sums(x, w, experts)
     else:
         rounded, step = quantize_rows(x, axis_name, activations)
-        if isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
-            y = _of_rounded(sums)(x.astype(jnp.float32) / step, rounded, w, experts)
-        elif isinstance(w, FakeTernaryWeight):
-            scaled = x.astype(jnp.float32) / step
-            y = sums(straight_through(scaled, rounded.astype(jnp.float32)), w, experts)
-        else:  # floats, in training: rounded rows and no step
+        scaled = x.astype(jnp.float32) / step
+        if isinstance(w, jax.Array):  # floats, in training: rounded rows and no step
             y = sums(straight_through(x, (rounded * step).astype(x.dtype)), w, experts)
             step = None
+        elif in_training(w):
+            y = sums(straight_through(scaled, rounded.astype(jnp.float32)), w, experts)
+        else:
+            y = _of_rounded(sums)(scaled, rounded, w, experts)
     scale = step
-    if isinstance(w, QuantizedWeight1_58bit | FakeTernaryWeight):
-        gamma = jnp.repeat(w.scales[experts, 0], x.shape[0] // blocks, axis=0)  # [R, 1]
+    if scale_last:
+        gamma = w.scales[experts, 0].astype(jnp.float32)  # [blocks, C]
+        gamma = jnp.repeat(gamma, x.shape[0] // experts.shape[0], axis=0)
         scale = gamma if step is None else in_this_order(gamma * step)
     return (y if scale is None else y * scale).astype(x.dtype)
+
+
+def in_training(w: Weight) -> bool:
+    """Whether the codes are floats that a gradient passes through."""
+    return isinstance(w, QuantizedWeight) and w.codes.dtype == jnp.float32
+
+
+def has_last_scale(w: Weight) -> bool:
+    """Whether all inputs of an output share its scale, so that sums are scaled last."""
+    return isinstance(w, QuantizedWeight | PackedWeight) and w.scales.shape[-2] == 1
+
+
+def _sums(x, w, experts, axis_name, scale_last):  # [R, I] -> float32 [R, O]
+    """Sums over all of I, on every device, times scales of groups but not those that come last."""
+    blocks, (rows, inputs) = experts.shape[0], x.shape
+    x = x.reshape(blocks, -1, inputs)
+    int15 = x.dtype == jnp.int16
+    if int15:  # both halves in one product: the weights are read once
+        x = jnp.concatenate(high_and_low(x), axis=1)
+    y = _block_products(x, w, experts, scale_last)
+    trits = isinstance(w, PackedWeight) and w.multipliers is None
+    if int15 and trits:  # at most 32768 * 16256, in int32: a device sends half as much
+        y = 128 * y[:, : rows // blocks] + y[:, rows // blocks :]
+    y = (y if axis_name is None else lax.psum(y, axis_name)).astype(jnp.float32)
+    if int15 and not trits:
+        y = 128 * y[:, : rows // blocks] + y[:, rows // blocks :]
+    return y.reshape(rows, -1)
 
 
 def _of_rounded(sums: Callable) -> Callable:
@@ -518,23 +375,21 @@ def _of_rounded(sums: Callable) -> Callable:
     return of_rounded
 
 
-def _block_products(x, w, experts):
-    """x [blocks, R, I] times each block's expert, summed over I but not scaled by rows or gamma."""
-    if isinstance(w, FakeTernaryWeight):
-        return _integer_products(x, _of_blocks(w.trits, experts))
-    if not isinstance(w, QuantizedWeight1_58bit | QuantizedWeight8bit):
+def _block_products(x, w, experts, scale_last):
+    """x [blocks, R, I] times each block's expert, [blocks, R, O], scaled as `_sums` says."""
+    if in_training(w):
+        return _integer_products(x, _of_blocks(w.codes, experts))
+    if isinstance(w, jax.Array):
         # One batched product: gradients through a loop cost twice as much.
         return _matmul(x, _of_blocks(w, experts).astype(x.dtype), BATCHED)
-    if x.dtype == jnp.int16:  # both planes in one product: the weights are read once
-        rows = x.shape[1]
-        both = _block_products(jnp.concatenate(planes(x), axis=1), w, experts)
-        return 128 * both[:, :rows] + both[:, rows:]  # at most 32768 * 16256, in int32
-    ternary = isinstance(w, QuantizedWeight1_58bit)
-    if ternary and x.dtype == jnp.int8:
-        kernel = kernels.ternary_kernel(x, w.packed, w.block, w.padding)
+    packed = isinstance(w, PackedWeight)
+    if packed and x.dtype == jnp.int8:
+        kernel = kernels.ternary_kernel(x, w.packed, w.block, w.padding, w.multipliers)
         if kernel is not None:
-            return kernel(x, w.packed, experts, w.block)
-    product = _ternary_product if ternary else _int8_product
+            return kernel(x, w.packed, experts, w.block, w.multipliers)
+    product = _packed_product
+    if not packed:
+        product = functools.partial(_codes_product, scale_last=scale_last)
     if len(experts) == 1:
         return jnp.where(experts < 0, 0, product(x[0], w, experts[0])[None])
 
@@ -591,43 +446,61 @@ def _matmul(x, w, contract):
     )
 
 
-def _ternary_product(x, w, expert):
-    """x [R, I] times the trits of one expert, unscaled: int32 for int8 x, else float32.
+def _packed_product(x, w, expert):
+    """x [R, I] times the codes of one expert: int32 for int8 x, else float32.
 
-    A product for each of the four bit positions, with the inputs that lie there: three times as
-    fast on a CPU as putting a tile's trits in order first.
+    A product for each of the four slabs, with the inputs that lie there: three times as fast on a
+    CPU as putting a tile's codes in order first.
     """
-    rows, width = x.shape[0], w.packed.shape[-1]
+    rows, width = x.shape[0], w.packed.shape[-1] // w.planes
     few = x.dtype != jnp.float32 and rows < FEW_ROWS
     x = jnp.pad(x, [(0, FEW_ROWS - rows if few else 0), (0, w.padding)])
     slabs = x.reshape(-1, width // w.block, 4, w.block).transpose(2, 0, 1, 3)
-    slabs = slabs.reshape(4, -1, width)  # inputs at each bit position
+    slabs = slabs.reshape(4, -1, width)  # inputs of each slab
+
+    def tile_of(array, start, size):  # outputs, of one expert
+        starts = (expert, start, *[0] * (array.ndim - 2))
+        return lax.dynamic_slice(array, starts, (1, size, *array.shape[2:]))[0]
 
     def columns(start, size):
-        tile = lax.dynamic_slice(w.packed, (expert, start, 0), (1, size, width))[0]
-        products = (
-            _matmul(
-                slab, _trits_at(tile, np.uint8(2 * i)).astype(x.dtype), (((1,), (1,)), ((), ()))
-            )
-            for i, slab in enumerate(slabs)
-        )
+        tile = tile_of(w.packed, start, size).reshape(size, -1, w.planes, 1, w.block)
+        multipliers = w.multipliers
+        if multipliers is not None:
+            multipliers = _of_slabs(tile_of(multipliers, start, size), tile.shape[1])
+
+        def product(slab, i):
+            of_slab = multipliers
+            if multipliers is not None and multipliers.shape[-1] > 1:
+                of_slab = multipliers[..., i : i + 1]
+            codes = _sum_planes(_trits_at(tile, np.uint8(2 * i)), of_slab)
+            codes = codes.reshape(size, width).astype(x.dtype)
+            return _matmul(slab, codes, (((1,), (1,)), ((), ())))
+
+        products = (product(slab, i) for i, slab in enumerate(slabs))
         return functools.reduce(jnp.add, products)  # [R, size]
 
     return _by_column_tiles(columns, x, w.shape)[:rows]
 
 
-def _int8_product(x, w, expert):
-    """x [R, I] times one expert's int8 matrix and its scales, float32."""
+def _codes_product(x, w, expert, scale_last):
+    """x [R, I] times one expert's codes: int32 for int8 x, else float32.
+
+    With several groups of scales along I, float32: each group's sums times its scales, added.
+    """
     groups = w.scales.shape[-2]
     x = x.reshape(x.shape[0], groups, -1).swapaxes(0, 1)  # [G, R, I/G]
 
     def columns(start, size):
         at = (expert, 0, start)
-        weight = lax.dynamic_slice(w.weight, at, (1, w.shape[-2], size))
-        weight = weight.reshape(groups, -1, size).astype(x.dtype)
-        scales = lax.dynamic_slice(w.scales, at, (1, groups, size))[0]
-        sums = _matmul(x, weight, (((2,), (1,)), ((0,), (0,))))  # [G, R, size]
-        return jnp.sum(sums.astype(jnp.float32) * scales[:, None].astype(jnp.float32), axis=0)
+        codes = lax.dynamic_slice(w.codes, at, (1, w.shape[-2], size))
+        codes = codes.reshape(groups, -1, size).astype(x.dtype)
+        sums = _matmul(x, codes, (((2,), (1,)), ((0,), (0,))))  # [G, R, size]
+        if scale_last:
+            return sums[0]
+        # Of a single column of scales, `dynamic_slice` takes that one for any start.
+        scales = lax.dynamic_slice(w.scales, at, (1, groups, min(size, w.scales.shape[-1])))[0]
+        scales = scales.astype(jnp.float32)
+        return jnp.sum(sums.astype(jnp.float32) * scales[:, None], axis=0)
 
     return _by_column_tiles(columns, x[0], w.shape)
 
@@ -658,14 +531,13 @@ def _by_column_tiles(columns, x, shape):
 # --- Embedding tables -----------------------------------------------------------------------------
 
 
-def quantize_table(table: jax.Array) -> QuantizedTable8bit:
+def quantize_table(table: jax.Array) -> QuantizedWeight:
     """Rows of a float table [V, D] rounded to int8, 127 at their largest."""
-    weight, scales = quantize_rows(table)
-    return QuantizedTable8bit(weight, scales)
+    return QuantizedWeight(*quantize_rows(table))
 
 
 def table_rows(
-    table: jax.Array | QuantizedTable8bit, index: jax.Array, axis_name: str | None = None
+    table: jax.Array | QuantizedWeight, index: jax.Array, axis_name: str | None = None
 ) -> jax.Array:
     """Rows of a table, float32 [..., D], for index int32 [...].
 
@@ -679,18 +551,18 @@ def table_rows(
         here = index - lax.axis_index(axis_name) * table.shape[0]
         return array.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
-    int8 = isinstance(table, QuantizedTable8bit)
-    rows = look(table.weight).astype(jnp.float32) * look(table.scales) if int8 else look(table)
+    int8 = isinstance(table, QuantizedWeight)
+    rows = look(table.codes).astype(jnp.float32) * look(table.scales) if int8 else look(table)
     return (rows if axis_name is None else lax.psum(rows, axis_name)).astype(jnp.float32)
 
 
-def table_dot(x: jax.Array, table: jax.Array | QuantizedTable8bit) -> jax.Array:
+def table_dot(x: jax.Array, table: jax.Array | QuantizedWeight) -> jax.Array:
     """Rows x [R, D] times each row of a table [V, D]: float32 [R, V].
 
     On a CPU the order of the sums does not depend on R or V.
     """
-    if isinstance(table, QuantizedTable8bit):
-        return table_dot(x, table.weight) * table.scales[:, 0]
+    if isinstance(table, QuantizedWeight):
+        return table_dot(x, table.codes) * table.scales[:, 0]
 
     def plain(x, table):
         table = table.astype(x.dtype) if table.dtype == jnp.int8 else table
@@ -707,14 +579,23 @@ def table_dot(x: jax.Array, table: jax.Array | QuantizedTable8bit) -> jax.Array:
 # --- Tables of choices ----------------------------------------------------------------------------
 
 
-def match_rules(rules: Sequence[tuple[str, Any]], paths: Iterable[str]) -> dict[str, Any]:
+Rules = Sequence[tuple[str, Any]] | Mapping[str, Any]
+
+
+def match_rules(rules: Rules, paths: Iterable[str]) -> dict[str, Any]:
     """What an ordered table of (pattern, value) says of each path: the first match wins.
 
-    Raises ValueError for a path that no rule matches, and for a rule that is no path's first match.
+    A mapping has the value of each path. Raises ValueError for a path that nothing is said of, and
+    for a rule that is no path's first match.
 
     >>> match_rules([("router", "float"), ("w$", "ternary")], ["router/w", "linear/w"])
     {'router/w': 'float', 'linear/w': 'ternary'}
     """
+    if isinstance(rules, Mapping):
+        rules, paths = dict(rules), list(paths)
+        if other := sorted(set(paths) ^ rules.keys()):
+            raise ValueError(f"parameters and their formats differ: {other[0]!r} is in one only")
+        return rules
     chosen, used = {}, set()
     for path in paths:
         found = next((i for i, (pattern, _) in enumerate(rules) if re.search(pattern, path)), None)
@@ -728,7 +609,7 @@ def match_rules(rules: Sequence[tuple[str, Any]], paths: Iterable[str]) -> dict[
     return chosen
 
 
-def apply_rules(rules: Sequence[tuple[str, Any]], params: dict, f: Callable) -> dict:
+def apply_rules(rules: Rules, params: dict, f: Callable) -> dict:
     """f(path, value, weight) of each parameter of `{module: {name: weight}}`, as a tree like it.
 
     The value is what the table says of the path "module/name"; errors are those of `match_rules`.

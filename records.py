@@ -13,15 +13,16 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 import checkpoint
 import files
+import formats
 import model
 import quantize
 import sharding
-import shards
 import tokenizer
 
 # --- States ---------------------------------------------------------------------------------------
@@ -164,25 +165,22 @@ def export(folder: Path, config, params, weights: str, form: str, processor, abo
 
 
 def _write_converted(folder: Path, params, weights: str, described: dict, extra: dict) -> None:
-    def stored(path, kind, w):
-        if kind != "ternary":
-            return w
-        trits = quantize.ternarize(w)
-        assert quantize.is_ternary(trits), f"{path} is not ternary"
-        return trits
+    precision = model.precision_table(weights)
 
-    rules = model.PRECISIONS[weights]
-    described = described | checkpoint.quantization(weights, rules)
-    saved = quantize.apply_rules(rules, params, stored)
+    def stored(_, format, w):
+        return formats.format_named(format).quantize(jnp.asarray(w))  # as the forward pass has it
+
+    described = described | checkpoint.quantization(weights, precision)
+    saved = quantize.apply_rules(precision, params, stored)
     checkpoint.save_converted(folder, saved, described, extra)
 
 
 def _write_released(folder: Path, params, weights: str, described: dict, extra: dict) -> None:
-    def stored(_, kind, w):
-        return quantize.quantize_int8_keeping_trits(w) if kind == "int8" else w
+    def stored(_, format, w):
+        return formats.quantize_int8_keeping_trits(w) if format == "int8" else w
 
     checkpoint.save(folder, quantize.apply_rules(model.PRECISIONS["int8"], params, stored))
-    extra = extra | {"config.json": (json.dumps(described, indent=2) + "\n").encode()}
+    files.write_json(folder / "config.json", described)
     for name, content in extra.items():
         (folder / name).write_bytes(content)
 
@@ -190,19 +188,19 @@ def _write_released(folder: Path, params, weights: str, described: dict, extra: 
 # --- Checkpoints to begin from --------------------------------------------------------------------
 
 
-def read_model(folder: Path) -> tuple[model.LanguageModelConfig, str]:
-    """A checkpoint's configuration, and what its weights are: as converted, or "int8"."""
+def read_model(folder: Path) -> tuple[model.LanguageModelConfig, dict[str, str]]:
+    """A checkpoint's configuration, and {path: format} of its parameters as they are stored."""
     checkpoint.check_folder(folder)
     config = model.config_from_dict(checkpoint.read_config(folder))
-    return config, checkpoint.default_weights(folder) if shards.exists(folder) else "int8"
+    released = model.formats_of(model.abstract_params(config), model.PRECISIONS["int8"])
+    return config, checkpoint.stored_precision(folder) or released
 
 
 def load_params(folder: Path, mesh: jax.sharding.Mesh) -> dict:
     """The parameters of a checkpoint of any form, as stored, on the mesh."""
-    config, weights = read_model(folder)
+    config, precision = read_model(folder)
     shardings = functools.partial(sharding.parameter_shardings, mesh)
-    rules = model.precision_table(weights)
-    return checkpoint.restore(folder, model.abstract_params(config), rules, shardings)
+    return checkpoint.restore(folder, model.abstract_params(config), precision, shardings)
 
 
 def load_latent(folder: Path, mesh: jax.sharding.Mesh) -> dict:
@@ -212,7 +210,7 @@ def load_latent(folder: Path, mesh: jax.sharding.Mesh) -> dict:
 
     def latent(params):
         return {
-            module: {name: quantize.latent(w) for name, w in entries.items()}
+            module: {name: formats.latent(w) for name, w in entries.items()}
             for module, entries in params.items()
         }
 

@@ -180,10 +180,11 @@ def report(**lines: str) -> None:
             print(f"{name:<12}{value}", file=sys.stderr)
 
 
-def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
+def plan(runner: runners.ModelRunner, weights: str, precision: dict[str, str], slots: int) -> None:
     """Reports the resolved configuration; ValueError if a device has too little memory for it."""
     c, mesh = runner.config, runner.mesh
-    needed = runners.device_memory(runner, weights, slots, c.sequence_len)
+    params = runners.abstract_weights(c, precision)
+    needed = runners.device_memory(runner, params, slots, c.sequence_len)
     total, limit = sum(needed.values()), sharding.memory_limit(mesh)
     parameters = sum(w.size for w in jax.tree.leaves(model.abstract_params(c)))
     experts = (
@@ -195,7 +196,7 @@ def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
         f"key/value heads of {c.key_size}, {experts} of {c.ffn_size}",
         parameters=f"{parameters:,}",
         weights=f"{weights}, {c.activations} activations in {c.fprop_dtype}",
-        products=products(runner, weights),
+        products=products(runner, params),
         mesh=f"{data} data x {heads} model, {mesh.devices.flat[0].device_kind}",
         slots=f"{slots} of {c.sequence_len} tokens, vocabulary {c.vocab_size}",
         memory=" + ".join(f"{name} {readable_size(count)}" for name, count in needed.items()),
@@ -215,12 +216,12 @@ def plan(runner: runners.ModelRunner, weights: str, slots: int) -> None:
         )
 
 
-def products(runner: runners.ModelRunner, weights: str) -> str:
+def products(runner: runners.ModelRunner, params: dict) -> str:
     """What multiplies the quantized matrices, such as "kernel: moe/linear; plain JAX: ..."."""
 
     def of(activations):
         config = dataclasses.replace(runner.config, activations=activations)
-        found = runners.products_by_path(runners.ModelRunner(config, runner.mesh), weights)
+        found = runners.products_by_path(runners.ModelRunner(config, runner.mesh), params)
         return {path: names for path, names in found.items() if names}
 
     found = of(runner.config.activations)
@@ -343,7 +344,8 @@ def run(args: argparse.Namespace) -> None:
     runners.check_slots(slots, runner.mesh)
     processor = tokenizer.load(args.checkpoint, config.vocab_size)
     weights = args.weights or checkpoint.default_weights(args.checkpoint)
-    plan(runner, weights, slots)
+    precision = runners.precision_of(args.checkpoint, model.abstract_params(config), args.weights)
+    plan(runner, weights, precision, slots)
 
     inference = runners.InferenceRunner(runner, processor, slots)
     request = runners.Request(
@@ -353,7 +355,7 @@ def run(args: argparse.Namespace) -> None:
     requests = [dataclasses.replace(r, prompt=prompt_tokens(inference, r)) for r in requests]
 
     begin = time.perf_counter()
-    runner.load(args.checkpoint, weights, progress=sys.stderr.isatty(), check=args.check)
+    runner.load(args.checkpoint, args.weights, progress=sys.stderr.isatty(), check=args.check)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
     report(load=f"{readable_size(weights)} in {time.perf_counter() - begin:.1f} s")
 

@@ -31,6 +31,7 @@ from jax import lax
 import attention
 import checkpoint
 import experts
+import formats
 import kernels
 import quantize
 import sharding
@@ -39,6 +40,7 @@ from model import (
     LanguageModelConfig,
     Memory,
     abstract_params,
+    formats_of,
     init_memory,
     make_model,
     precision_table,
@@ -91,15 +93,16 @@ class ModelRunner:
     def load(
         self, folder, weights: str | None = None, progress: bool = False, check: bool = True
     ) -> None:
-        """The parameters of a checkpoint folder, in the form that `weights` names in PRECISIONS.
+        """The parameters of a checkpoint folder, in the precision that `weights` names.
 
-        By default in the form that the checkpoint was converted to, and a released one as ternary.
+        By default as the checkpoint was converted, and a released one as "ternary".
         `progress` and `check` are those of `checkpoint.restore`. Raises checkpoint.CheckpointError.
         """
+        template = abstract_params(self.config)
         params = checkpoint.restore(
             folder,
-            abstract_params(self.config),
-            precision_table(weights or checkpoint.default_weights(folder)),
+            template,
+            precision_of(folder, template, weights),
             functools.partial(sharding.parameter_shardings, self.mesh),
             progress=progress,
             check=check,
@@ -797,38 +800,42 @@ def check_sampling(request: Request) -> None:
 # --- Planning -------------------------------------------------------------------------------------
 
 
-def abstract_weights(config: LanguageModelConfig, weights: str) -> dict:
+def precision_of(folder, template: dict, weights: str | None = None) -> dict[str, str]:
+    """{path: format} to load a checkpoint in: what `weights` names in PRECISIONS.
+
+    By default as it was converted, and a released one as "ternary". template: as from
+    `abstract_params`
+    """
+    stored = None if weights else checkpoint.stored_precision(folder)
+    return stored or formats_of(template, precision_table(weights or "ternary"))
+
+
+def abstract_weights(config: LanguageModelConfig, precision: quantize.Rules) -> dict:
     """The shapes and dtypes that `ModelRunner.load` gives the parameters; nothing is allocated.
 
     Int8 matrices have the one scale for each column that they have at least.
     """
-    forms = {
-        "ternary": quantize.ternarize,
-        "int8": quantize.quantize_int8,
-        "float32": lambda w: w,
-    }
     params = quantize.apply_rules(
-        precision_table(weights),
-        abstract_params(config),
-        lambda _, kind, w: jax.eval_shape(forms[kind], w),
+        precision, abstract_params(config), lambda _, format, w: formats.shapes(format, w.shape)
     )
     return jax.eval_shape(functools.partial(cast_embeddings, config=config), params)
 
 
-def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: int) -> dict:
+def device_memory(runner: ModelRunner, params: dict, slots: int, sequence_len: int) -> dict:
     """Bytes that serving takes on each device, by purpose; nothing is allocated.
+
+    params: as from `abstract_weights`
 
     "activations" is an estimate: what the larger of a prefill chunk and a decode step needs besides
     its arguments, and the logits of all slots, five times, to sort and to sample them.
     """
     config, mesh = runner.config, runner.mesh
-    params = abstract_weights(config, weights)
     shardings = sharding.parameter_shardings(mesh, params)
     table = sharding.device_bytes(params[EMBEDDINGS], shardings[EMBEDDINGS])
     rows = [
         jax.eval_shape(functools.partial(empty_slots, config, n, sequence_len)) for n in (slots, 1)
     ]
-    local = jax.tree.map(lambda x, to: x.update(shape=to.shard_shape(x.shape)), params, shardings)
+    local = local_shapes(params, shardings)
     step = functools.partial(step_bytes, config, local, sequence_len)
     prefill = step(1, min(PAD_SIZES[-1], sequence_len))
     decode = step(-(-slots // mesh.shape["data"]), 1)
@@ -838,6 +845,11 @@ def device_memory(runner: ModelRunner, weights: str, slots: int, sequence_len: i
         "cache": sum(sharding.device_bytes(row, slots_shardings(mesh, row)) for row in rows),
         "activations": max(prefill, decode) + 5 * 4 * slots * config.vocab_size,
     }
+
+
+def local_shapes(params, shardings):
+    """The shapes of a device's parts of a tree of `ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda x, to: x.update(shape=to.shard_shape(x.shape)), params, shardings)
 
 
 def step_bytes(
@@ -896,9 +908,9 @@ def plain_bytes(config: LanguageModelConfig, local: dict, count: int) -> int:
         return total + blocks * math.prod(up.shape[-2:]) * (4 + rounded)
     if backend == "cpu":
         return total + loop_bytes(config, local, count, rows)
-    if isinstance(up, quantize.QuantizedWeight8bit) and config.activations != "float":
+    if isinstance(up, quantize.QuantizedWeight) and config.activations != "float":
         # XLA:GPU transposes all experts for products of integers, of two matrices at a time.
-        total += 2 * up.weight.size if backend == "gpu" else 0
+        total += 2 * up.codes.size if backend == "gpu" else 0
     if backend == "tpu" and config.activations == "int15":  # sums of planes beside those of both
         total += 2 * sum_bytes(config) * rows * up.shape[-1]
     return total
@@ -911,12 +923,12 @@ def loop_bytes(config: LanguageModelConfig, local: dict, count: int, rows: int) 
     tiles that they unpack, and the planes of int15 by themselves.
     """
     native, sums = kernels.library() is not None, sum_bytes(config)
-    formats = (quantize.QuantizedWeight8bit, quantize.QuantizedWeight1_58bit)
-    formats = formats[:1] if native and config.activations != "float" else formats
+    types = (quantize.QuantizedWeight, quantize.PackedWeight)
+    types = types[:1] if native and config.activations != "float" else types
     matrices = {
         module: entries["w"]
         for module, entries in local.items()
-        if module.startswith(f"{LAYER}/") and isinstance(entries.get("w"), formats)
+        if module.startswith(f"{LAYER}/") and isinstance(entries.get("w"), types)
     }
     if not matrices:
         return 0
@@ -925,7 +937,7 @@ def loop_bytes(config: LanguageModelConfig, local: dict, count: int, rows: int) 
         for module, w in matrices.items()
     )
     up = expert_weight(config, local)
-    counted = 2 * sums * rows * up.shape[-1] if isinstance(up, formats) else 0  # in `step_bytes`
+    counted = 2 * sums * rows * up.shape[-1] if isinstance(up, types) else 0  # in `step_bytes`
     tile = min(quantize.TILE, max(math.prod(w.shape[-2:]) for w in matrices.values()))
     planes = 0 if sums == 4 else 4 * rows * up.shape[-1]
     return config.num_layers * filled - counted + planes + 10 * tile
@@ -952,36 +964,37 @@ def expert_rows(config: LanguageModelConfig, count: int) -> tuple[int, int]:
     return blocks.token_of_row.size, blocks.expert_of_block.size
 
 
-def products_by_path(runner: ModelRunner, weights: str) -> dict[str, list[str]]:
-    """Which quantized matrices of a layer a kernel multiplies on this backend, and which plain JAX.
+def products_by_path(runner: ModelRunner, params: dict) -> dict[str, list[str]]:
+    """Which quantized matrices of layers a kernel multiplies on this backend, and which plain JAX.
 
     {"kernel": names, "plain JAX": names}, such as "moe/linear_v"; of one row as of many.
+
+    params: as from `abstract_weights`
     """
-    config = dataclasses.replace(runner.config, num_layers=1)
-    params = abstract_weights(config, weights)
-    shardings = sharding.parameter_shardings(runner.mesh, params)
+    local = local_shapes(params, sharding.parameter_shardings(runner.mesh, params))
     found: dict[str, list[str]] = {"kernel": [], "plain JAX": []}
-    for module, entries in params.items():
-        w, where = entries.get("w"), shardings[module].get("w")
-        if isinstance(w, quantize.QuantizedWeight1_58bit | quantize.QuantizedWeight8bit):
-            local = jax.tree.map(lambda x, s: s.shard_shape(x.shape), w, where)
-            kind = "kernel" if _has_kernel(local, config.activations) else "plain JAX"
-            found[kind].append(module.split("/", 2)[2])
+    for module, entries in local.items():
+        w = entries.get("w")
+        if isinstance(w, quantize.PackedWeight | quantize.QuantizedWeight):
+            names = found["kernel" if _has_kernel(w, runner.config.activations) else "plain JAX"]
+            name = module.split("/", 2)[2]
+            names += [name] * (name not in names)
     return found
 
 
 def _has_kernel(w, activations: str) -> bool:
-    """Whether a weight, given by the shapes of its arrays, has a kernel for such activations."""
-    if activations == "float" or not isinstance(w, quantize.QuantizedWeight1_58bit):
+    """Whether a weight, in abstract form, has a kernel for such activations."""
+    if activations == "float" or not isinstance(w, quantize.PackedWeight):
         return False
-    *lead, outputs, width = w.packed
-    packed = jax.ShapeDtypeStruct((math.prod(lead), outputs, width), jnp.uint8)
+    if len(w.shape) == 2:
+        w = jax.tree.map(lambda x: x.update(shape=(1, *x.shape)), w)
     return all(
         kernels.ternary_kernel(
-            jax.ShapeDtypeStruct((1, rows, 4 * width - w.padding), jnp.int8),
-            packed,
+            jax.ShapeDtypeStruct((1, rows, w.shape[-2]), jnp.int8),
+            w.packed,
             w.block,
             w.padding,
+            w.multipliers,
         )
         for rows in (1, PAD_SIZES[-1])
     )

@@ -5,6 +5,7 @@ Modules and parameters name logical axes; `AXES` says which mesh axis each one i
 each decoder layer sums over "model" twice: after the attention's and after the experts' output.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -109,7 +110,7 @@ def parameter_shardings(mesh: Mesh, params: dict) -> dict:
 
     def one(path, axes, weight):
         specs = weight_specs(axes, weight)
-        if isinstance(weight, quantize.QuantizedWeight1_58bit):
+        if isinstance(weight, quantize.PackedWeight):
             _check_whole_blocks(mesh, path, weight, specs.packed[-1])
         jax.tree.map(functools.partial(_check_divides, mesh, path), weight, specs)
         return jax.tree.map(functools.partial(NamedSharding, mesh), specs)
@@ -138,23 +139,29 @@ def activation_sharding(mesh: Mesh, axes: Axes = (), shape: Sequence[int] = ()) 
 def weight_specs(axes: Axes, weight):
     """Partition specs of a weight of any format, from the logical axes of its matrix [..., I, O].
 
-    A weight with fewer axes than the rule has the last ones; `()` means replicated.
+    A weight with fewer axes than the rule has the last ones; `()` means replicated. Scales follow
+    their weight: along an axis where there are several, they are split as it is.
     """
     rank = len(weight.shape)
     mesh_axes = [AXES[axis] for axis in axes][-rank:] or [None] * rank
-    if isinstance(weight, quantize.QuantizedWeight1_58bit):
+
+    def scales(array, *axes):
+        pairs = zip(array.shape, axes, strict=True)
+        return P(*(axis if size > 1 else None for size, axis in pairs))
+
+    if isinstance(weight, quantize.QuantizedWeight):
+        return quantize.QuantizedWeight(P(*mesh_axes), scales(weight.scales, *mesh_axes))
+    if isinstance(weight, quantize.PackedWeight):
         *lead, inputs, outputs = mesh_axes
-        return quantize.QuantizedWeight1_58bit(
-            P(*lead, outputs, inputs), P(*lead, None, None), weight.block, weight.padding
+        multipliers = weight.multipliers
+        if multipliers is not None:
+            multipliers = scales(multipliers, *lead, outputs, inputs, None)
+        return dataclasses.replace(
+            weight,
+            packed=P(*lead, outputs, inputs),
+            scales=scales(weight.scales, *mesh_axes),
+            multipliers=multipliers,
         )
-    if isinstance(weight, quantize.QuantizedWeight8bit):
-        *lead, inputs, outputs = mesh_axes
-        groups = inputs if weight.scales.shape[-2] > 1 else None
-        return quantize.QuantizedWeight8bit(P(*mesh_axes), P(*lead, groups, outputs))
-    if isinstance(weight, quantize.FakeTernaryWeight):
-        return quantize.FakeTernaryWeight(P(*mesh_axes), P(*mesh_axes[:-2], None, None))
-    if isinstance(weight, quantize.QuantizedTable8bit):
-        return quantize.QuantizedTable8bit(P(*mesh_axes), P(mesh_axes[0], None))
     return P(*mesh_axes)
 
 

@@ -2,9 +2,11 @@
 
 `docs/format.md` says what is in the files. A parameter "module/name" is stored in the form of
 
-    float32 array            module/name
-    QuantizedWeight8bit      module/name.weight, module/name.scales
-    StoredTrits              module/name.trits, module/name.scales
+    float32 array      module/name
+    QuantizedWeight    module/name.weight, module/name.scales
+    PackedWeight       module/name.trits, module/name.scales, some with module/name.multipliers
+
+and is read and written as that type, whose arrays are then those of the mapped file.
 
 Shards are filled in place, through memory maps, so that none is ever in memory as a whole; the
 `safetensors` library, which reads them too, can only write what is.
@@ -12,6 +14,7 @@ Shards are filled in place, through memory maps, so that none is ever in memory 
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -21,7 +24,7 @@ import pathlib
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,12 +32,14 @@ import ml_dtypes
 import numpy as np
 
 import files
-import quantize
+import formats
+import kernels
 from files import CheckpointError
-from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
+from quantize import PackedWeight, QuantizedWeight
 from tensor_file import release
 
-VERSION = 1  # of the format; also in config.json
+VERSION = 2  # of what is written; also in config.json
+READ_VERSIONS = (1, 2)  # 1 has no weights but float32, int8 and absmean ternary ones
 INDEX = "model.safetensors.index.json"
 CHECKSUMS = "checksums.json"
 CONFIG = "config.json"
@@ -44,7 +49,13 @@ SHARD_SIZE = 2_000_000_000  # bytes; a parameter is never split, so one shard ma
 PIECE = 1 << 20  # bytes that a thread takes at a time
 READ = 1 << 24  # bytes that are summed at a time
 
-NAME = re.compile(r"([\w~-]+(?:/[\w~-]+)*)(|\.weight|\.trits|\.scales)", re.ASCII)  # of a tensor
+PARTS = {  # what the arrays of a weight are called in the files
+    QuantizedWeight: (".weight", ".scales"),
+    PackedWeight: (".trits", ".scales", ".multipliers"),
+}
+NAME = re.compile(  # of a tensor
+    r"([\w~-]+(?:/[\w~-]+)*)(|\.weight|\.trits|\.scales|\.multipliers)", re.ASCII
+)
 FILE = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # of a checkpoint, in its folder and nowhere else
 MAX_NAME = 200
 MAX_AXES = 8
@@ -58,53 +69,6 @@ DTYPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredTrits:
-    """A ternary weight as it is stored; arrays may be `ShapeDtypeStruct`s, to plan.
-
-    trits: uint8 [..., O, bytes]
-    scales: float32 [..., 1, 1]
-    shape: logical, (..., I, O)
-    packing: "2bit", bytes as in `QuantizedWeight1_58bit`, or "base3", by `quantize.to_base3`
-    block: as in `QuantizedWeight1_58bit`
-    """
-
-    trits: Any
-    scales: Any
-    shape: tuple[int, ...]
-    packing: str
-    block: int
-
-    @property
-    def matrices(self) -> np.ndarray:
-        """The trits, with an axis of experts in any case: uint8 [E, O, bytes]."""
-        return self.trits.reshape(-1, *self.trits.shape[-2:])
-
-
-def ternary_shapes(shape: tuple[int, ...]) -> QuantizedWeight1_58bit:
-    """The ShapeDtypeStructs of a ternary weight of logical shape [..., I, O]."""
-    *lead, inputs, outputs = shape
-    return QuantizedWeight1_58bit(
-        jax.ShapeDtypeStruct((*lead, outputs, -(-inputs // 4)), np.uint8),
-        jax.ShapeDtypeStruct((*lead, 1, 1), np.float32),
-        quantize.packing_block(inputs),
-        -inputs % 4,
-    )
-
-
-def stored_form(weight: QuantizedWeight1_58bit, packing: str) -> StoredTrits:
-    """The abstract StoredTrits of a ternary weight, of which only the shapes matter."""
-    *lead, outputs, width = weight.packed.shape
-    stored = -(-width // 5) * 4 if packing == "base3" else width
-    return StoredTrits(
-        jax.ShapeDtypeStruct((*lead, outputs, stored), np.uint8),
-        jax.ShapeDtypeStruct((*lead, 1, 1), np.float32),
-        weight.shape,
-        packing,
-        weight.block,
-    )
-
-
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` that cover start to stop."""
     return (slice(at, min(at + size, stop)) for at in range(start, stop, size))
@@ -113,54 +77,124 @@ def slices(start: int, stop: int, size: int) -> Iterator[slice]:
 # --- Trits ----------------------------------------------------------------------------------------
 
 
-def store_trits(packed: np.ndarray, out: np.ndarray, packing: str, run=map) -> None:
-    """Writes packed bytes [O, B] of one matrix to `out`, uint8 [O, bytes].
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["stored"],
+    meta_fields=["width", "packing", "format", "check"],
+)
+@dataclasses.dataclass(frozen=True)
+class StoredTrits:
+    """The array `PackedWeight.packed` as it is stored: uint8 [..., O, B], read and set by slices.
 
-    run: `map`, or that of a pool of threads
+    stored: uint8 [..., O, bytes], mapped; a `ShapeDtypeStruct`, to plan
+    width: B
+    packing: "2bit", bytes as in memory, or "base3", by `to_base3`
+    format: of the weight, a name of formats.FORMATS
+    check: whether reading looks for codes of 3 in "2bit"; "base3" bytes above 242 are refused in
+      any case
     """
 
-    def convert(rows):
-        out[rows] = quantize.to_base3(packed[rows]) if packing == "base3" else packed[rows]
+    stored: Any
+    width: int
+    packing: str
+    format: str
+    check: bool = True
 
-    for _ in run(convert, slices(0, len(packed), max(1, PIECE // max(1, packed.shape[1])))):
-        pass
+    dtype = np.dtype(np.uint8)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., O, B]."""
+        return (*self.stored.shape[:-1], self.width)
 
-def load_trits(
-    stored: StoredTrits, index: Sequence[slice], out: np.ndarray, run=map, check: bool = True
-) -> None:
-    """Reads packed bytes `[..., O, B][index]` into `out`, from no more of the file than needed.
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
-    run: `map`, or that of a pool of threads
-    check: for codes of 3 in "2bit"; "base3" bytes above 242 are refused in any case
-    Raises ValueError for bytes that are no trits: each way to multiply would take them otherwise.
-    """
-    trits = stored.matrices
-    experts, outputs, width = index if len(index) == 3 else (slice(0, 1), *index)
-    out = out.reshape(-1, *out.shape[-2:])
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Packed bytes, from no more of the file than needed; an index for each axis.
 
-    def convert(at):
-        expert, rows = at
-        here = slice(rows.start - outputs.start, rows.stop - outputs.start)
-        if stored.packing == "2bit":
-            piece = trits[expert, rows, width]
-            if check and (piece & piece >> 1 & 0b01_01_01_01).any():
+        Raises ValueError for bytes that are no trits: each way to multiply would take them
+        otherwise.
+        """
+        *rows, columns = index
+        start, stop, _ = columns.indices(self.width)
+        if self.packing == "2bit":
+            packed = self.stored[(*rows, columns)]
+            if self.check and (packed & packed >> 1 & 0b01_01_01_01).any():
                 raise ValueError("packed bytes with codes of 3, which no trit has")
-        else:  # whole groups: four bytes are five
-            first = width.start // 5
-            digits = trits[expert, rows, 4 * first : -(-width.stop // 5) * 4]
-            piece = quantize.from_base3(digits)[:, width.start - 5 * first :]
-            piece = piece[:, : width.stop - width.start]
-        out[expert - experts.start, here] = piece
+            return packed
+        first = start // 5  # whole groups: four bytes are five
+        packed = from_base3(self.stored[(*rows, slice(4 * first, -(-stop // 5) * 4))])
+        return packed[..., start - 5 * first : stop - 5 * first]
 
-    rows = max(1, PIECE // max(1, width.stop - width.start))
-    pieces = [
-        (expert, piece)
-        for expert in range(experts.start, experts.stop)
-        for piece in slices(outputs.start, outputs.stop, rows)
-    ]
-    for _ in run(convert, pieces):
-        pass
+    def __setitem__(self, index: tuple[slice, ...], packed: np.ndarray) -> None:
+        """Stores whole rows of bytes; the index is of the axes before them."""
+        self.stored[index] = to_base3(packed) if self.packing == "base3" else packed
+
+
+def stored_form(format: str, shape: tuple[int, ...], packing: str) -> PackedWeight:
+    """A packed weight of logical shape [..., I, O] as it is stored, in abstract form."""
+    weight = formats.shapes(format, shape)
+    *lead, width = weight.packed.shape
+    size = -(-width // 5) * 4 if packing == "base3" else width
+    stored = jax.ShapeDtypeStruct((*lead, size), np.uint8)
+    return dataclasses.replace(weight, packed=StoredTrits(stored, width, packing, format))
+
+
+def to_base3(packed: np.ndarray) -> np.ndarray:
+    """Packed bytes [..., B] at five trits to a byte: uint8 [..., 4 ceil(B / 5)], 0 to 242.
+
+    Of every five bytes, the last gives one of its trits to each of the others: their own four are
+    the low digits of a number in base 3, that one is its highest. Zeros (trits) fill up B. Codes
+    are 0 to 2; one of 3 would become other trits.
+
+    >>> to_base3(np.array([0b10_00_10_01, 0, 0b10_10_10_10, 0, 0b01_00_10_00], np.uint8))
+    array([ 61, 162,  80,  81], dtype=uint8)
+    """
+    *lead, width = packed.shape
+    fives = np.full((*lead, -(-width // 5) * 5), 0b01_01_01_01, np.uint8)
+    fives[..., :width] = packed
+    p = _first_fours(fives).copy().view(np.uint8)
+    # Worth 1, 4, 16 and 64 in a packed byte, its trits become worth 1, 3, 9 and 27.
+    digits = p - (p >> np.uint8(2))
+    digits -= np.uint8(3) * (p >> np.uint8(4))
+    digits -= np.uint8(9) * (p >> np.uint8(6))
+    fifth = fives.reshape(-1)[4::5].astype("<u4")
+    fifth = (fifth | fifth << 6 | fifth << 12 | fifth << 18) & 0x03030303  # a trit to each byte
+    digits += np.uint8(81) * fifth.view(np.uint8)
+    return digits.reshape(*lead, -(-width // 5) * 4)
+
+
+def from_base3(digits: np.ndarray) -> np.ndarray:
+    """The packed bytes [..., 5 G] that `to_base3` turned into digits uint8 [..., 4 G].
+
+    Raises ValueError for other arrays, and for a byte above 242: five trits make none.
+    """
+    if kernels.library() is not None:
+        return kernels.from_base3(digits)
+    kernels.check_bytes(digits)
+    kernels.check_digit(digits.max(initial=0))
+    digits = np.ascontiguousarray(digits)
+    *lead, width = digits.shape
+    d = digits.reshape(-1)
+    # With its quotients by 3, 9 and so on added, the trits of d are worth 1, 4, 16, 64 and 256:
+    # the fifth leaves the byte by itself. (Multiplied, for NumPy shifts bytes left slowly.)
+    fifth = d // np.uint8(81)
+    p = np.uint8(4) * fifth + d // np.uint8(27)
+    p = np.uint8(4) * p + d // np.uint8(9)
+    p = np.uint8(4) * p + d // np.uint8(3) + d
+    packed = np.empty((*lead, width // 4 * 5), np.uint8)
+    _first_fours(packed)[...] = p.view("<u4")
+    # The highest byte of the product: fifth[0] + 4 fifth[1] + 16 fifth[2] + 64 fifth[3].
+    gathered = fifth.view("<u4") * np.uint32(1 << 24 | 1 << 18 | 1 << 12 | 1 << 6)
+    packed.reshape(-1)[4::5] = gathered.view(np.uint8)[3::4]
+    return packed
+
+
+def _first_fours(fives: np.ndarray) -> np.ndarray:
+    """A view of the first four of every five bytes, as one uint32 each."""
+    return np.ndarray(fives.size // 5, "<u4", fives, strides=5)
 
 
 # --- Shards ---------------------------------------------------------------------------------------
@@ -168,11 +202,8 @@ def load_trits(
 
 def parts(path: str, leaf) -> dict[str, Any]:
     """The tensors, by their names in the shard, that a parameter is stored as."""
-    if isinstance(leaf, QuantizedWeight8bit):
-        return {f"{path}.weight": leaf.weight, f"{path}.scales": leaf.scales}
-    if isinstance(leaf, StoredTrits):
-        return {f"{path}.trits": leaf.trits, f"{path}.scales": leaf.scales}
-    return {path: leaf}
+    names = PARTS.get(type(leaf), ("",))
+    return {path + name: array for name, array in zip(names, jax.tree.leaves(leaf), strict=False)}
 
 
 def stored_bytes(leaf) -> int:
@@ -203,9 +234,10 @@ class Shard:
         codes = {dtype: code for code, dtype in DTYPES.items()}
         entries: dict[str, Any] = {"__metadata__": {"format_version": str(VERSION)}}
         for path, leaf in self.leaves.items():
-            if isinstance(leaf, StoredTrits):
-                about = {"shape": leaf.shape, "packing": leaf.packing, "block": leaf.block}
-                entries["__metadata__"][path] = json.dumps(about)
+            if isinstance(leaf, PackedWeight):
+                trits = leaf.packed
+                about = {"shape": leaf.shape, "format": trits.format, "packing": trits.packing}
+                entries["__metadata__"][path] = json.dumps(about | {"block": leaf.block})
         end = 0
         for name, x in self.tensors.items():
             start, end = end, end + _bytes(x)
@@ -308,9 +340,11 @@ def _parse_sizes(value: Any) -> tuple[int, ...]:
 
 def _leaves(tensors: dict[str, jax.ShapeDtypeStruct], metadata: Any) -> dict[str, Any]:
     """The abstract parameters, {path: leaf}, that the tensors of a shard make up."""
-    if not isinstance(metadata, dict) or metadata.get("format_version") != str(VERSION):
+    versions = [str(version) for version in READ_VERSIONS]
+    if not isinstance(metadata, dict) or metadata.get("format_version") not in versions:
         raise CheckpointError(
-            f"expected __metadata__ with format_version '{VERSION}', found {files.shown(metadata)}"
+            f"expected __metadata__ with a format_version of {versions}, found "
+            f"{files.shown(metadata)}"
         )
     groups: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for name, form in tensors.items():
@@ -336,7 +370,7 @@ def _leaf(found: dict[str, jax.ShapeDtypeStruct], about: Any) -> Any:
         *lead, inputs, outputs = _matrix(found[".weight"].shape)
         scales = found.get(".scales", found[".weight"]).shape
         groups = math.gcd(inputs, scales[-2]) if len(scales) > 1 else 1  # a divisor of `inputs`
-        leaf = QuantizedWeight8bit(
+        leaf = QuantizedWeight(
             jax.ShapeDtypeStruct((*lead, inputs, outputs), np.int8),
             jax.ShapeDtypeStruct((*lead, groups, outputs), ml_dtypes.bfloat16),
         )
@@ -352,14 +386,20 @@ def _leaf(found: dict[str, jax.ShapeDtypeStruct], about: Any) -> Any:
     return leaf
 
 
-def _parse_trits(text: Any) -> StoredTrits:
-    about = files.parse_json(text) if isinstance(text, str) else None
-    if about is None or about.keys() != {"shape", "packing", "block"}:
+def _parse_trits(text: Any) -> PackedWeight:
+    about = files.parse_json(text) if isinstance(text, str) else {}
+    about = {"format": "ternary"} | about  # which version 1 does not say
+    if about.keys() != {"shape", "format", "packing", "block"}:
         raise CheckpointError(f"expected its shape in __metadata__, found {files.shown(text)}")
-    shape = _matrix(_parse_sizes(about["shape"]))
-    if about["packing"] not in PACKINGS:
-        raise CheckpointError(f"packing {files.shown(about['packing'])}, known are {PACKINGS}")
-    leaf = stored_form(ternary_shapes(shape), about["packing"])
+    shape, format = _matrix(_parse_sizes(about["shape"])), about["format"]
+    packed = [name for name, known in formats.FORMATS.items() if known.packed]
+    for value, known in ((about["packing"], [*PACKINGS]), (format, packed)):
+        if value not in known:
+            raise CheckpointError(f"{files.shown(value)} is none of {known}; update this code")
+    try:
+        leaf = stored_form(format, shape, about["packing"])
+    except ValueError as error:
+        raise CheckpointError(f"{format} {list(shape)}: {error}") from None
     if about["block"] != leaf.block:
         raise CheckpointError(f"block {files.shown(about['block'])}, expected {leaf.block}")
     return leaf
@@ -396,10 +436,7 @@ def _map(file, content: bytes, write: bool = False) -> _Mapped:
     leaves = {}
     for path, leaf in header.leaves.items():
         arrays = [array(name, form) for name, form in parts(path, leaf).items()]
-        if isinstance(leaf, StoredTrits):
-            leaves[path] = dataclasses.replace(leaf, trits=arrays[0], scales=arrays[1])
-        else:
-            leaves[path] = QuantizedWeight8bit(*arrays) if len(arrays) > 1 else arrays[0]
+        leaves[path] = jax.tree.unflatten(jax.tree.structure(leaf), arrays)
     return _Mapped(data, leaves, header.offsets)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 import files
 from files import CheckpointError
-from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
+from quantize import PackedWeight, QuantizedWeight
 
 # --- Reading one tensor ---------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ class _Reader:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def load(self) -> np.ndarray | QuantizedWeight8bit:
+    def load(self) -> np.ndarray | QuantizedWeight:
         for _ in range(MAX_OPCODES):
             opcode = bytes(self.take(1))
             if opcode == pickle.STOP:
@@ -86,7 +86,7 @@ class _Reader:
         if self.at != len(self.data):
             raise CheckpointError(f"{len(self.data) - self.at} bytes follow the end of the tensor")
         tensor = self.stack[-1].value
-        if not isinstance(tensor, np.ndarray | QuantizedWeight8bit):
+        if not isinstance(tensor, np.ndarray | QuantizedWeight):
             raise CheckpointError("the pickle holds no tensor")
         return tensor
 
@@ -209,7 +209,7 @@ def _fill(made: np.dtype | _StandIn, state: Any) -> None:
         weight, scales = state["weight"].value, state["scales"].value
         if not (isinstance(weight, np.ndarray) and isinstance(scales, np.ndarray)):
             raise CheckpointError("a weight whose parts are not arrays")
-        made.value = QuantizedWeight8bit(weight, scales)
+        made.value = QuantizedWeight(weight, scales)
     else:
         _, shape, dtype, fortran, payload = state
         made.value = _array(shape, dtype, fortran, payload)
@@ -234,7 +234,7 @@ def _array(shape: Any, dtype: Any, fortran: Any, payload: Any) -> np.ndarray:
     return np.ndarray(shape, dtype, payload)
 
 
-def read_tensor(path: str | os.PathLike) -> np.ndarray | QuantizedWeight8bit:
+def read_tensor(path: str | os.PathLike) -> np.ndarray | QuantizedWeight:
     """The array, or the int8 weight with its scales, that a file of the release holds.
 
     The arrays are read-only views of the memory-mapped file, unmapped when the last is dropped. A
@@ -269,8 +269,8 @@ def release(mapped: np.ndarray | mmap.mmap) -> None:
 
 
 def describe(tensor) -> str:
-    if isinstance(tensor, QuantizedWeight8bit):
-        return f"{describe(tensor.weight)} with scales {describe(tensor.scales)}"
+    if isinstance(tensor, QuantizedWeight):
+        return f"{describe(tensor.codes)} with scales {describe(tensor.scales)}"
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
@@ -344,7 +344,7 @@ class _Writer:
             self.save_tuple(value)
         elif isinstance(value, np.dtype):
             self.save_dtype(value)
-        elif isinstance(value, QuantizedWeight8bit):
+        elif isinstance(value, QuantizedWeight):
             self.save_weight(value)
         elif isinstance(value, _Payload):
             self.save_payload(value.array)
@@ -396,7 +396,7 @@ class _Writer:
             self.parts += [header, array]
         self.memoize()
 
-    def save_weight(self, value: QuantizedWeight8bit) -> None:
+    def save_weight(self, value: QuantizedWeight) -> None:
         self.save(_Name(WEIGHT_CLASS))
         self.save(())
         self.put(pickle.NEWOBJ)
@@ -404,9 +404,9 @@ class _Writer:
         self.put(pickle.EMPTY_DICT)
         self.memoize()
         self.put(pickle.MARK)
-        for name in ("weight", "scales"):
+        for name, array in (("weight", value.codes), ("scales", value.scales)):
             self.save(name)
-            self.save(getattr(value, name))
+            self.save(array)
         self.put(pickle.SETITEMS, pickle.BUILD)
 
 
@@ -422,7 +422,7 @@ def file_size(value) -> int:
 
 
 def write_tensor(path: str | os.PathLike, value) -> None:
-    """Writes a float32 array or a QuantizedWeight8bit as the release does, byte for byte.
+    """Writes a float32 array or a QuantizedWeight as the release does, byte for byte.
 
     The file appears under its name only when it is complete. Raises CheckpointError for a value
     that the release has no form for, such as a ternary weight.
@@ -436,13 +436,13 @@ def write_tensor(path: str | os.PathLike, value) -> None:
 
 
 def check_writable(where: str, value) -> None:
-    if isinstance(value, QuantizedWeight1_58bit):
+    if isinstance(value, PackedWeight):
         raise CheckpointError(
             f"{where}: the release's format has no ternary form; save the int8 or float32 weight "
             "that it was made from, or quantize.dequantize(w)"
         )
-    if isinstance(value, QuantizedWeight8bit):
-        expected, dtypes = "int8 with bfloat16 scales", (value.weight.dtype, value.scales.dtype)
+    if isinstance(value, QuantizedWeight):
+        expected, dtypes = "int8 with bfloat16 scales", (value.codes.dtype, value.scales.dtype)
         fits = dtypes == (np.int8, ml_dtypes.bfloat16)
     else:
         expected, fits = "float32", value.dtype == np.float32

@@ -401,8 +401,10 @@ def parse_arguments(argv) -> argparse.Namespace:
     add(
         "--weights",
         default="ternary",
-        choices=("ternary", "float"),
-        help="that the forward pass sees; with float, activations are float too (ternary)",
+        choices=[name for name in model.PRECISIONS if "experts" not in name],
+        metavar="FORMAT",
+        help="that the forward pass sees: %(choices)s; with float32, activations are floats, too "
+        "(%(default)s)",
     )
     add("--dtype", choices=("float32", "bfloat16"), help="of activations (the preset's)")
     add("--mesh", default="1,1", metavar="D,M", help="devices: data,model axes (1,1)")
@@ -416,6 +418,8 @@ def parse_arguments(argv) -> argparse.Namespace:
         text = field.metadata["help"]
         add(_flag(field.name), type=type(field.default), default=field.default, help=text)
     args = parser.parse_args(argv)
+    if args.format == "released" and args.weights not in ("ternary", "float32"):
+        parser.error("--format released is int8 that turns into absmean trits: --weights ternary")
     if args.preset and args.init:
         parser.error("--init brings its own configuration: leave --preset out")
     args.preset = args.preset or (None if args.init else "demo")
@@ -454,7 +458,7 @@ def aligned(values: dict) -> str:
 def configuration(args: argparse.Namespace) -> model.LanguageModelConfig:
     """That of the preset, or of the checkpoint to begin from."""
     config = records.read_model(args.init)[0] if args.init else model.PRESETS[args.preset]
-    if args.weights == "float":  # full precision all through
+    if args.weights == "float32":  # full precision all through
         config = dataclasses.replace(config, activations="float")
     elif args.init:  # from a twin in full precision, to BitNet's activations
         config = dataclasses.replace(config, activations="int8")

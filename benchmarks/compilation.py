@@ -40,7 +40,7 @@ def placed(tree, shardings):
 def steps(runner: runners.ModelRunner) -> dict:
     """The two steps as `runners.InferenceRunner` compiles them, and their abstract arguments."""
     config, mesh = runner.config, runner.mesh
-    params = runners.abstract_weights(config, "ternary")
+    params = runners.abstract_weights(config, model.PRECISIONS["ternary"])
     params = placed(params, sharding.parameter_shardings(mesh, params))
     slots = jax.eval_shape(functools.partial(runners.empty_slots, config, 1, config.sequence_len))
     where = runners.slots_shardings(mesh, slots)

@@ -28,7 +28,7 @@ import model
 import quantize
 import shards
 from benchmarks import timer
-from quantize import QuantizedWeight8bit
+from quantize import QuantizedWeight
 from tensor_file import read_tensor, write_tensor
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def make_layer(folder: Path, seed: int = 0) -> None:
             groups = 8 if module.endswith(("moe/linear_1", "attention/linear")) else 1
             codes = np.resize(np.roll(normal, 977 * i), shape)
             spread = np.exp(0.3 * random.standard_normal((*lead, groups, outputs)))
-            leaf = QuantizedWeight8bit(codes, (5e-4 * spread).astype(ml_dtypes.bfloat16))
+            leaf = QuantizedWeight(codes, (5e-4 * spread).astype(ml_dtypes.bfloat16))
         else:
             leaf = random.standard_normal(shape).astype(np.float32)
         write_tensor(partial / checkpoint.FOLDER / checkpoint.file_name(i), leaf)
@@ -78,7 +78,7 @@ def cat(folder: Path) -> None:
 def numpy_pass(folder: Path) -> list[float]:
     """The mean of |codes| of every int8 tensor, the plain way."""
     tensors = (read_tensor(path) for path in sorted((folder / checkpoint.FOLDER).iterdir()))
-    return [float(np.abs(t.weight).mean()) for t in tensors if isinstance(t, QuantizedWeight8bit)]
+    return [float(np.abs(t.codes).mean()) for t in tensors if isinstance(t, QuantizedWeight)]
 
 
 def command(*arguments) -> int:

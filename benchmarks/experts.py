@@ -89,7 +89,7 @@ class Graph:
         self.fields.append((1, node(*arguments, **attributes)))
         return arguments[2]
 
-    def product(self, x: str, w: quantize.QuantizedWeight1_58bit, output: str) -> str:
+    def product(self, x: str, w: quantize.PackedWeight, output: str) -> str:
         """x times a packed matrix [I, O]: 2 bits a weight, code - 2, times a scale."""
         inputs, outputs = w.shape
         codes = quantize.unpack(w).view(np.uint8) + np.uint8(2)  # 1, 2, 3

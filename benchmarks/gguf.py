@@ -19,7 +19,7 @@ import numpy as np
 
 import quantize
 from model import LanguageModelConfig
-from quantize import QuantizedWeight1_58bit
+from quantize import PackedWeight
 
 ALIGNMENT = 32
 TYPES = {"F32": 0, "F16": 1, "Q8_0": 8, "TQ2_0": 35}
@@ -53,7 +53,7 @@ def encode_q8_0(w: np.ndarray) -> np.ndarray:  # float32 [..., I] -> uint8 [...,
     return np.concatenate([step.astype("<f2").view(np.uint8), integers.view(np.uint8)], axis=-1)
 
 
-def encode_ternary(w: QuantizedWeight1_58bit) -> Tensor:
+def encode_ternary(w: PackedWeight) -> Tensor:
     """Packed [..., I, O] as TQ2_0 [..., O, I]; only gamma is rounded, to float16."""
     *lead, inputs, outputs = w.shape
     if inputs % TERNARY_BLOCK:
@@ -131,7 +131,7 @@ def grok_tensors(
     params = jax.tree.map(np.asarray, params)
 
     def matrix(w):
-        if not isinstance(w, QuantizedWeight1_58bit):  # the router
+        if not isinstance(w, PackedWeight):  # the router
             return encode(w.swapaxes(-1, -2), "F32")
         if matrices == "TQ2_0":
             return encode_ternary(w)

@@ -9,13 +9,13 @@ import numpy as np
 import kernels
 import quantize
 from benchmarks import timer
-from quantize import QuantizedWeight1_58bit
+from quantize import PackedWeight
 
 SHAPES = ((6144, 32768), (32768, 6144), (1536, 8192))
 ROWS = (1, 8, 128, 512)
 
 
-def random_ternary(shape: tuple[int, ...], seed: int = 0) -> QuantizedWeight1_58bit:
+def random_ternary(shape: tuple[int, ...], seed: int = 0) -> PackedWeight:
     """A packed weight of logical shape [..., I, O], every code as likely."""
     *lead, inputs, outputs = shape
     random = np.random.default_rng(seed)
@@ -23,7 +23,7 @@ def random_ternary(shape: tuple[int, ...], seed: int = 0) -> QuantizedWeight1_58
     digits = np.array([sum(n // 3**k % 3 << 2 * k for k in range(4)) for n in range(81)], np.uint8)
     gamma = np.full((*lead, 1, 1), inputs**-0.5, np.float32)
     block = quantize.packing_block(inputs)
-    return QuantizedWeight1_58bit(jnp.asarray(digits[numbers]), jnp.asarray(gamma), block)
+    return PackedWeight(jnp.asarray(digits[numbers]), jnp.asarray(gamma), block)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from benchmarks import timer
 
 def ours(config, settings, weights: str, tokens: np.ndarray):
     """A function that makes so many steps."""
-    activations = "float" if weights == "float" else "int8"
+    activations = "float" if weights == "float32" else "int8"
     config = dataclasses.replace(config, activations=activations)
     trainer = train.Trainer(config, settings, weights, sharding.make_mesh(), (None, None))
     trainer.start(None)
@@ -72,7 +72,7 @@ def report(config, settings, rounds: int, steps: int) -> dict:
     )
     runs = {
         f"ours, {weights}": ours(config, settings, weights, tokens)
-        for weights in ("ternary", "float")
+        for weights in ("ternary", "float32")
     }
     try:
         runs["PyTorch GPT"] = pytorch(config, settings.dropout, tokens)

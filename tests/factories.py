@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import checkpoint
+import formats
 import quantize
 from model import PRECISIONS, LanguageModelConfig, abstract_params, config_from_dict
 
@@ -49,13 +50,13 @@ EVEN = dataclasses.replace(
 )
 
 
-quantize_int8 = jax.jit(quantize.quantize_int8, static_argnums=1)
+quantize_int8 = jax.jit(formats.quantize_int8, static_argnums=1)
 
 
-def ternarize(w: np.ndarray) -> quantize.QuantizedWeight1_58bit:
-    """`quantize.ternarize` in NumPy, which has nothing to compile."""
+def ternarize(w: np.ndarray) -> quantize.PackedWeight:
+    """`formats.ternarize` in NumPy, which has nothing to compile."""
     gamma = np.abs(w).mean(axis=(-2, -1), keepdims=True)
-    trits = quantize.round_to_trits(w, gamma).astype(np.int8)
+    trits = formats.round_to_trits(w, gamma).astype(np.int8)
     return jax.tree.map(jnp.asarray, quantize.pack(trits, gamma))
 
 

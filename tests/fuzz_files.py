@@ -40,7 +40,7 @@ import model
 import shards
 import tensor_file
 from files import CheckpointError
-from quantize import QuantizedWeight8bit, pack
+from quantize import QuantizedWeight, pack
 
 SECONDS = 1  # of all cores together, for a case
 MEMORY = 1 << 26  # bytes that a case may add to the peak
@@ -214,7 +214,7 @@ class Released:
         self.check(data, self.tensors[i])
 
     def check(self, data: bytes, tensor) -> None:
-        kind = "int8" if isinstance(tensor, QuantizedWeight8bit) else "float32"
+        kind = "int8" if isinstance(tensor, QuantizedWeight) else "float32"
 
         def load():
             found = tensor_file.read_tensor(self.path)
@@ -224,7 +224,7 @@ class Released:
         found = attempt(load)
         if isinstance(found, CheckpointError):
             return
-        weights = [w if kind == "float32" else w.weight for w in (found, tensor)]
+        weights = [w if kind == "float32" else w.codes for w in (found, tensor)]
         require(forms(weights[0]) == forms(weights[1]), "another shape or dtype")
         if all(leaf.tobytes() in data for leaf in jax.tree.leaves(tensor)):
             require(same(found, tensor), "other numbers, although their bytes are whole")
@@ -245,7 +245,7 @@ class Converted:
         scales = np.ones((2, 3, 5), jax.numpy.bfloat16)
         params = {
             "a/linear": {"t": pack(trits, np.full((2, 1, 1), 0.5, np.float32))},
-            "b/linear": {"q": QuantizedWeight8bit(trits, scales)},
+            "b/linear": {"q": QuantizedWeight(trits, scales)},
             "norm": {"f": rng.standard_normal((7, 3), np.float32), "g": np.ones(3, np.float32)},
         }
         self.folder = folder / packing

@@ -166,7 +166,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
     random = np.random.default_rng(0)
     codes = np.repeat(random.integers(-128, 128, (1, 1024, 2048), np.int8), 16, axis=0)
     scales = np.ones((16, 1, 2048), jax.numpy.bfloat16)
-    params = {"moe/linear": {"w": quantize.QuantizedWeight8bit(codes, scales)}}
+    params = {"moe/linear": {"w": quantize.QuantizedWeight(codes, scales)}}
     checkpoint.save(tmp_path, params)
     size = codes.nbytes
     del codes, params

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import formats
 import kernels
 import model
 import quantize
@@ -48,7 +49,7 @@ def params_of(sizes):
 
     def one(path, kind, w):
         if kind == "ternary":
-            made = jax.eval_shape(quantize.ternarize, w)
+            made = jax.eval_shape(formats.ternarize, w)
             packed = ternary[random.integers(0, len(ternary), made.packed.shape)]
             # Attention logits are to reach their cap.
             gain = 3 if path.endswith(("query/w", "key/w")) else 1

@@ -168,7 +168,7 @@ def test_a_ternary_block_by_hand():
 def test_ternary_tensors_are_gamma_times_trits(tmp_path):
     ternary = 0
     for found, w in pairs(Reader(write(tmp_path / "x.gguf")), params()):
-        if isinstance(w, quantize.QuantizedWeight1_58bit):
+        if isinstance(w, quantize.PackedWeight):
             assert found[1] == 35
             gamma = np.asarray(w.scales).astype(np.float16).astype(np.float32)
             exact = np.asarray(quantize.unpack(w) * gamma).swapaxes(-1, -2)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import formats
 import quantize
 from model import init_memory, make_model
 
@@ -131,7 +132,7 @@ def test_ternary_weights(case):
     arrays = factories.golden_arrays(case)
     sums = json.loads((factories.GOLDEN / case / "ternary.json").read_text())["tensors"]
     int8, restored = (factories.golden_params(case, weights) for weights in ("int8", "ternary"))
-    ternarize = jax.jit(lambda w: quantize.ternarize(quantize.dequantize(w)))
+    ternarize = jax.jit(lambda w: formats.ternarize(quantize.dequantize(w)))
     for tensor in sums:
         module, name = tensor["path"].split("|")
         gamma = arrays[f"gamma_{tensor['index']:05}"]

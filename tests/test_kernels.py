@@ -14,6 +14,7 @@ import gpu_kernels
 import kernels
 import model
 import quantize
+import shards
 
 PATHS = {"plain": 0, "AVX2": 1, "AVX-512 VNNI": 2, "AMX": 3}
 ROOT = Path(kernels.__file__).parent
@@ -361,12 +362,12 @@ def test_writing_slots_of_a_cache(dtype, monkeypatch):
 
 @pytest.fixture(params=["C++", "NumPy"])
 def from_base3(request, monkeypatch):
-    """`quantize.from_base3`, in both of its ways."""
+    """`shards.from_base3`, in both of its ways."""
     if request.param == "NumPy":
         monkeypatch.setattr(kernels, "library", lambda: None)
     elif kernels.library() is None:
         pytest.skip("no native kernels")
-    return quantize.from_base3
+    return shards.from_base3
 
 
 @pytest.mark.parametrize("value", [243, 255])

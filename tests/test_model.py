@@ -407,8 +407,8 @@ def test_the_gradient_of_a_loaded_model_is_that_of_its_matrices(
         return jnp.mean(learning.cross_entropy(output.logits, tokens[:, 1:]))
 
     def dequantized(w):
-        table = isinstance(w, quantize.QuantizedTable8bit)
-        return w.weight * w.scales if table else quantize.dequantize(w)
+        table = isinstance(w, quantize.QuantizedWeight)
+        return w.codes * w.scales if table else quantize.dequantize(w)
 
     # All matrices in one norm: where a norm follows, the gradient of a scale is next to nothing.
     found, expected = (

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import formats
 import kernels
 import quantize
+import shards
 
 # Largest difference from float64, relative to the largest |result|: sums of some 100 float32
 # products lose a few ulps (1.2e-7); a bfloat16 result is rounded to 8 bits at the end.
@@ -32,10 +34,10 @@ def random_floats(*shape, seed=0, dtype=jnp.float32):
 
 def weight_in(form, w):
     if form == "ternary":
-        return quantize.ternarize(w)
+        return formats.ternarize(w)
     if form == "float":
         return w
-    return quantize.quantize_int8(w, groups=7 if "groups" in form else 1)
+    return formats.quantize_int8(w, groups=7 if "groups" in form else 1)
 
 
 def exact(x, w):
@@ -140,8 +142,8 @@ def test_shards_of_the_inputs_hold_whole_blocks(inputs, shards):
 
 def test_base3_is_that_of_the_docstring():
     packed = np.array([0b10_00_10_01, 0, 0b10_10_10_10, 0, 0b01_00_10_00], np.uint8)
-    assert quantize.to_base3(packed).tolist() == [61, 162, 80, 81]
-    assert quantize.from_base3(np.array([61, 162, 80, 81], np.uint8)).tolist() == packed.tolist()
+    assert shards.to_base3(packed).tolist() == [61, 162, 80, 81]
+    assert shards.from_base3(np.array([61, 162, 80, 81], np.uint8)).tolist() == packed.tolist()
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -152,7 +154,7 @@ def test_every_digit_of_base3(native, monkeypatch):
     )
     if not native:
         monkeypatch.setattr(quantize.kernels, "library", lambda: None)
-    found = quantize.from_base3(digits.astype(np.uint8))
+    found = shards.from_base3(digits.astype(np.uint8))
     for row, packed in zip(digits.tolist(), found.tolist(), strict=True):
         base3 = [[number // 3**k % 3 for k in range(5)] for number in row]
         assert packed[:4] == [sum(d << 2 * k for k, d in enumerate(ds[:4])) for ds in base3]
@@ -167,9 +169,9 @@ def test_base3_round_trip(native, monkeypatch, width, rows, seed):
         monkeypatch.setattr(quantize.kernels, "library", lambda: None)
     codes = np.random.default_rng(seed).integers(0, 3, (rows, width, 4), dtype=np.uint8)
     packed = (codes << np.array([0, 2, 4, 6], np.uint8)).sum(-1, dtype=np.uint8)
-    digits = quantize.to_base3(packed)
+    digits = shards.to_base3(packed)
     assert digits.shape == (rows, 4 * -(-width // 5)) and digits.max(initial=0) <= 242
-    back = quantize.from_base3(digits)
+    back = shards.from_base3(digits)
     np.testing.assert_array_equal(back[:, :width], packed)
     assert (back[:, width:] == 0b01_01_01_01).all()  # trits 0
 
@@ -179,7 +181,7 @@ def test_base3_round_trip(native, monkeypatch, width, rows, seed):
 
 def test_ternary_by_hand():
     w = jnp.array([[1.0, -0.5, 0.2], [-2.0, 0.3, 0.8]])
-    ternary = quantize.ternarize(w)
+    ternary = formats.ternarize(w)
     assert ternary.scales.dtype == jnp.float32
     assert ternary.scales.tolist() == [[pytest.approx(0.8)]]  # 4.8 / 6; the threshold is 0.4
     assert quantize.unpack(ternary).tolist() == [[1, -1, 0], [-1, 0, 1]]
@@ -189,10 +191,10 @@ def test_ternary_by_hand():
 
 def test_each_expert_has_its_own_gamma():
     w = random_floats(3, 10, 7) * jnp.array([1.0, 10.0, 0.1])[:, None, None]
-    together = quantize.ternarize(w)
+    together = formats.ternarize(w)
     assert together.scales.shape == (3, 1, 1)
     for i in range(3):
-        alone = quantize.ternarize(w[i])
+        alone = formats.ternarize(w[i])
         np.testing.assert_allclose(alone.scales, together.scales[i], rtol=1e-6)
         assert np.array_equal(alone.packed, together.packed[i])
 
@@ -205,7 +207,7 @@ def test_a_matrix_of_zeros_stays_zero(form):
 
 
 def test_dequantize_groups_by_hand():
-    w = quantize.QuantizedWeight8bit(
+    w = quantize.QuantizedWeight(
         jnp.array([[1, 2], [3, 4], [5, 6], [-7, 8]], jnp.int8),
         jnp.array([[1, 10], [0.5, 2]], jnp.bfloat16),
     )
@@ -216,14 +218,14 @@ def test_dequantize_groups_by_hand():
 @pytest.mark.parametrize("groups", [1, 3])
 def test_int8_is_within_half_a_step(groups):
     w = random_floats(2, 12, 5)
-    w8 = quantize.quantize_int8(w, groups)
+    w8 = formats.quantize_int8(w, groups)
     assert w8.scales.dtype == jnp.bfloat16
     assert w8.scales.shape == (2, groups, 5)
-    assert w8.weight.dtype == jnp.int8
+    assert w8.codes.dtype == jnp.int8
     step = np.repeat(np.asarray(w8.scales, np.float32), 12 // groups, axis=1)
     # The bfloat16 scale may be 2^-9 short, which clips the largest by 127 / 512 of a step at most.
     assert np.all(np.abs(quantize.dequantize(w8) - w) <= 0.5001 * step)
-    assert np.abs(np.asarray(w8.weight, np.int32)).max() >= 126
+    assert np.abs(np.asarray(w8.codes, np.int32)).max() >= 126
 
 
 def test_rows_by_hand():
@@ -241,9 +243,9 @@ def test_rows_round_within_half_a_step():
     assert np.all(np.abs(np.asarray(rounded, np.int32)).max(axis=-1) == 127)
 
 
-def test_int15_is_two_planes_of_int8():
+def test_int15_is_two_halves_of_int8():
     integers = jnp.arange(-16256, 16257, dtype=jnp.int16)
-    high, low = quantize.planes(integers)
+    high, low = quantize.high_and_low(integers)
     assert high.dtype == low.dtype == jnp.int8
     found = 128 * np.asarray(high, np.int32) + np.asarray(low, np.int32)
     np.testing.assert_array_equal(found, integers)
@@ -262,13 +264,13 @@ def test_int15_rows_are_finer_than_bfloat16():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_sees_exactly_what_is_saved(dtype):
     w = random_floats(3, 29, 13, dtype=dtype)
-    saved = quantize.ternarize(w)
-    seen = quantize.fake_ternarize(w)
-    assert np.array_equal(seen.trits, quantize.unpack(saved))
+    saved = formats.ternarize(w)
+    seen = formats.fake_ternarize(w)
+    assert np.array_equal(seen.codes, quantize.unpack(saved))
     assert np.array_equal(seen.scales, saved.scales)
     # Compiled, the mean may be summed in another order; the trits are the same.
-    compiled = jax.jit(quantize.fake_ternarize)(w)
-    assert np.array_equal(compiled.trits, seen.trits)
+    compiled = jax.jit(formats.fake_ternarize)(w)
+    assert np.array_equal(compiled.codes, seen.codes)
     np.testing.assert_allclose(compiled.scales, seen.scales, rtol=1e-6)
 
 
@@ -281,7 +283,7 @@ def test_training_computes_what_the_packed_weights_do(activations, tolerance):
     experts = jnp.array([2, -1, 0])
     trained, packed = (
         quantize.grouped_dot(x, form(w), experts, activations=activations)
-        for form in (quantize.fake_ternarize, quantize.ternarize)
+        for form in (formats.fake_ternarize, formats.ternarize)
     )
     assert not np.any(trained[2:4])
     np.testing.assert_allclose(trained, packed, rtol=tolerance, atol=tolerance)
@@ -292,16 +294,16 @@ def test_gradients_go_straight_through():
     comes back is rounded to bfloat16 on the way."""
     w, x = random_floats(29, 13), random_floats(5, 29, seed=1)
     weight = random_floats(29, 13, seed=2)
-    gradient = jax.grad(
-        lambda w: jnp.sum(quantize.dequantize(quantize.fake_ternarize(w)) * weight)
-    )(w)
+    gradient = jax.grad(lambda w: jnp.sum(quantize.dequantize(formats.fake_ternarize(w)) * weight))(
+        w
+    )
     np.testing.assert_allclose(gradient, weight, rtol=1e-6)
 
     def loss(x, w, form):
         return jnp.sum(quantize.dot(x, form(w), activations="int8") ** 2)
 
     rounded, step = quantize.quantize_rows(x)
-    for form, error in ((jnp.asarray, 1e-6), (quantize.fake_ternarize, 4e-3)):
+    for form, error in ((jnp.asarray, 1e-6), (formats.fake_ternarize, 4e-3)):
         seen = quantize.dequantize(form(w))
         y = (rounded * step) @ seen
         dx, dw = jax.grad(loss, argnums=(0, 1))(x, w, form)
@@ -348,7 +350,7 @@ def test_gradients_through_any_format_are_those_of_its_matrices(
 
 def test_a_gradient_keeps_no_unpacked_matrix():
     """What the backward pass keeps from the forward pass is smaller than the trits as int8."""
-    w = quantize.ternarize(random_floats(512, 128))
+    w = formats.ternarize(random_floats(512, 128))
     x = random_floats(4, 512)
     _, pullback = jax.vjp(lambda x: quantize.dot(x, w, activations="int8"), x)
     assert all(leaf.size < 512 * 128 for leaf in jax.tree.leaves(pullback))
@@ -357,7 +359,7 @@ def test_a_gradient_keeps_no_unpacked_matrix():
 def test_a_matrix_of_zeros_has_a_gradient():
     zeros = jnp.zeros((8, 4))
     gradient = jax.grad(
-        lambda w: jnp.sum(quantize.dot(jnp.ones((2, 8)), quantize.fake_ternarize(w)))
+        lambda w: jnp.sum(quantize.dot(jnp.ones((2, 8)), formats.fake_ternarize(w)))
     )
     assert np.all(np.isfinite(gradient(zeros)))
 
@@ -399,12 +401,17 @@ def test_ternary_with_int8_activations_sums_exactly():
     assert np.array_equal(np.asarray(y, np.int64), x.astype(np.int64) @ trits.astype(np.int64))
 
 
-def test_the_largest_sums_of_int15_fit():
-    """All of Grok-1's 32768 inputs at the largest activation."""
-    x = jnp.full((1, 1, 32768), 127 * 128, jnp.int16)
-    w = quantize.pack(np.ones((1, 32768, 2), np.int8), np.ones((1, 1, 1), np.float32))
-    y = quantize._block_products(x, w, jnp.zeros(1, jnp.int32))
-    assert y.dtype == jnp.int32 and y.tolist() == [[[32768 * 127 * 128] * 2]]
+@pytest.mark.parametrize("multipliers", [None, (127,), (100, 27)])
+def test_the_largest_sums_of_int15_fit(multipliers):
+    """All of Grok-1's 32768 inputs at the largest activation, and the largest codes."""
+    x, scales = jnp.full((1, 32768), 127 * 128, jnp.int16), np.ones((1, 1, 1), np.float32)
+    trits, largest = np.ones((1, 32768, 2), np.int8), 1
+    if multipliers is not None:
+        trits, largest = np.stack([trits] * len(multipliers), axis=1), 127
+        multipliers = np.broadcast_to(np.int8(multipliers), (1, 2, 1, len(multipliers)))
+    w = quantize.pack(trits, scales, multipliers)
+    y = quantize._sums(x, w, jnp.zeros(1, jnp.int32), None, True)
+    assert y.tolist() == [[32768 * 127 * 128 * largest] * 2]  # which float32 has
 
 
 @pytest.mark.parametrize("form, count", [("int8", 1), ("ternary", 4)])  # one for each bit position
@@ -503,7 +510,7 @@ def test_no_unpacked_matrix_exists(activations):
 def test_a_tpu_reads_whole_experts(form, monkeypatch):
     """XLA:TPU copies all experts to slice at a column that it cannot prove aligned."""
     w = weight_in(form, random_floats(4, 77, 13, seed=1))
-    stored = w.packed if form == "ternary" else w.weight
+    stored = w.packed if form == "ternary" else w.codes
     monkeypatch.setattr(quantize, "TILE", 77)
     monkeypatch.setattr(quantize, "DEVICE_TILE", 77)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -553,13 +560,13 @@ def test_int8_that_keeps_trits():
     w = np.random.default_rng(3).standard_normal((40, 30)).astype(np.float32)
     gamma = np.abs(w).mean()
     w[::4] = np.copysign(gamma * 0.5 * np.linspace(0.999, 1.001, 300).reshape(10, 30), w[::4])
-    trits = quantize.unpack(quantize.ternarize(jnp.asarray(w)))
+    trits = quantize.unpack(formats.ternarize(jnp.asarray(w)))
 
     def kept(int8):
-        return (quantize.unpack(quantize.ternarize(quantize.dequantize(int8))) == trits).all()
+        return (quantize.unpack(formats.ternarize(quantize.dequantize(int8))) == trits).all()
 
-    assert not kept(quantize.quantize_int8(jnp.asarray(w)))
-    int8 = quantize.quantize_int8_keeping_trits(w)
+    assert not kept(formats.quantize_int8(jnp.asarray(w)))
+    int8 = formats.quantize_int8_keeping_trits(w)
     assert kept(int8)
     # One code more than rounding, of 127 that reach the largest value of a column.
     step = np.abs(w).max(axis=0) / 127
@@ -580,17 +587,11 @@ def test_a_table_is_applied_to_each_parameter():
 
 def test_latent_weights_turn_into_the_ternary_ones_they_came_from():
     w = factories.ternarize(np.random.default_rng(0).standard_normal((3, 20, 7)).astype(np.float32))
-    again = quantize.ternarize(quantize.latent(w))
+    again = formats.ternarize(formats.latent(w))
     np.testing.assert_array_equal(again.packed, w.packed)
     np.testing.assert_allclose(again.scales, w.scales, rtol=1e-6)
 
 
 def test_latent_weights_of_zeros_are_zeros():
     w = quantize.pack(jnp.zeros((8, 4), jnp.int8), jnp.zeros((1, 1)))
-    assert not quantize.latent(w).any()
-
-
-def test_a_byte_that_is_not_four_trits_is_not_ternary():
-    w = factories.ternarize(np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32))
-    assert quantize.is_ternary(w)
-    assert not quantize.is_ternary(dataclasses.replace(w, packed=w.packed.at[1, 1].set(0b11)))
+    assert not formats.latent(w).any()

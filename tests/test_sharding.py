@@ -237,9 +237,9 @@ def test_every_device_holds_its_part_of_ternary_weights():
 def test_every_device_holds_its_part_of_int8_weights():
     shapes = shard_shapes("int8", sharding.make_mesh(2, 4))
     up = shapes[MODULE + "moe/linear"]["w"]
-    assert (up.weight, up.scales) == ((5, 40, 160 // 4), (5, 8, 160 // 4))
+    assert (up.codes, up.scales) == ((5, 40, 160 // 4), (5, 8, 160 // 4))
     down = shapes[MODULE + "moe/linear_1"]["w"]
-    assert (down.weight, down.scales) == ((5, 160 // 4, 40), (5, 8 // 4, 40))
+    assert (down.codes, down.scales) == ((5, 160 // 4, 40), (5, 8 // 4, 40))
 
 
 def test_one_group_of_scales_is_on_every_device():
@@ -247,7 +247,7 @@ def test_one_group_of_scales_is_on_every_device():
     params = factories.random_params(CONFIG, "int8", groups=1)
     shardings = sharding.parameter_shardings(mesh, params)
     down = shardings[MODULE + "moe/linear_1"]["w"]
-    assert down.weight == NamedSharding(mesh, P(None, "model", None))
+    assert down.codes == NamedSharding(mesh, P(None, "model", None))
     assert down.scales == NamedSharding(mesh, P(None, None, None))
 
 

@@ -1,4 +1,5 @@
 import concurrent.futures
+import dataclasses
 import json
 import os
 import re
@@ -16,14 +17,20 @@ from factories import join_header, mend_sums, split_header
 from hypothesis import strategies as st
 
 import checkpoint
-import model
+import formats
 import quantize
 import shards
 from checkpoint import CheckpointError
-from quantize import QuantizedWeight1_58bit, QuantizedWeight8bit
+from quantize import PackedWeight, QuantizedWeight
 
 PAGE = Path(shards.__file__).with_name("docs") / "format.md"
-RULES = ((r"/t$", "ternary"), (r"/q$", "int8"), (r"", "float32"))
+FITTED = [name for name, format in formats.FORMATS.items() if format.fit]
+RULES = (
+    (r"/t$", "ternary"),
+    (r"/q$", "int8"),
+    *((f"/{name}$", name) for name in FITTED),
+    (r"", "float32"),
+)
 CONFIG = checkpoint.quantization("mixed", RULES)
 
 
@@ -35,16 +42,17 @@ def matrix(shape, seed=0):
 
 
 def mixed(shapes=((3, 7), (2, 21, 5), (1, 1), (8, 64, 9))):
-    """Parameters of every form."""
+    """Parameters of every format."""
     random = np.random.default_rng(1)
     params = {}
     for i, shape in enumerate(shapes):
         codes = random.integers(-128, 128, shape, dtype=np.int8)
         scales = random.random((*shape[:-2], 1, shape[-1])).astype(ml_dtypes.bfloat16)
         params[f"layer_{i}/linear"] = {
-            "q": QuantizedWeight8bit(codes, scales),
+            "q": QuantizedWeight(codes, scales),
             "t": matrix(shape, i),
-            "f": random.standard_normal(shape).astype(np.float32),
+            "f": (floats := random.standard_normal(shape).astype(np.float32)),
+            **{name: formats.FORMATS[name].quantize(floats) for name in FITTED},
         }
     return params
 
@@ -53,12 +61,16 @@ def template(params):
     return jax.tree.map(
         lambda w: jax.ShapeDtypeStruct(w.shape, np.float32),
         params,
-        is_leaf=lambda x: isinstance(x, QuantizedWeight8bit | QuantizedWeight1_58bit),
+        is_leaf=lambda x: isinstance(x, QuantizedWeight | PackedWeight),
     )
 
 
 def save(folder, params, packing="base3", **options):
-    checkpoint.save_converted(folder, params, CONFIG, packing=packing, **options)
+    paths = [f"/{name}" for leaves in params.values() for name in leaves]
+    rules = [rule for rule in RULES if rule[0] and any(re.search(rule[0], p) for p in paths)]
+    rules += [("", "float32")] if "/f" in paths else []
+    config = checkpoint.quantization("mixed", rules, packing)
+    checkpoint.save_converted(folder, params, config, **options)
     return folder
 
 
@@ -112,9 +124,9 @@ def test_the_reader_on_the_page_reads_it(tmp_path, packing):
 
 def test_the_examples_on_the_page():
     trits = np.array([[1, 0, -1, 1, 0, 0, 1, -1]], np.int8).T
-    np.testing.assert_array_equal(quantize.pack(trits, None, 2).packed, [[146, 25]])
+    np.testing.assert_array_equal(quantize.pack(trits, None, block=2).packed, [[146, 25]])
     packed = np.array([137, 0, 170, 0, 72], np.uint8)
-    np.testing.assert_array_equal(quantize.to_base3(packed), [61, 162, 80, 81])
+    np.testing.assert_array_equal(shards.to_base3(packed), [61, 162, 80, 81])
     assert all(word in PAGE.read_text() for word in ("= 146", "= 25", "= 61", "= 162", "= 80"))
 
 
@@ -132,7 +144,7 @@ def test_the_safetensors_library_reads_it(tmp_path):
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in arrays.values())
     with safetensors.safe_open(file, "np") as opened:
         about = json.loads(opened.metadata()["layer_3/linear/t"])
-    assert about == {"shape": [8, 64, 9], "packing": "2bit", "block": 2}
+    assert about == {"shape": [8, 64, 9], "format": "ternary", "packing": "2bit", "block": 2}
 
 
 def test_tensors_are_aligned(tmp_path):
@@ -172,15 +184,19 @@ class Watched(np.ndarray):
         self.seen = getattr(other, "seen", None)
 
 
+def stored_trits(weight, packing):
+    form = shards.stored_form("ternary", weight.shape, packing).packed
+    leaf = dataclasses.replace(form, stored=np.empty(form.stored.shape, np.uint8))
+    leaf[...] = weight.packed
+    return leaf
+
+
 @hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(st.data(), st.sampled_from(shards.PACKINGS))
 def test_a_slice_reads_its_own_bytes_only(data, packing):
     experts, inputs, outputs = (data.draw(st.integers(1, n)) for n in (3, 90, 6))
     weight = matrix((experts, inputs, outputs))
-    form = shards.stored_form(weight, packing)
-    stored = np.empty(form.trits.shape, np.uint8)
-    for packed, out in zip(weight.packed, stored, strict=True):
-        shards.store_trits(packed, out, packing)
+    leaf = stored_trits(weight, packing)
 
     def draw(size):
         start = data.draw(st.integers(0, size - 1))
@@ -190,16 +206,14 @@ def test_a_slice_reads_its_own_bytes_only(data, packing):
     width = index[2]
     if packing == "base3":  # whole groups: four bytes for five
         width = slice(width.start // 5 * 4, -(-width.stop // 5) * 4)
-    watched = stored.view(Watched)
+    watched = leaf.stored.view(Watched)
     watched.seen = []
-    leaf = shards.StoredTrits(watched, weight.scales, weight.shape, packing, weight.block)
-    out = np.empty([s.stop - s.start for s in index], np.uint8)
-    shards.load_trits(leaf, index, out)
-    np.testing.assert_array_equal(out, weight.packed[index])
-    read = np.zeros(stored.shape, bool)
+    found = dataclasses.replace(leaf, stored=watched)[index]
+    np.testing.assert_array_equal(found, weight.packed[index])
+    read = np.zeros(watched.shape, bool)
     for seen in watched.seen:
         read[seen] = True
-    expected = np.zeros(stored.shape, bool)
+    expected = np.zeros(watched.shape, bool)
     expected[index[0], index[1], width] = True
     np.testing.assert_array_equal(read, expected)
 
@@ -207,16 +221,11 @@ def test_a_slice_reads_its_own_bytes_only(data, packing):
 @pytest.mark.parametrize("packing", shards.PACKINGS)
 def test_pieces_and_threads_change_nothing(monkeypatch, packing):
     weight = matrix((2, 50, 40))
-    monkeypatch.setattr(shards, "PIECE", 64)
-    form = shards.stored_form(weight, packing)
-    stored = np.empty(form.trits.shape, np.uint8)
+    monkeypatch.setattr(checkpoint, "PIECE", 64)
+    leaf = stored_trits(weight, packing)
+    index = tuple(slice(0, size) for size in leaf.shape)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for packed, out in zip(weight.packed, stored, strict=True):
-            shards.store_trits(packed, out, packing, pool.map)
-        leaf = shards.StoredTrits(stored, weight.scales, weight.shape, packing, weight.block)
-        out = np.empty(weight.packed.shape, np.uint8)
-        index = tuple(slice(0, size) for size in out.shape)
-        shards.load_trits(leaf, index, out, pool.map)
+        out = checkpoint._read(leaf, index, pool)
     np.testing.assert_array_equal(out, weight.packed)
 
 
@@ -226,7 +235,7 @@ def test_pieces_and_threads_change_nothing(monkeypatch, packing):
 @pytest.fixture
 def saved(tmp_path):
     params = mixed()
-    leaves = sum(3 for _ in params)
+    leaves = sum(map(len, params.values()))
     folder = save(tmp_path / "saved", params)
     assert len(shards.open_shards(folder)) == leaves
     (file,) = folder.glob("*.safetensors")
@@ -519,10 +528,13 @@ def first_to_the_place_of_the_second(header):
         (lambda h: h.update({F: None}), "expected dtype, shape and data_offsets, found None"),
         (lambda h: h.update({F: [1, 2]}), "expected dtype, shape"),
         (lambda h: h.pop(F), "begins at byte|the tensors end"),
-        (lambda h: h.pop("__metadata__"), "expected __metadata__ with format_version '1'"),
+        (lambda h: h.pop("__metadata__"), "expected __metadata__ with a format_version of"),
         (lambda h: h.update(__metadata__=[]), "expected __metadata__"),
         (lambda h: h["__metadata__"].pop("format_version"), "expected __metadata__"),
-        (lambda h: h["__metadata__"].update(format_version="2"), "format_version '1', found"),
+        (
+            lambda h: h["__metadata__"].update(format_version="3"),
+            "version of .*'2'",
+        ),
         (lambda h: h["__metadata__"].pop("layer_1/linear/t"), "expected its shape in __meta"),
         (lambda h: h["__metadata__"].update({"layer_1/linear/t": 3}), "expected its shape"),
         (lambda h: h["__metadata__"].update({"layer_1/linear/t": "{"}), "linear/t: not JSON"),
@@ -533,8 +545,10 @@ def first_to_the_place_of_the_second(header):
         (about(shape=[0, 21, 5]), "expected the shape of matrices"),
         (about(shape=[105]), "expected the shape of matrices"),
         (about(shape=None), "sizes, found None"),
-        (about(packing="base4"), "packing 'base4', known are"),
-        (about(packing=["base3"]), "packing"),
+        (about(packing="base4"), "'base4' is none of \\['base3', '2bit'\\]"),
+        (about(packing=["base3"]), "is none of"),
+        (about(format="ternary3"), "'ternary3' is none of .*'ternary2-64'"),
+        (about(format=["ternary"]), "is none of"),
         (about(block=3), "block 3, expected 1"),
         (about(block="1"), "block '1'"),
         (about(more=1), "expected its shape"),
@@ -585,10 +599,12 @@ def test_a_header_that_is_none(saved, make, message):
     assert message in shards.verify(folder)[0]
 
 
-def test_narrower_rows_of_trits_never_reach_the_kernels(saved):
+def test_narrower_rows_of_trits_never_reach_the_kernels(tmp_path):
     """The rows of base3 that a kernel takes are as wide as the logical shape says; with a byte less
     it wrote past the end of its result. The file is whole and so are its sums."""
-    folder, file, params = saved
+    params = {module: {"t": leaves["t"]} for module, leaves in mixed().items()}
+    folder = save(tmp_path / "saved", params)
+    (file,) = folder.glob("*.safetensors")
     text, rest = split_header(file.read_bytes())
     header, name = json.loads(text), "layer_3/linear/t.trits"
     start, end = header[name]["data_offsets"]
@@ -619,14 +635,14 @@ def test_bytes_that_are_no_trits(tmp_path, packing, monkeypatch):
         message = f"{title}packed bytes with codes of 3"
     else:  # `quantize` refuses them, without a file to name
         message = f"{title}a byte of 255"
-        decode = quantize.from_base3
+        decode = shards.from_base3
 
         def strict(digits):
             if (digits > 242).any():
                 raise ValueError(f"a byte of {digits.max()}")
             return decode(digits)
 
-        monkeypatch.setattr(quantize, "from_base3", strict)
+        monkeypatch.setattr(shards, "from_base3", strict)
     with pytest.raises(CheckpointError, match=message):
         restore(folder, params)
     if packing == "2bit":
@@ -663,7 +679,7 @@ def test_scales_that_are_no_scales(saved, name, dtype, value):
 def test_other_parameters_than_the_model_has(saved):
     folder, _, params = saved
     with pytest.raises(
-        CheckpointError, match=r"has 12 parameters.*has 13.*\n.*layer_9/linear/t is miss"
+        CheckpointError, match=r"has 44 parameters.*has 45.*\n.*layer_9/linear/t is miss"
     ):
         restore(folder, params | {"layer_9/linear": {"t": matrix((4, 4))}})
     with pytest.raises(CheckpointError, match=r"belongs to no parameter"):
@@ -679,21 +695,22 @@ def test_another_shape_or_precision(saved):
         restore(folder, wrong)
     int8 = ((r"/(t|q)$", "int8"), (r"", "float32"))
     with pytest.raises(
-        CheckpointError, match="this checkpoint was converted, its weights are what"
+        CheckpointError, match="is ternary in the file, which cannot become int8; leave the choice"
     ):
         checkpoint.restore(folder, template(params), int8)
     floats = ((r"/q$", "int8"), (r"", "float32"))
     with pytest.raises(
-        CheckpointError, match="this checkpoint was converted, its weights are what"
+        CheckpointError,
+        match="is ternary in the file, which cannot become float32; leave the choice",
     ):
         checkpoint.restore(folder, template(params), floats)
 
 
 def test_a_newer_format_is_refused(tmp_path):
     about = checkpoint.quantization("ternary", RULES)
-    about["quantization_config"]["format_version"] = 2
+    about["quantization_config"]["format_version"] = 3
     (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises(CheckpointError, match="format version 2, this code reads 1; update it"):
+    with pytest.raises(CheckpointError, match=r"version 3, this code reads \(1, 2\); update it"):
         checkpoint.default_weights(tmp_path)
 
 
@@ -896,9 +913,3 @@ def test_the_sums_are_those_of_other_programs(tmp_path):
 
 
 # --- On a mesh, and in the model ------------------------------------------------------------------
-
-
-def test_precision_tables_have_a_place_in_the_format():
-    """Every choice of weights can be stored: its kinds are those of the format."""
-    kinds = {kind for table in model.PRECISIONS.values() for _, kind in table}
-    assert kinds == set(checkpoint.KINDS)

@@ -15,6 +15,7 @@ import pytest
 import checkpoint
 import evaluate
 import files
+import formats
 import learning
 import model
 import quantize
@@ -290,9 +291,9 @@ def test_the_loaded_checkpoint_is_what_the_forward_pass_saw(
     loaded = runner.params["transformer/decoder_layer_0/moe/linear_1"]["w"]
     np.testing.assert_array_equal(
         quantize.unpack(loaded),
-        quantize.round_to_trits(wrapped, quantize.absmean_scale(wrapped)),
+        formats.round_to_trits(wrapped, formats.absmean_scale(wrapped)),
     )
-    np.testing.assert_allclose(loaded.scales, quantize.absmean_scale(wrapped), rtol=gamma_error)
+    np.testing.assert_allclose(loaded.scales, formats.absmean_scale(wrapped), rtol=gamma_error)
     _, apply = jitted("ternary")
     tokens = np.random.default_rng(0).integers(4, 1024, (2, 16)).astype(np.int32)
     seen = apply(params, None, tokens).logits
@@ -330,7 +331,7 @@ def test_ternary_training_sees_ternary_weights_and_float_training_does_not():
     assert np.abs(plain - seen).max() > 0.1
 
     def rounded_one(_, kind, w):
-        return quantize.dequantize(quantize.ternarize(w)) if kind == "ternary" else w
+        return quantize.dequantize(formats.ternarize(w)) if kind == "ternary" else w
 
     rounded = quantize.apply_rules(model.PRECISIONS["ternary"], params, rounded_one)
     by_hand = floats(rounded, None, tokens).logits
@@ -570,7 +571,7 @@ def test_every_saved_matrix_is_ternary(run):
         matrix
         for entries in params.values()
         for w in entries.values()
-        if isinstance(w, quantize.QuantizedWeight1_58bit)
+        if isinstance(w, quantize.PackedWeight)
         for matrix in np.asarray(quantize.dequantize(w)).reshape(-1, *w.shape[-2:])
     ]
     assert len(matrices) == 4 + 3 * 8
