@@ -2,7 +2,7 @@
 //
 // All numbers are ones, so that the sums add up to the number of products; there are so many sums
 // that no addition waits for the one before. Rounds come in groups of kFew, after which sums of 16
-// bits are not yet full. The instructions are those of the paths of cpu_kernels.cc, and written
+// bits are not yet full. The instructions are those of the paths of ternary.cc, and written
 // out: a compiler would compute the same product once, or keep sums in memory.
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 
     python tests/sanitize.py
 
-Builds `cpu_kernels.cc` with them, beside the ordinary library, and starts Python with their
+Builds `ternary.cc` with them, beside the ordinary library, and starts Python with their
 runtimes loaded first: they have to see every allocation, those of XLA and NumPy too. Anything read
 or written beyond an array ends the process. Without gcc's runtimes, says so and succeeds.
 """

@@ -11,7 +11,7 @@ import pytest
 
 import kernels
 
-ROOT = Path(kernels.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 native = pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels: no compiler, or a GPU")
 
@@ -55,7 +55,7 @@ def test_a_compiler_that_fails_is_a_note(tmp_path):
     out, err = run_product(tmp_path / "cache", CXX=str(compiler))
     assert out.startswith("False [[1016.0")
     begun, failed = err.splitlines()
-    assert begun.startswith("note: compiling cpu_kernels.cc")
+    assert begun.startswith("note: compiling ternary.cc")
     assert failed.startswith("note: no native") and failed.endswith("failed: cannot work")
     assert not list((tmp_path / "cache/ternary-grok/kernels").iterdir())
 

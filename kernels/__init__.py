@@ -1,7 +1,7 @@
 """Fast products, norms and attention, and what each takes; large pages; kept compilations.
 
-On a CPU they are C++, `cpu_kernels.cc`, compiled on first use with the system's compiler and kept
-in a cache folder. On an NVIDIA GPU they are those of `gpu_kernels.py`. Without a compiler, or for
+On a CPU they are C++, `ternary.cc`, compiled on first use with the system's compiler and kept
+in a cache folder. On an NVIDIA GPU they are those of `gpu.py`. Without a compiler, or for
 other shapes and devices, plain JAX beside each call does the same, to the same integers, slower.
 
 The C++ checks all arrays that it is given: what does not fit is an error of JAX that starts with
@@ -30,7 +30,7 @@ import numpy as np
 
 import files
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cc")
+SOURCE = Path(__file__).with_name("ternary.cc")
 HANDLERS = (
     "TernarySums",
     "TableDot",
@@ -262,10 +262,10 @@ def ternary_kernel(x: jax.Array, packed: jax.Array, block: int, padding: int) ->
     if on_cpu():
         return ternary_sums
     if jax.default_backend() == "gpu" and not padding:
-        import gpu_kernels  # here, because Pallas takes a while to import
+        from kernels import gpu  # here, because Pallas takes a while to import
 
-        if gpu_kernels.takes(x.shape, packed.shape, block):
-            return gpu_kernels.ternary_sums
+        if gpu.takes(x.shape, packed.shape, block):
+            return gpu.ternary_sums
     return None
 
 
@@ -305,18 +305,18 @@ def norm_kernel() -> Callable | None:
     if on_cpu():
         return rms_norm
     if jax.default_backend() == "gpu":
-        import gpu_kernels
+        from kernels import gpu
 
-        return gpu_kernels.rms_norm
+        return gpu.rms_norm
     return None
 
 
 def rounding_kernel() -> Callable | None:
-    """The kernel that rounds rows to integers on this backend: `gpu_kernels.quantize_rows`."""
+    """The kernel that rounds rows to integers on this backend: `gpu.quantize_rows`."""
     if jax.default_backend() == "gpu":
-        import gpu_kernels
+        from kernels import gpu
 
-        return gpu_kernels.quantize_rows
+        return gpu.quantize_rows
     return None
 
 
@@ -360,13 +360,15 @@ def attention_kernel(q: jax.Array, k: jax.Array, cap: float) -> Callable | None:
     """The kernel for such queries and keys, with the arguments of `attend`; None: plain JAX."""
     if k.dtype != q.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
         return None
-    if on_cpu() and 0 < cap <= LARGEST_CAP:
+    if not 0 < cap <= LARGEST_CAP:
+        return None
+    if on_cpu():
         return attend
     if jax.default_backend() == "gpu" and q.shape[1] == 1:
-        import gpu_kernels
+        from kernels import gpu
 
-        if gpu_kernels.takes_attention((q.shape[0], *q.shape[2:]), k.shape, cap):
-            return gpu_kernels.attend
+        if gpu.takes_attention((q.shape[0], *q.shape[2:]), k.shape):
+            return gpu.attend
     return None
 
 
