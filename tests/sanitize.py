@@ -2,7 +2,7 @@
 
     python tests/sanitize.py
 
-Builds `ternary.cc` with them, beside the ordinary library, and starts Python with their
+Builds the C++ of `kernels/` with them, beside the ordinary library, and starts Python with their
 runtimes loaded first: they have to see every allocation, those of XLA and NumPy too. Anything read
 or written beyond an array ends the process. Without gcc's runtimes, says so and succeeds.
 """
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: E402  the path comes first
+from kernels import building  # noqa: E402
 
 TESTS = ("tests/test_kernel_arguments.py", "tests/test_kernels.py")
 # Null pointers are seen without a check at each use, and x86 takes any alignment: without those and
@@ -67,5 +68,5 @@ def run_tests() -> None:
 
 
 if __name__ == "__main__":
-    kernels.FLAGS += FLAGS
+    building.FLAGS += FLAGS
     run_tests() if "SANITIZED" in os.environ else start()
