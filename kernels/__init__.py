@@ -1,4 +1,4 @@
-"""Fast products, norms and attention, and what each takes; large pages; kept compilations.
+"""Fast products, norms and attention, and what each takes; large pages.
 
 On a CPU they are the C++ beside this file, compiled on first use and kept, see `building.py`. On an
 NVIDIA GPU they are those of `gpu.py`. Without a compiler, or for other shapes and devices, plain
@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.building import build, compiler, keep_compilations
+from kernels.building import build as build
+from kernels.building import keep_compilations as keep_compilations
 
-__all__ = ["build", "compiler", "keep_compilations"]
 HANDLERS = (
     "TernarySums",
     "TableDot",

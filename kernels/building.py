@@ -64,7 +64,7 @@ def _sum(content: bytes) -> str:
 
 def _compiled(command: list[str], source: Path) -> bytes:
     """The library that a compiler makes, of each file by itself, at once; OSError if it fails."""
-    print(f"note: compiling {source.name}, some 15 s, once", file=sys.stderr)
+    print(f"note: compiling {source.name}, some 20 s, once", file=sys.stderr)
     sources = _files(source, "*.cc")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(sources)) as pool:
         objects = [f"{folder}/{path.stem}.o" for path in sources]
