@@ -1,6 +1,6 @@
 """Soft-capped attention over a sequence or over the cache, and writing the cache.
 
-Shape letters as in `model.py`. Kernels of `kernels.py` do the work where there are any.
+Shape letters as in `model.py`. Kernels of `kernels/` do the work where there are any.
 """
 
 import functools

@@ -1,9 +1,9 @@
-// How fast a core multiplies and adds int8 on registers alone: no product of matrices can be faster.
+// How fast a core multiplies and adds int8 on registers alone: no matrix product can be faster.
 //
 // All numbers are ones, so that the sums add up to the number of products; there are so many sums
 // that no addition waits for the one before. Rounds come in groups of kFew, after which sums of 16
-// bits are not yet full. The instructions are those of the paths of cpu_kernels.cc, and written
-// out: a compiler would compute the same product once, or keep sums in memory.
+// bits are not yet full. The instructions are those of the paths of kernels/ternary.cc,
+// and written out: a compiler would compute the same product once, or keep sums in memory.
 
 #include <cstdint>
 #include <cstring>
@@ -43,10 +43,12 @@ int64_t Plain() {
 
 __attribute__((target("avx2"))) int64_t Avx2() {
   __m256i ones = _mm256_set1_epi8(1), sums[12] = {}, pairs;
-#define ADD(i)                                             \
-  __asm__ volatile("vpmaddubsw %2, %2, %1\n\t"             \
-                   "vpaddw %1, %0, %0"                     \
-                   : "+x"(sums[i]), "=&x"(pairs) : "x"(ones));
+#define ADD(i)                      \
+  __asm__ volatile(                 \
+      "vpmaddubsw %2, %2, %1\n\t"   \
+      "vpaddw %1, %0, %0"           \
+      : "+x"(sums[i]), "=&x"(pairs) \
+      : "x"(ones));
   for (int64_t i = 0; i < kFew; ++i) {
     TWELVE(ADD)
   }

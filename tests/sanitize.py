@@ -2,7 +2,7 @@
 
     python tests/sanitize.py
 
-Builds `cpu_kernels.cc` with them, beside the ordinary library, and starts Python with their
+Builds the C++ of `kernels/` with them, beside the ordinary library, and starts Python with their
 runtimes loaded first: they have to see every allocation, those of XLA and NumPy too. Anything read
 or written beyond an array ends the process. Without gcc's runtimes, says so and succeeds.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import kernels  # noqa: E402  the path comes first
+from kernels import building  # noqa: E402  the path comes first
 
 TESTS = ("tests/test_kernel_arguments.py", "tests/test_kernels.py")
 # Null pointers are seen without a check at each use, and x86 takes any alignment: without those and
@@ -35,7 +35,7 @@ def runtimes() -> list[str]:
     """The paths of RUNTIMES; OSError without a compiler or without one of them."""
     found = []
     for name in RUNTIMES:
-        command = [*kernels.compiler(), f"-print-file-name={name}"]
+        command = [*building.compiler(), f"-print-file-name={name}"]
         path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         if not os.path.isabs(path):
             raise OSError(f"{command[0]} has no {name}")
@@ -51,7 +51,7 @@ def start() -> None:
         print(f"sanitizers skipped: {error}")
         return
     begin = time.perf_counter()
-    kernels.build()
+    building.build()
     print(f"sanitizers: built in {time.perf_counter() - begin:.0f} s", flush=True)
     environment = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "SANITIZED": "1"}
     done = subprocess.run([sys.executable, __file__], cwd=ROOT, env=os.environ | environment)
@@ -67,5 +67,5 @@ def run_tests() -> None:
 
 
 if __name__ == "__main__":
-    kernels.FLAGS += FLAGS
+    building.FLAGS += FLAGS
     run_tests() if "SANITIZED" in os.environ else start()

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-import gpu_kernels
 import kernels
 import model
 import quantize
 import runners
-from gpu_kernels import FEW_ROWS, MANY_ROWS
+from kernels import gpu
+from kernels.gpu import FEW_ROWS, MANY_ROWS
 
 EXPERTS = [2, -1, 0, 2, 1]  # of the blocks: repeated, skipped, and not in order
 
@@ -25,7 +25,7 @@ def random_case(rows, inputs=1024, outputs=256, experts=EXPERTS, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.integers(-128, 128, (len(experts), rows, inputs)).astype(np.int8)
     trits = rng.integers(-1, 2, (3, inputs, outputs)).astype(np.int8)
-    w = quantize.pack(trits, None, gpu_kernels.BLOCK)
+    w = quantize.pack(trits, None, gpu.BLOCK)
     assert (quantize.unpack(w) == trits).all()
     experts = np.array(experts, np.int32)
     sums = x.astype(np.int64) @ trits[experts].astype(np.int64)
@@ -33,7 +33,7 @@ def random_case(rows, inputs=1024, outputs=256, experts=EXPERTS, seed=0):
 
 
 def interpreted(x, w, experts, **options):
-    sums = functools.partial(gpu_kernels.ternary_sums, block=w.block, interpret=True, **options)
+    sums = functools.partial(gpu.ternary_sums, block=w.block, interpret=True, **options)
     y = jax.jit(sums)(x, w.packed, experts)
     assert y.dtype == jnp.int32
     return y
@@ -56,7 +56,7 @@ def test_tiles_and_parts_change_nothing(tile, outputs, programs):
 def test_largest_sums():
     """The longest rows, all at the ends of int8: masked codes are up to 128 times too large."""
     trits = np.array([-1, 0, 1], np.int8)[:, None, None]
-    w = quantize.pack(np.broadcast_to(trits, (3, 32768, 128)), None, gpu_kernels.BLOCK)
+    w = quantize.pack(np.broadcast_to(trits, (3, 32768, 128)), None, gpu.BLOCK)
     x = np.full((3, 1, 32768), -128, np.int8)
     y = interpreted(x, w, np.arange(3, dtype=np.int32))
     np.testing.assert_array_equal(y, np.broadcast_to(trits * np.int32(-(1 << 22)), y.shape))
@@ -67,11 +67,11 @@ def test_largest_sums():
     [(512, 24, 512, 1), (48, 24, 512, 12), (8, 24, 512, 24), (96, 128, 512, 8), (1, 7, 2, 7)],
 )
 def test_parts_of_the_inputs(programs, steps, wanted, parts):
-    assert gpu_kernels._splits(programs, steps, wanted) == parts
+    assert gpu._splits(programs, steps, wanted) == parts
 
 
 def test_shapes_taken():
-    takes = functools.partial(gpu_kernels.takes, block=64)
+    takes = functools.partial(gpu.takes, block=64)
     assert takes((2, 1, 6144), (8, 32768, 1536))
     assert takes((4, 128, 32768), (8, 6144, 8192))
     assert takes((1, 1000, 256), (1, 128, 64))
@@ -81,7 +81,7 @@ def test_shapes_taken():
     assert not takes((2, 0, 6144), (8, 32768, 1536)), "no rows"
     assert not takes((0, 1, 6144), (8, 32768, 1536)), "no blocks"
     assert not takes((1, 6144), (8, 32768, 1536)), "no axis of blocks"
-    assert not gpu_kernels.takes((2, 1, 6144), (8, 32768, 1536), 32), "smaller blocks"
+    assert not gpu.takes((2, 1, 6144), (8, 32768, 1536), 32), "smaller blocks"
 
 
 def test_shapes_that_are_refused():
@@ -131,7 +131,7 @@ def random_attention(dtype: str, lengths=(1, 100, 300, 0), shape=(2, 5, 192, 32)
         if length:
             weights /= weights.sum(axis=-1, keepdims=True)
         expected[b] = weights @ v[b, :, :length]
-        tile_end = -(-length // gpu_kernels.SLOTS) * gpu_kernels.SLOTS
+        tile_end = -(-length // gpu.SLOTS) * gpu.SLOTS
         for cache in (k, v):
             cache[b, :, length:] = 1e4
             cache[b, :, tile_end:] = np.nan  # not even read
@@ -142,9 +142,9 @@ def random_attention(dtype: str, lengths=(1, 100, 300, 0), shape=(2, 5, 192, 32)
 @pytest.mark.parametrize("programs", [1, 1000])  # all of the cache at once, and in 3 parts
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention(dtype, programs, monkeypatch):
-    monkeypatch.setattr(gpu_kernels, "ATTENTION_PROGRAMS", programs)
+    monkeypatch.setattr(gpu, "ATTENTION_PROGRAMS", programs)
     arguments, expected = random_attention(dtype)
-    assert_near(gpu_kernels.decode_attention(*arguments, 0.5, 30.0, interpret=True), expected)
+    assert_near(gpu.decode_attention(*arguments, 0.5, 30.0, interpret=True), expected)
 
 
 def test_attention_at_the_cap():
@@ -152,22 +152,30 @@ def test_attention_at_the_cap():
     q = jnp.full((2, 1, 16), 100.0)
     k = jnp.stack([q[0], -q[1]])[:, :, None].repeat(64, axis=2)
     v = jnp.arange(64.0)[:, None] * jnp.ones((2, 1, 64, 16))
-    y = gpu_kernels.decode_attention(q, k, v, jnp.array([3, 5]), 1.0, 30.0, interpret=True)
+    y = gpu.decode_attention(q, k, v, jnp.array([3, 5]), 1.0, 30.0, interpret=True)
     np.testing.assert_allclose(y[:, 0, 0], [1, 2], rtol=1e-6)
 
 
 def test_attention_shapes_taken():
-    takes = gpu_kernels.takes_attention
-    assert takes((4, 48, 128), (4, 8, 8192, 128), 30.0)
-    assert takes((1, 6, 128), (1, 1, 64, 128), 30.0)
-    assert not takes((4, 48, 128), (4, 8, 8200, 128), 30.0), "slots that fill no tile"
-    assert not takes((4, 44, 128), (4, 8, 8192, 128), 30.0), "uneven groups"
-    assert not takes((4, 48, 96), (4, 8, 8192, 96), 30.0), "no power of two"
-    assert not takes((4, 48, 256), (4, 8, 8192, 256), 30.0), "more than shared memory holds"
-    assert not takes((4, 48, 128), (4, 8, 8192, 128), 50.0), "exp(-100) is no float32"
-    with pytest.raises(ValueError, match="cap 50"):
+    takes = gpu.takes_attention
+    assert takes((4, 48, 128), (4, 8, 8192, 128))
+    assert takes((1, 6, 128), (1, 1, 64, 128))
+    assert not takes((4, 48, 128), (4, 8, 8200, 128)), "slots that fill no tile"
+    assert not takes((4, 44, 128), (4, 8, 8192, 128)), "uneven groups"
+    assert not takes((4, 48, 96), (4, 8, 8192, 96)), "no power of two"
+    assert not takes((4, 48, 256), (4, 8, 8192, 256)), "more than shared memory holds"
+    with pytest.raises(ValueError, match=r"no kernel for q \(.*\) and cache"):
         q, k, v, lengths = random_attention("float32")[0]
-        gpu_kernels.decode_attention(q, k, v, lengths, 1.0, 50.0)
+        gpu.decode_attention(q, k[:, :, 1:], v, lengths, 1.0, 30.0)
+
+
+def test_attention_has_a_kernel_up_to_the_largest_cap(monkeypatch):
+    """exp(-2 cap) must be a float32: with 50 it would be none."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    q, k = jnp.zeros((2, 1, 4, 16)), jnp.zeros((2, 2, 64, 16))
+    assert kernels.attention_kernel(q, k, 40.0) is gpu.attend
+    for cap in (0.0, -1.0, 40.1, 50.0, float("nan")):
+        assert kernels.attention_kernel(q, k, cap) is None
 
 
 @pytest.mark.parametrize(
@@ -186,7 +194,7 @@ def test_attention_shapes_taken():
 def test_attention_of_arrays_that_do_not_fit(change, message):
     arguments = change(*random_attention("float32")[0])
     with pytest.raises(ValueError, match=message):
-        gpu_kernels.decode_attention(*arguments, 0.5, 30.0, interpret=True)
+        gpu.decode_attention(*arguments, 0.5, 30.0, interpret=True)
 
 
 # --- Norm -----------------------------------------------------------------------------------------
@@ -205,7 +213,7 @@ def random_norm(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_norm(dtype):
     x, scale, expected = random_norm(dtype)
-    y = gpu_kernels.rms_norm(x, scale, 1e-5, interpret=True)
+    y = gpu.rms_norm(x, scale, 1e-5, interpret=True)
     assert y.dtype == x.dtype
     assert_near(y, expected)
 
@@ -213,11 +221,11 @@ def test_norm(dtype):
 def test_rows_that_do_not_fit():
     x, scale, _ = random_norm("float32")
     with pytest.raises(ValueError, match=r"scale is float32 \[96\], expected float32 \[97\]"):
-        gpu_kernels.rms_norm(x, scale[1:], 1e-5, interpret=True)
+        gpu.rms_norm(x, scale[1:], 1e-5, interpret=True)
     with pytest.raises(ValueError, match=r"rms_norm takes rows of rank 2, found \[97\]"):
-        gpu_kernels.rms_norm(x[0], scale, 1e-5, interpret=True)
+        gpu.rms_norm(x[0], scale, 1e-5, interpret=True)
     with pytest.raises(ValueError, match="quantize_rows takes rows of rank 2"):
-        gpu_kernels.quantize_rows(x[None], 127, jnp.int8, interpret=True)
+        gpu.quantize_rows(x[None], 127, jnp.int8, interpret=True)
 
 
 @pytest.mark.parametrize("activations", ["int8", "int15"])
@@ -226,7 +234,7 @@ def test_rounding(dtype, activations, monkeypatch):
     """To the integers of plain JAX, through the same `quantize_rows`."""
     x = random_norm(dtype)[0].at[2].set(0)
     plain = quantize.quantize_rows(x, None, activations)
-    interpreted = functools.partial(gpu_kernels.quantize_rows, interpret=True)
+    interpreted = functools.partial(gpu.quantize_rows, interpret=True)
     monkeypatch.setattr(kernels, "rounding_kernel", lambda: interpreted)
     integers, step = quantize.quantize_rows(x, None, activations)
     assert integers.dtype == plain[0].dtype
@@ -236,7 +244,7 @@ def test_rounding(dtype, activations, monkeypatch):
 
 def test_halves_round_to_even():
     x = np.array([-63.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.49999997, -0.49999997], np.float32)
-    np.testing.assert_array_equal(gpu_kernels._round(x), np.round(x))
+    np.testing.assert_array_equal(gpu._round(x), np.round(x))
 
 
 # --- For CUDA -------------------------------------------------------------------------------------
@@ -255,7 +263,7 @@ def lowered_for_cuda(f, *shapes) -> str:
 @pytest.mark.parametrize("inputs, outputs", [(6144, 32768), (32768, 6144)])
 def test_lowers_for_cuda(blocks, rows, inputs, outputs):
     def f(x, packed, experts):
-        return gpu_kernels.ternary_sums(x, packed, experts, 64)
+        return gpu.ternary_sums(x, packed, experts, 64)
 
     text = lowered_for_cuda(
         f,
@@ -270,7 +278,7 @@ def test_lowers_for_cuda(blocks, rows, inputs, outputs):
 @pytest.mark.parametrize("batch, slots, dtype", [(1, 8192, "bfloat16"), (3, 1024, "float32")])
 def test_attention_lowers_for_cuda(batch, slots, dtype):
     cache = ((batch, 8, slots, 128), dtype)
-    attention = functools.partial(gpu_kernels.decode_attention, multiplier=0.088, cap=30.0)
+    attention = functools.partial(gpu.decode_attention, multiplier=0.088, cap=30.0)
     text = lowered_for_cuda(
         attention, ((batch, 48, 128), dtype), cache, cache, ((batch,), jnp.int32)
     )
@@ -279,10 +287,10 @@ def test_attention_lowers_for_cuda(batch, slots, dtype):
 
 def test_norm_and_rounding_lower_for_cuda():
     x = ((2, 6144), jnp.bfloat16)
-    norm = functools.partial(gpu_kernels.rms_norm, eps=1e-5)
+    norm = functools.partial(gpu.rms_norm, eps=1e-5)
     text = lowered_for_cuda(norm, x, ((6144,), jnp.float32))
     assert text.count("__gpu$xla.gpu.triton") == 1
-    text = lowered_for_cuda(lambda x: gpu_kernels.quantize_rows(x, 127, jnp.int8), x)
+    text = lowered_for_cuda(lambda x: gpu.quantize_rows(x, 127, jnp.int8), x)
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 
@@ -318,7 +326,7 @@ needs_gpu = pytest.mark.skipif(
 @pytest.mark.parametrize("rows", [1, 3, 16, 32, 100, 128, 300])
 def test_compiled_sums_are_exact(rows):
     x, w, experts, expected = random_case(rows, inputs=3072, outputs=1024)
-    y = gpu_kernels.ternary_sums(x, w.packed, experts, w.block)
+    y = gpu.ternary_sums(x, w.packed, experts, w.block)
     np.testing.assert_array_equal(y, expected)
 
 
@@ -326,7 +334,7 @@ def test_compiled_sums_are_exact(rows):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_attention(dtype):
     arguments, expected = random_attention(dtype, (1, 777, 2048, 0), (8, 6, 2048, 128))
-    assert_near(gpu_kernels.decode_attention(*arguments, 0.5, 30.0), expected)
+    assert_near(gpu.decode_attention(*arguments, 0.5, 30.0), expected)
 
 
 @needs_gpu
@@ -335,7 +343,7 @@ def test_compiled_attention(dtype):
 def test_compiled_norm_and_rounding(dtype, activations):
     """A GPU divides less exactly: integers may be one off where the quotient is near a half."""
     x, scale, expected = random_norm(dtype)
-    y = gpu_kernels.rms_norm(x, scale, 1e-5)
+    y = gpu.rms_norm(x, scale, 1e-5)
     assert_near(y, expected)
     integers, step = quantize.quantize_rows(y, None, activations)
     exact = np.asarray(y, np.float64) / np.asarray(step)

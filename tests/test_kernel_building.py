@@ -10,8 +10,9 @@ import jax
 import pytest
 
 import kernels
+from kernels import building
 
-ROOT = Path(kernels.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 native = pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels: no compiler, or a GPU")
 
@@ -55,7 +56,7 @@ def test_a_compiler_that_fails_is_a_note(tmp_path):
     out, err = run_product(tmp_path / "cache", CXX=str(compiler))
     assert out.startswith("False [[1016.0")
     begun, failed = err.splitlines()
-    assert begun.startswith("note: compiling cpu_kernels.cc")
+    assert begun.startswith("note: compiling kernels, some")
     assert failed.startswith("note: no native") and failed.endswith("failed: cannot work")
     assert not list((tmp_path / "cache/ternary-grok/kernels").iterdir())
 
@@ -76,12 +77,12 @@ THREADS = """
 import concurrent.futures, subprocess, kernels
 runs, run = [], subprocess.run
 def counted(*args, **options):
-    runs.append(args)
+    runs.append("-shared" in args[0])
     return run(*args, **options)
 subprocess.run = counted
 with concurrent.futures.ThreadPoolExecutor(4) as pool:
     found = {id(library) for library in pool.map(lambda _: kernels.library(), range(8))}
-print(len(runs), len(found), kernels.library() is not None)
+print(sum(runs), len(found), kernels.library() is not None)
 """
 
 
@@ -95,7 +96,7 @@ def test_of_several_threads_one_compiles(tmp_path):
     out, err = run_code(THREADS, tmp_path)
     assert (out, err.count("\n")) == ("1 1 True", 0) and err.startswith("note: compiling")
     # From another folder a compiler may make other bytes, and so another name.
-    sound = [p for p in damaged.parent.iterdir() if kernels._sum(p.read_bytes()) in p.name]
+    sound = [p for p in damaged.parent.iterdir() if building._sum(p.read_bytes()) in p.name]
     assert len(sound) == 1
 
 
@@ -109,7 +110,7 @@ printf %4096s a library > "$output"
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """A function that gives the arguments of all runs so far of a compiler that $CXX names."""
+    """A function that gives the arguments of all links so far by a compiler that $CXX names."""
     return make_compiler(tmp_path, monkeypatch, seconds=0)
 
 
@@ -118,7 +119,11 @@ def make_compiler(folder, monkeypatch, seconds):
     script.write_text(COMPILER.format(folder=folder, seconds=seconds))
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    return lambda: (folder / "runs").read_text().splitlines() if (folder / "runs").exists() else []
+    return lambda: [run for run in all_runs(folder) if " -shared " in run]
+
+
+def all_runs(folder):
+    return (folder / "runs").read_text().splitlines() if (folder / "runs").exists() else []
 
 
 @pytest.fixture
@@ -131,8 +136,29 @@ def test_what_was_built_is_kept(compiler, cache, monkeypatch):
     assert [path] == list(cache.iterdir())
     assert kernels.build(folder=cache) == path and len(compiler()) == 1
     assert cache.stat().st_mode & 0o777 == 0o700 and path.stat().st_mode & 0o777 == 0o600
-    monkeypatch.setattr(kernels, "FLAGS", ("-O1",))
+    monkeypatch.setattr(building, "FLAGS", ("-O1",))
     assert kernels.build(folder=cache) != path and len(compiler()) == 2
+
+
+def test_each_file_is_compiled_and_all_are_linked(compiler, cache, tmp_path):
+    kernels.build(folder=cache)
+    *compiled, linked = all_runs(tmp_path)
+    names = sorted(path.name for path in building.SOURCE.glob("*.cc"))
+    assert sorted(Path(run.split(" -c ")[1].split(" -o ")[0]).name for run in compiled) == names
+    objects = {run.split(" -o ")[1] for run in compiled}
+    assert set(linked.split(" -shared ")[1].split(" -o ")[0].split()) == objects
+
+
+@pytest.mark.parametrize("name", ["one.cc", "two.cc", "two.h"])
+def test_a_change_of_any_file_is_another_library(name, compiler, cache, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for each in ("one.cc", "two.cc", "two.h"):
+        (source / each).write_text("int x;")
+    path = kernels.build(source, cache)
+    assert path.name.startswith("source-") and kernels.build(source, cache) == path
+    (source / name).write_text("int y;")
+    assert kernels.build(source, cache) != path and len(compiler()) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import attention
-import gpu_kernels
 import kernels
 import model
 import quantize
 import shards
+from kernels import gpu
 
 PATHS = {"plain": 0, "AVX2": 1, "AVX-512 VNNI": 2, "AMX": 3}
-ROOT = Path(kernels.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 native = pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels: no compiler, or a GPU")
 
@@ -154,7 +154,7 @@ def test_gpu_kernels_give_the_products_of_plain_jax(activations, monkeypatch):
     call = functools.partial(quantize.grouped_dot, activations=activations)
     monkeypatch.setattr(kernels, "ternary_kernel", lambda *_: None)
     plain = jax.jit(lambda x: call(x, w, experts))(x)
-    interpreted = functools.partial(gpu_kernels.ternary_sums, interpret=True)
+    interpreted = functools.partial(gpu.ternary_sums, interpret=True)
     monkeypatch.setattr(kernels, "ternary_kernel", lambda *_: interpreted)
     text = str(jax.make_jaxpr(lambda x: call(x, w, experts))(x))
     assert "pallas_call" in text
@@ -167,7 +167,7 @@ def test_the_kernel_is_that_of_the_device(monkeypatch):
     if kernels.on_cpu():
         assert kernels.ternary_kernel(rows, w.packed, w.block, 0) is kernels.ternary_sums
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert kernels.ternary_kernel(rows, w.packed, w.block, 0) is gpu_kernels.ternary_sums
+    assert kernels.ternary_kernel(rows, w.packed, w.block, 0) is gpu.ternary_sums
     assert kernels.ternary_kernel(rows, w.packed, w.block, 3) is None
     assert kernels.ternary_kernel(rows, w.packed, 32, 0) is None
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")

@@ -20,8 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-import kernels
-
 # --- Ternary products -----------------------------------------------------------------------------
 
 BLOCK = 64  # bytes of a packing block, which is what a kernel takes at a time
@@ -75,6 +73,7 @@ def ternary_sums(
     packed: jax.Array,
     experts: jax.Array,
     block: int,
+    multipliers: jax.Array | None = None,
     *,
     tile: Tile | None = None,
     interpret: bool = False,
@@ -224,7 +223,7 @@ SLOTS = 64  # of the cache, that a program takes at a time
 ATTENTION_PROGRAMS = 128  # the cache is split into parts until there are about this many programs
 
 
-def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...], cap: float) -> bool:
+def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
     """Whether `decode_attention` has a kernel for q [B, N, H] and a cache [B, K, S, H]."""
     if len(q_shape) != 3 or len(k_shape) != 4 or 0 in (*q_shape, *k_shape):
         return False
@@ -234,7 +233,6 @@ def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...], cap: flo
         and heads % kv_heads == 0
         and size in (16, 32, 64, 128)
         and slots % SLOTS == 0
-        and 0 < cap <= kernels.LARGEST_CAP
     )
 
 
@@ -255,9 +253,10 @@ def decode_attention(
 
     No logit is above the cap, so the softmax needs no maximum: parts of the cache sum
     exp(logit - cap) and exp(logit - cap) v by themselves, in float32, and their sums are added.
+    Needs a cap of at most `kernels.LARGEST_CAP`.
     """
-    if not takes_attention(q.shape, k.shape, cap):
-        raise ValueError(f"no kernel for q {q.shape}, cache {k.shape} and cap {cap}")
+    if not takes_attention(q.shape, k.shape):
+        raise ValueError(f"no kernel for q {q.shape} and cache {k.shape}")
     _check("k", k, k.shape, q.dtype)
     _check("v", v, k.shape, q.dtype)
     _check("lengths", lengths, q.shape[:1], lengths.dtype)

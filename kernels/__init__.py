@@ -1,8 +1,8 @@
-"""Fast products, norms and attention, and what each takes; large pages; kept compilations.
+"""Fast products, norms and attention, and what each takes; large pages.
 
-On a CPU they are C++, `cpu_kernels.cc`, compiled on first use with the system's compiler and kept
-in a cache folder. On an NVIDIA GPU they are those of `gpu_kernels.py`. Without a compiler, or for
-other shapes and devices, plain JAX beside each call does the same, to the same integers, slower.
+On a CPU they are the C++ beside this file, compiled on first use and kept, see `building.py`. On an
+NVIDIA GPU they are those of `gpu.py`. Without a compiler, or for other shapes and devices, plain
+JAX beside each call does the same, to the same integers, slower.
 
 The C++ checks all arrays that it is given: what does not fit is an error of JAX that starts with
 INVALID_ARGUMENT and shows the sizes.
@@ -10,27 +10,20 @@ INVALID_ARGUMENT and shows the sizes.
 
 import ctypes
 import functools
-import hashlib
 import math
 import os
-import platform
-import shlex
-import shutil
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import files
+from kernels.building import build as build
+from kernels.building import keep_compilations as keep_compilations
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cc")
 HANDLERS = (
     "TernarySums",
     "TableDot",
@@ -42,8 +35,7 @@ HANDLERS = (
     "GatedSums",
     "Transpose",
 )
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
-_LOADING = threading.RLock()
+_LOADING = threading.Lock()
 LARGEST_CAP = 40  # of attention logits: exp(-2 * 40) is still a normal float32
 DISABLE = "TERNARY_GROK_NATIVE"  # environment variable; 0: plain JAX
 
@@ -77,106 +69,9 @@ def _load() -> ctypes.CDLL | None:
         return None
 
 
-def build(source: Path = SOURCE, folder: Path | None = None) -> Path:
-    """Compiles a C++ file unless that was done before; the path of the library.
-
-    folder: by default `cache_folder() / "kernels"`
-    The name ends in a sum of the content, so that a damaged library is not loaded but built again.
-    Raises OSError without a compiler, or for a folder that is not private; SubprocessError if it
-    takes too long.
-    """
-    folder = private_folder(folder or files.cache_folder() / "kernels")
-    command = [*compiler(), *FLAGS]
-    known = (source.read_bytes(), jax.lib.__version__, platform.machine(), command, sys.platform)
-    name = f"{source.stem}-{_sum(repr(known).encode())}"
-    with _LOADING:
-        for path in folder.glob(f"{name}-*.so"):
-            if _is_private(path) and path.name == f"{name}-{_sum(path.read_bytes())}.so":
-                return path
-        content = _compiled(command, source)
-        path = folder / f"{name}-{_sum(content)}.so"
-        with files.replacing(path, shared=True) as part:
-            part.write_bytes(content)
-            part.chmod(0o600)  # as `_is_private` wants it, whatever the umask
-        return path
-
-
-def _sum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _compiled(command: list[str], source: Path) -> bytes:
-    """The library that a compiler makes of a file; OSError if it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "library.so"
-        print(f"note: compiling {source.name}, some 20 s, once", file=sys.stderr)
-        command = [*command, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            raise OSError(f"{shlex.join(command[:-3])} failed: {done.stderr}")
-        return library.read_bytes()
-
-
-def compiler() -> list[str]:
-    """$CXX, which may have arguments, or else the first compiler there is; OSError without one."""
-    wanted = os.environ.get("CXX", "")
-    try:
-        command = shlex.split(wanted)
-    except ValueError as error:
-        raise OSError(f"CXX is {wanted!r}: {error}; correct it or unset it") from None
-    for name in command[:1] or ("c++", "g++", "clang++"):
-        if path := shutil.which(name):
-            return [path, *command[1:]]
-    if command:
-        raise OSError(f"CXX names {command[0]!r}, which is not there; correct it or unset it")
-    raise OSError("no C++ compiler; install g++ or clang++, or set CXX")
-
-
-def private_folder(path: Path) -> Path:
-    """A folder for code to be run, made if it is not there: nobody else may be able to put any in.
-
-    Raises OSError otherwise. (To compile elsewhere instead would take its time at every start.)
-    """
-    for folder in (path.parent, path):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    above = path.parent.stat()
-    open_to_all = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
-    if open_to_all or above.st_uid not in (0, os.geteuid()):  # who could exchange `path`
-        raise OSError(f"{path.parent} is not only yours; chmod o-w it, or set XDG_CACHE_HOME")
-    if not _is_private(path):
-        raise OSError(f"{path} belongs to another user, or others can write to it; remove it")
-    return path
-
-
-def _is_private(path: Path) -> bool:
-    """Whether a file or folder is the user's own, and nobody else can write to it."""
-    about = path.stat()
-    return about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
 def on_cpu() -> bool:
     """Whether computations run on a CPU by default, and the compiled kernels are there."""
     return jax.default_backend() == "cpu" and library() is not None
-
-
-def keep_compilations() -> None:
-    """Lets JAX keep what it compiles in `cache_folder()`, for the next process; for commands.
-
-    JAX's own setting, such as JAX_COMPILATION_CACHE_DIR in the environment, goes first.
-    """
-    if jax.config.jax_compilation_cache_dir is None:
-        # Code for one processor must not be loaded on another that shares the folder.
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
-        known = sorted({line for line in lines if line.startswith(("model name", "flags"))})
-        key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
-        try:
-            folder = private_folder(files.cache_folder() / f"xla-{key}")
-        except OSError as error:
-            print(f"note: what JAX compiles is not kept: {error}", file=sys.stderr)
-            return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def differentiable(fast: Callable, plain: Callable) -> Callable:
@@ -254,22 +149,33 @@ def check_digit(largest: int) -> None:
 # --- Products -------------------------------------------------------------------------------------
 
 
-def ternary_kernel(x: jax.Array, packed: jax.Array, block: int, padding: int) -> Callable | None:
+def ternary_kernel(
+    x: jax.Array, packed: jax.Array, block: int, padding: int, multipliers: jax.Array | None
+) -> Callable | None:
     """The kernel for exact sums of such arrays on this backend, as `ternary_sums`; None: plain JAX.
 
-    padding: of the inputs, see `quantize.QuantizedWeight1_58bit`
+    padding: of the inputs, see `quantize.PackedWeight`
     """
+    if multipliers is not None:
+        return None
     if on_cpu():
         return ternary_sums
     if jax.default_backend() == "gpu" and not padding:
-        import gpu_kernels  # here, because Pallas takes a while to import
+        from kernels import gpu  # here, because Pallas takes a while to import
 
-        if gpu_kernels.takes(x.shape, packed.shape, block):
-            return gpu_kernels.ternary_sums
+        if gpu.takes(x.shape, packed.shape, block):
+            return gpu.ternary_sums
     return None
 
 
-def ternary_sums(x: jax.Array, packed: jax.Array, experts: jax.Array, block: int, path: int = -1):
+def ternary_sums(
+    x: jax.Array,
+    packed: jax.Array,
+    experts: jax.Array,
+    block: int,
+    multipliers: jax.Array | None = None,
+    path: int = -1,
+) -> jax.Array:
     """Exact sums int32 [blocks, R, O] of rows x int8 [blocks, R, I] times each block's expert.
 
     packed: uint8 [E, O, B], B >= I / 4, in blocks of `block` bytes, see `quantize.py`; codes 0 to
@@ -305,18 +211,18 @@ def norm_kernel() -> Callable | None:
     if on_cpu():
         return rms_norm
     if jax.default_backend() == "gpu":
-        import gpu_kernels
+        from kernels import gpu
 
-        return gpu_kernels.rms_norm
+        return gpu.rms_norm
     return None
 
 
 def rounding_kernel() -> Callable | None:
-    """The kernel that rounds rows to integers on this backend: `gpu_kernels.quantize_rows`."""
+    """The kernel that rounds rows to integers on this backend: `gpu.quantize_rows`."""
     if jax.default_backend() == "gpu":
-        import gpu_kernels
+        from kernels import gpu
 
-        return gpu_kernels.quantize_rows
+        return gpu.quantize_rows
     return None
 
 
@@ -360,13 +266,15 @@ def attention_kernel(q: jax.Array, k: jax.Array, cap: float) -> Callable | None:
     """The kernel for such queries and keys, with the arguments of `attend`; None: plain JAX."""
     if k.dtype != q.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
         return None
-    if on_cpu() and 0 < cap <= LARGEST_CAP:
+    if not 0 < cap <= LARGEST_CAP:
+        return None
+    if on_cpu():
         return attend
     if jax.default_backend() == "gpu" and q.shape[1] == 1:
-        import gpu_kernels
+        from kernels import gpu
 
-        if gpu_kernels.takes_attention((q.shape[0], *q.shape[2:]), k.shape, cap):
-            return gpu_kernels.attend
+        if gpu.takes_attention((q.shape[0], *q.shape[2:]), k.shape):
+            return gpu.attend
     return None
 
 

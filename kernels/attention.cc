@@ -1,0 +1,607 @@
+// Soft-capped attention that reads the cache as far as each query sees it. No logit is above the
+// cap, so the softmax needs no maximum: sums of exp(logit - cap) and exp(logit - cap) v can just be
+// added. They are made for each kPart slots by themselves, and added in order: so a result depends
+// on its own query and slots only, not on other queries, rows or heads, nor on the threads.
+
+#include <cmath>
+#include <limits>
+
+#include "common.h"
+
+namespace kernels {
+namespace {
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t IntLanes __attribute__((vector_size(64)));
+constexpr int64_t kWidth = 16;    // floats in Lanes
+constexpr int64_t kSlots = 32;    // that are turned into float32 and taken at a time
+constexpr int64_t kPart = 256;    // slots
+constexpr int64_t kQueries = 64;  // rows of a task: queries of the heads that share keys and values
+
+struct Attention {
+  const void *q, *k, *v;     // [B, T, N, H], [B, K, S, H] twice; float32 or bfloat16
+  const int32_t* positions;  // [B, T]
+  void* out;                 // [B, T, N, H]
+  int64_t batch, queries, heads, kv_heads, slots, size;
+  float multiplier, cap;
+  int64_t group() const { return heads / kv_heads; }
+  int64_t padded() const { return RoundUp(size, kWidth); }
+  int64_t rows() const { return queries * group(); }  // of one key/value head: row = query, head
+  int64_t offset(int64_t b, int64_t g, int64_t row) const {  // of a row in q and out
+    return ((b * queries + row / group()) * heads + g * group() + row % group()) * size;
+  }
+  int64_t last(int64_t b, int64_t row) const {  // the last slot that a row sees; -1 for none
+    return std::clamp<int64_t>(positions[b * queries + row / group()], -1, slots - 1);
+  }
+  int64_t last(int64_t b, int64_t first, int64_t count) const {  // that any of several rows sees
+    int64_t largest = -1;
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, last(b, first + i));
+    return largest;
+  }
+};
+
+INLINE Lanes LoadLanes(const float* p) {
+  Lanes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// exp of numbers from -87 to 0, by 2^n and a polynomial in what is left, to about one unit in the
+// last place.
+INLINE Lanes Exp(Lanes x) {
+  const Lanes shifted = x * 1.44269504f + 12582912.f;  // rounds: no fraction fits beside 1.5 * 2^23
+  const Lanes n = shifted - 12582912.f;
+  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes p = r * 1.98412698e-4f + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.f;
+  const IntLanes bits = (__builtin_convertvector(n, IntLanes) + 127) << 23;
+  Lanes power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+INLINE Lanes Tanh(Lanes x) {
+  const Lanes zero = {}, magnitude = x < 0 ? -x : x, square = x * x;
+  const Lanes few = magnitude > 40.f ? zero + 40.f : magnitude;
+  const Lanes e = Exp(-2.f * few);
+  const Lanes large = (1.f - e) / (1.f + e);
+  // Near zero, where 1 - e loses digits: the first terms of its series.
+  Lanes p = 2.1869489e-2f - square * 8.8632356e-3f;
+  p = p * square - 5.3968254e-2f;
+  p = p * square + 1.3333333e-1f;
+  p = p * square - 3.3333333e-1f;
+  const Lanes small = x + x * square * p;
+  return magnitude < 0.25f ? small : (x < 0 ? -large : large);
+}
+
+// Lane i of the result is the sum of the lanes of v[i].
+INLINE Lanes Sums(Lanes v[kWidth]) {
+  for (int n = kWidth / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i)
+      v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20,
+                                     22, 24, 26, 28, 30) +
+             __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21,
+                                     23, 25, 27, 29, 31);
+  return v[0];
+}
+
+template <class T>
+INLINE void ToFloats(const T* from, int64_t count, int64_t size, int64_t padded, float* out) {
+  for (int64_t s = 0; s < count; ++s) {
+    for (int64_t h = 0; h < size; ++h) out[s * padded + h] = ToFloat(from[s * size + h]);
+    for (int64_t h = size; h < padded; ++h) out[s * padded + h] = 0;
+  }
+}
+
+// What a thread has at hand, in float32.
+struct Scratch {
+  explicit Scratch(int64_t padded) {
+    static thread_local Aligned kept(0);
+    const int64_t floats = (kQueries + 2 * kSlots) * padded + 4 * kSlots;
+    q = reinterpret_cast<float*>(Kept(kept, floats * sizeof(float)));
+    k = q + kQueries * padded;
+    v = k + kSlots * padded;
+    weights = v + kSlots * padded;
+  }
+  float *q, *k, *v, *weights;  // [kQueries, H], [kSlots, H] twice, [4, kSlots]
+};
+
+// Products [R, kSlots] of R rows with the keys in scratch. R * S = 16 of them are made at a time,
+// each in lanes over H that are added up at the end: R shows in no result.
+template <int R>
+INLINE void Products(const float* q, const float* k, int64_t padded, float* out) {
+  constexpr int S = kWidth / R;
+  for (int64_t s = 0; s < kSlots; s += S) {
+    Lanes sums[kWidth] = {};
+    for (int64_t h = 0; h < padded; h += kWidth) {
+      Lanes x[R];
+      for (int r = 0; r < R; ++r) x[r] = LoadLanes(q + r * padded + h);
+      for (int i = 0; i < S; ++i) {
+        const Lanes key = LoadLanes(k + (s + i) * padded + h);
+        for (int r = 0; r < R; ++r) sums[r * S + i] += x[r] * key;
+      }
+    }
+    const Lanes results = Sums(sums);
+    const auto* bytes = reinterpret_cast<const char*>(&results);
+    for (int r = 0; r < R; ++r)
+      std::memcpy(out + r * kSlots + s, bytes + r * S * sizeof(float), S * sizeof(float));
+  }
+}
+
+// Turns the products of one row into the weights of its slots, 0 beyond the last; adds these up.
+INLINE Lanes Weights(const Attention& a, int64_t last, float* products) {
+  constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Lanes total = {};
+  for (int64_t s = 0; s < kSlots; s += kWidth) {
+    const Lanes logits = Tanh(LoadLanes(products + s) * (a.multiplier / a.cap)) * a.cap;
+    const Lanes w = index > static_cast<int32_t>(last - s) ? Lanes{} : Exp(logits - a.cap);
+    std::memcpy(products + s, &w, sizeof w);
+    total += w;
+  }
+  return total;
+}
+
+// Adds the values in scratch, times the weights [R, kSlots], to sums [R, H], V vectors of H.
+template <int R, int V>
+INLINE void AddValues(const float* weights, const float* v, int64_t padded, float* sums) {
+  Lanes y[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) y[r][i] = LoadLanes(sums + r * padded + i * kWidth);
+  for (int64_t s = 0; s < kSlots; ++s)
+    for (int i = 0; i < V; ++i) {
+      const Lanes value = LoadLanes(v + s * padded + i * kWidth);
+      for (int r = 0; r < R; ++r) y[r][i] += weights[r * kSlots + s] * value;
+    }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i)
+      std::memcpy(sums + r * padded + i * kWidth, &y[r][i], sizeof(Lanes));
+}
+
+// What the slots in scratch, s and those after it, give R rows: into their sums and totals.
+template <int R>
+INLINE void AddSlots(const Attention& a, int64_t b, int64_t row, int64_t s, const Scratch& scratch,
+                     const float* q, float* sums, float* totals) {
+  const int64_t padded = a.padded();
+  Products<R>(q, scratch.k, padded, scratch.weights);
+  for (int r = 0; r < R; ++r) {
+    const Lanes more = Weights(a, a.last(b, row + r) - s, scratch.weights + r * kSlots);
+    const Lanes total = LoadLanes(totals + r * kWidth) + more;
+    std::memcpy(totals + r * kWidth, &total, sizeof total);
+  }
+  int64_t h = 0;
+  for (; h + 4 * kWidth <= padded; h += 4 * kWidth)
+    AddValues<R, 4>(scratch.weights, scratch.v + h, padded, sums + h);
+  for (; h < padded; h += kWidth) AddValues<R, 1>(scratch.weights, scratch.v + h, padded, sums + h);
+}
+
+// Sums over the slots of one part, for the rows from first on, whose queries are in scratch:
+// [rows, H] of weighted values and, behind, the sum of the weights, kWidth floats for each row.
+template <class T>
+INLINE void PartSums(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
+                     int64_t part, Scratch& scratch, float* sums) {
+  const int64_t padded = a.padded(), at = (b * a.kv_heads + g) * a.slots;
+  float* totals = sums + rows * padded;
+  std::memset(sums, 0, rows * (padded + kWidth) * sizeof(float));
+  const int64_t end = std::min((part + 1) * kPart, a.last(b, first, rows) + 1);
+  for (int64_t s = part * kPart; s < end; s += kSlots) {
+    const int64_t count = std::min(kSlots, end - s);  // what lies behind is not read
+    ToFloats(static_cast<const T*>(a.k) + (at + s) * a.size, count, a.size, padded, scratch.k);
+    ToFloats(static_cast<const T*>(a.v) + (at + s) * a.size, count, a.size, padded, scratch.v);
+    for (int64_t i = count * padded; i < kSlots * padded; ++i) scratch.k[i] = scratch.v[i] = 0;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+      AddSlots<4>(a, b, first + r, s, scratch, scratch.q + r * padded, sums + r * padded,
+                  totals + r * kWidth);
+    for (; r < rows; ++r)
+      AddSlots<1>(a, b, first + r, s, scratch, scratch.q + r * padded, sums + r * padded,
+                  totals + r * kWidth);
+  }
+}
+
+// The sums of parts from begin to end, added in order, of the rows from first on.
+template <class T>
+INLINE void PartsSums(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
+                      int64_t begin, int64_t end, float* sums) {
+  static thread_local Aligned kept(0);
+  const int64_t size = rows * (a.padded() + kWidth);
+  float* more = reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
+  Scratch scratch(a.padded());
+  for (int64_t r = 0; r < rows; ++r)
+    ToFloats(static_cast<const T*>(a.q) + a.offset(b, g, first + r), 1, a.size, a.padded(),
+             scratch.q + r * a.padded());
+  PartSums<T>(a, b, g, first, rows, begin, scratch, sums);
+  for (int64_t part = begin + 1; part < end; ++part) {
+    PartSums<T>(a, b, g, first, rows, part, scratch, more);
+    for (int64_t i = 0; i < size; ++i) sums[i] += more[i];
+  }
+}
+
+// Less optimised where vectors are emulated: that took most of the 23 seconds of compiling.
+#define PLAIN __attribute__((optimize("O1")))
+#define AVX2 __attribute__((target("avx2,fma"), optimize("O1", "fp-contract=fast")))
+#define FUSED __attribute__((optimize("fp-contract=fast")))
+
+template <class T>
+PLAIN void PlainParts(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
+                      int64_t begin, int64_t end, float* sums) {
+  PartsSums<T>(a, b, g, first, rows, begin, end, sums);
+}
+
+#if defined(__x86_64__)
+
+template <class T>
+AVX2 void Avx2Parts(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
+                    int64_t begin, int64_t end, float* sums) {
+  PartsSums<T>(a, b, g, first, rows, begin, end, sums);
+}
+
+template <class T>
+AVX512 FUSED void Avx512Parts(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
+                              int64_t begin, int64_t end, float* sums) {
+  PartsSums<T>(a, b, g, first, rows, begin, end, sums);
+}
+
+#endif
+
+template <class T>
+auto BestParts() {
+#if defined(__x86_64__)
+  if (BestPath() >= kVnni) return Avx512Parts<T>;
+  if (BestPath() == kAvx2 && __builtin_cpu_supports("fma")) return Avx2Parts<T>;
+#endif
+  return PlainParts<T>;
+}
+
+// The output of the rows from first on, from their sums; zeros for one that sees no slot.
+template <class T>
+void Finish(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
+            const float* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* weights = sums + rows * a.padded() + r * kWidth;
+    float total = 0;
+    for (int i = 0; i < kWidth; ++i) total += weights[i];
+    if (total == 0) total = 1;
+    T* out = static_cast<T*>(a.out) + a.offset(b, g, first + r);
+    for (int64_t h = 0; h < a.size; ++h) FromFloat(sums[r * a.padded() + h] / total, out + h);
+  }
+}
+
+template <class T>
+void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
+  const int64_t rows = a.rows(), tiles = (rows + kQueries - 1) / kQueries;
+  const int64_t parts = (a.slots + kPart - 1) / kPart, tasks = a.batch * a.kv_heads * tiles;
+  const bool split = tasks < 4 * pool.num_threads();  // then parts are tasks, added up at the end
+  const int64_t splits = split ? parts : 1, size = kQueries * (a.padded() + kWidth);
+  Aligned memory(split ? tasks * parts * size * sizeof(float) : 0);
+  float* sums = reinterpret_cast<float*>(memory.data);
+  double seen = 0;
+  for (int64_t b = 0; b < a.batch; ++b) seen += a.last(b, 0, rows) + 1;
+  const double bytes = seen * a.kv_heads * a.size * sizeof(T) * 2 * tiles;
+  struct Task {
+    int64_t b, g, first, rows, parts;
+  };
+  auto task = [=](int64_t i) {
+    const int64_t b = i / tiles / a.kv_heads, g = i / tiles % a.kv_heads;
+    const int64_t first = i % tiles * kQueries;
+    const int64_t count = std::min(kQueries, rows - first);
+    return Task{b, g, first, count, a.last(b, first, count) / kPart + 1};
+  };
+  Parallel(pool, tasks * splits, bytes, [=](int64_t i) {
+    static thread_local Aligned kept(0);
+    const Task t = task(i / splits);
+    const int64_t part = i % splits;
+    if (part >= t.parts) return;
+    float* to =
+        split ? sums + i * size : reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
+    BestParts<T>()(a, t.b, t.g, t.first, t.rows, part, split ? part + 1 : t.parts, to);
+    if (!split) Finish<T>(a, t.b, t.g, t.first, t.rows, to);
+  });
+  if (!split) return;
+  for (int64_t i = 0; i < tasks; ++i) {
+    const Task t = task(i);
+    float* to = sums + i * parts * size;
+    for (int64_t part = 1; part < t.parts; ++part)
+      for (int64_t j = 0; j < size; ++j) to[j] += to[part * size + j];
+    Finish<T>(a, t.b, t.g, t.first, t.rows, to);
+  }
+}
+
+// An attention whose arrays fit each other; throws what does not. Adds their sizes.
+Attention AttentionOf(Sizes& sizes, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,
+                      const ffi::AnyBuffer& v, const ffi::Buffer<ffi::S32>& positions,
+                      const ffi::AnyBuffer& out, float multiplier, float cap) {
+  CheckFloats("q", q);
+  sizes.Match("q [B, T, N, H]", q);
+  sizes.Match("k [B, K, S, H]", k, q.element_type());
+  sizes.Match("v [B, K, S, H]", v, q.element_type());
+  sizes.Match("positions [B, T]", positions);
+  sizes.Match("result [B, T, N, H]", out, q.element_type());
+  const int64_t heads = sizes["N"], kv_heads = sizes["K"], slots = sizes["S"];
+  Check(kv_heads > 0 && heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads,
+        " key/value heads");
+  Check(slots > 0, "a cache without slots");
+  Check(cap > 0 && std::exp(-2 * cap) >= std::numeric_limits<float>::min(), "cap ", cap,
+        " is not above 0, or exp(-2 cap) is no normal float32");
+  return {q.untyped_data(),
+          k.untyped_data(),
+          v.untyped_data(),
+          positions.typed_data(),
+          out.untyped_data(),
+          sizes["B"],
+          sizes["T"],
+          heads,
+          kv_heads,
+          slots,
+          sizes["H"],
+          multiplier,
+          cap};
+}
+
+// q [B, T, N, H] over k, v [B, K, S, H], all float32 or all bfloat16, and positions int32 [B, T]
+// -> as q. A query sees the slots up to its position, and is zeros if that is negative.
+void Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+            ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::AnyBuffer> out, float multiplier,
+            float cap) {
+  Sizes sizes;
+  const Attention a = AttentionOf(sizes, q, k, v, positions, *out, multiplier, cap);
+  (q.element_type() == ffi::BF16 ? AttendAll<uint16_t> : AttendAll<float>)(pool, a);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendHandler, Kernel<Attend>::Call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("multiplier")
+                                  .Attr<float>("cap"));
+
+// --- The gradient --------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int kGradientRows = 4;
+
+// The gradient of one key/value head: four rows at a time, whose weights over all slots are made
+// again and kept. All arrays are float32, and rows of H numbers are filled up to whole lanes.
+struct GradientTask {
+  const Attention& a;
+  int64_t b, slots;            // slots: a multiple of kSlots
+  const float *q, *y, *dy;     // [rows, H]
+  const float* k;              // [slots, H]
+  const float *keys, *values;  // [H, slots], transposed
+  float *dq, *dk, *dv;         // zeros before
+  float *capped, *weights;     // [slots / kSlots, kGradientRows, kSlots]
+};
+
+// Adds weights [R, kSlots], transposed, times rows [R, H] to sums [kSlots, H], V vectors of H.
+template <int R, int V>
+INLINE void AddOuter(const float* weights, const float* rows, int64_t padded, float* sums) {
+  Lanes x[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) x[r][i] = LoadLanes(rows + r * padded + i * kWidth);
+  for (int64_t s = 0; s < kSlots; ++s)
+    for (int i = 0; i < V; ++i) {
+      Lanes sum = LoadLanes(sums + s * padded + i * kWidth);
+      for (int r = 0; r < R; ++r) sum += weights[r * kSlots + s] * x[r][i];
+      std::memcpy(sums + s * padded + i * kWidth, &sum, sizeof sum);
+    }
+}
+
+// Products [R, kSlots] of R rows [R, H] with columns of a transposed matrix [H, slots].
+template <int R>
+INLINE void ProductsWithColumns(const float* rows, int64_t padded, const float* columns,
+                                int64_t slots, float* out) {
+  constexpr int V = kSlots / kWidth;
+  Lanes sums[R][V] = {};
+  for (int64_t h = 0; h < padded; ++h)
+    for (int i = 0; i < V; ++i) {
+      const Lanes column = LoadLanes(columns + h * slots + i * kWidth);
+      for (int r = 0; r < R; ++r) sums[r][i] += rows[r * padded + h] * column;
+    }
+  std::memcpy(out, sums, sizeof sums);
+}
+
+INLINE void Gradient(const GradientTask& t) {
+  constexpr int R = kGradientRows;
+  constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Attention& a = t.a;
+  const int64_t padded = a.padded(), tile = R * kSlots;
+  float change[R * kSlots];
+  for (int64_t first = 0; first < RoundUp(a.rows(), R); first += R) {
+    const int64_t count = std::min<int64_t>(R, a.rows() - first), at = first * padded;
+    const int64_t end = a.last(t.b, first, count) + 1;
+    Lanes totals[R] = {}, mean[R] = {};
+    for (int64_t s = 0; s < end; s += kSlots) {
+      float* capped = t.capped + s / kSlots * tile;
+      float* weights = t.weights + s / kSlots * tile;
+      ProductsWithColumns<R>(t.q + at, padded, t.keys + s, t.slots, capped);
+      for (int64_t r = 0; r < R; ++r) {
+        const int64_t last = r < count ? a.last(t.b, first + r) : -1;
+        for (int64_t i = 0; i < kSlots; i += kWidth) {
+          const Lanes c = Tanh(LoadLanes(capped + r * kSlots + i) * (a.multiplier / a.cap));
+          const Lanes w =
+              index > static_cast<int32_t>(last - s - i) ? Lanes{} : Exp((c - 1.f) * a.cap);
+          std::memcpy(capped + r * kSlots + i, &c, sizeof c);
+          std::memcpy(weights + r * kSlots + i, &w, sizeof w);
+          totals[r] += w;
+        }
+      }
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      float total = 0, product = 0;
+      for (int i = 0; i < kWidth; ++i) total += totals[r][i];
+      for (int64_t h = 0; h < padded; ++h)
+        product += t.y[at + r * padded + h] * t.dy[at + r * padded + h];
+      totals[r] = Lanes{} + (total > 0 ? 1 / total : 0);
+      mean[r] = Lanes{} + product;
+    }
+    for (int64_t s = 0; s < end; s += kSlots) {
+      const float* capped = t.capped + s / kSlots * tile;
+      float* weights = t.weights + s / kSlots * tile;
+      ProductsWithColumns<R>(t.dy + at, padded, t.values + s, t.slots, change);
+      for (int64_t r = 0; r < R; ++r)
+        for (int64_t i = 0; i < kSlots; i += kWidth) {
+          const int64_t j = r * kSlots + i;
+          const Lanes c = LoadLanes(capped + j), w = LoadLanes(weights + j) * totals[r];
+          const Lanes d = w * (LoadLanes(change + j) - mean[r]) * (1.f - c * c) * a.multiplier;
+          std::memcpy(weights + j, &w, sizeof w);
+          std::memcpy(change + j, &d, sizeof d);
+        }
+      const int64_t there = s * padded;
+      int64_t h = 0;
+      for (; h + 4 * kWidth <= padded; h += 4 * kWidth) {
+        AddValues<R, 4>(change, t.k + there + h, padded, t.dq + at + h);
+        AddOuter<R, 4>(change, t.q + at + h, padded, t.dk + there + h);
+        AddOuter<R, 4>(weights, t.dy + at + h, padded, t.dv + there + h);
+      }
+      for (; h < padded; h += kWidth) {
+        AddValues<R, 1>(change, t.k + there + h, padded, t.dq + at + h);
+        AddOuter<R, 1>(change, t.q + at + h, padded, t.dk + there + h);
+        AddOuter<R, 1>(weights, t.dy + at + h, padded, t.dv + there + h);
+      }
+    }
+  }
+}
+
+PLAIN void PlainGradient(const GradientTask& t) { Gradient(t); }
+
+#if defined(__x86_64__)
+
+AVX2 void Avx2Gradient(const GradientTask& t) { Gradient(t); }
+
+AVX512 FUSED void Avx512Gradient(const GradientTask& t) { Gradient(t); }
+
+#endif
+
+auto BestGradient() {
+#if defined(__x86_64__)
+  if (BestPath() >= kVnni) return Avx512Gradient;
+  if (BestPath() == kAvx2 && __builtin_cpu_supports("fma")) return Avx2Gradient;
+#endif
+  return PlainGradient;
+}
+
+template <class T>
+void AttendGradients(ffi::ThreadPool& pool, const Attention& a, const void* y, const void* dy,
+                     void* dk, void* dv) {
+  const int64_t padded = a.padded(), slots = RoundUp(a.slots, kSlots);
+  const int64_t rows = RoundUp(a.rows(), kGradientRows);
+  const double flops = 1. * a.batch * a.heads * a.queries * slots * a.size;
+  Parallel(pool, a.batch * a.kv_heads, flops, [=](int64_t i) {
+    const int64_t b = i / a.kv_heads, g = i % a.kv_heads;
+    static thread_local Aligned kept(0);
+    const int64_t floats = 4 * rows * padded + 5 * slots * padded + 2 * kGradientRows * slots;
+    float* next = reinterpret_cast<float*>(Kept(kept, floats * sizeof(float)));
+    std::memset(next, 0, floats * sizeof(float));
+    auto take = [&next](int64_t count) { return (next += count) - count; };
+    auto rows_of = [=](const void* from, float* to) {
+      for (int64_t r = 0; r < a.rows(); ++r)
+        ToFloats(static_cast<const T*>(from) + a.offset(b, g, r), 1, a.size, padded,
+                 to + r * padded);
+      return to;
+    };
+    auto transposed = [=](const void* from, float* to) {
+      const T* x = static_cast<const T*>(from) + i * a.slots * a.size;
+      for (int64_t s = 0; s < a.slots; ++s)
+        for (int64_t h = 0; h < a.size; ++h) to[h * slots + s] = ToFloat(x[s * a.size + h]);
+      return to;
+    };
+    const int64_t many = rows * padded, all = slots * padded;
+    GradientTask t{a, b, slots};
+    t.q = rows_of(a.q, take(many)), t.y = rows_of(y, take(many)), t.dy = rows_of(dy, take(many));
+    float* k = take(all);
+    ToFloats(static_cast<const T*>(a.k) + i * a.slots * a.size, a.slots, a.size, padded, k);
+    t.k = k, t.keys = transposed(a.k, take(all)), t.values = transposed(a.v, take(all));
+    t.dq = take(many), t.dk = take(all), t.dv = take(all);
+    t.capped = take(kGradientRows * slots), t.weights = take(kGradientRows * slots);
+    BestGradient()(t);
+    for (int64_t r = 0; r < a.rows(); ++r)
+      for (int64_t h = 0; h < a.size; ++h)
+        FromFloat(t.dq[r * padded + h], static_cast<T*>(a.out) + a.offset(b, g, r) + h);
+    for (int64_t s = 0; s < a.slots; ++s)
+      for (int64_t h = 0; h < a.size; ++h) {
+        const int64_t at = (i * a.slots + s) * a.size + h;
+        FromFloat(t.dk[s * padded + h], static_cast<T*>(dk) + at);
+        FromFloat(t.dv[s * padded + h], static_cast<T*>(dv) + at);
+      }
+  });
+}
+
+// What `Attend` takes, its output y and the gradient dy of that -> those of q, k and v.
+void AttendGradient(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                    ffi::Buffer<ffi::S32> positions, ffi::AnyBuffer y, ffi::AnyBuffer dy,
+                    ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
+                    ffi::Result<ffi::AnyBuffer> dv, float multiplier, float cap) {
+  Sizes sizes;
+  const Attention a = AttentionOf(sizes, q, k, v, positions, *dq, multiplier, cap);
+  sizes.Match("y [B, T, N, H]", y, q.element_type());
+  sizes.Match("dy [B, T, N, H]", dy, q.element_type());
+  sizes.Match("dk [B, K, S, H]", *dk, q.element_type());
+  sizes.Match("dv [B, K, S, H]", *dv, q.element_type());
+  auto gradients =
+      q.element_type() == ffi::BF16 ? AttendGradients<uint16_t> : AttendGradients<float>;
+  gradients(pool, a, y.untyped_data(), dy.untyped_data(), dk->untyped_data(), dv->untyped_data());
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendGradientHandler, Kernel<AttendGradient>::Call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("multiplier")
+                                  .Attr<float>("cap"));
+
+// --- Writing the cache ---------------------------------------------------------------------------
+
+namespace {
+
+// new rows [B, T, K, H] into the slots int32 [B, T] of a cache [B, K, S, H], which is the output,
+// too; those that it does not have are dropped.
+void WriteSlots(ffi::AnyBuffer before, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> slots,
+                ffi::Result<ffi::AnyBuffer> cache) {
+  Sizes sizes;
+  sizes.Match("cache [B, K, S, H]", *cache);
+  sizes.Match("rows [B, T, K, H]", rows, cache->element_type());
+  sizes.Match("slots [B, T]", slots);
+  Check(before.untyped_data() == cache->untyped_data(), "the cache is not the output");
+  const int64_t batch = sizes["B"], heads = sizes["K"], there = sizes["S"], count = sizes["T"];
+  const int64_t size = sizes["H"] * ffi::ByteWidth(cache->element_type());
+  const auto* from = static_cast<const char*>(rows.untyped_data());
+  auto* to = static_cast<char*>(cache->untyped_data());
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t slot = slots.typed_data()[b * count + t];
+      for (int64_t k = 0; k < heads; ++k, from += size)
+        if (slot >= 0 && slot < there)
+          std::memcpy(to + ((b * heads + k) * there + slot) * size, from, size);
+    }
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WriteSlotsHandler, Kernel<WriteSlots>::Call,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
+
+}  // namespace kernels

@@ -1,0 +1,208 @@
+// What the kernels of this folder share: checks of what XLA hands over, threads and memory, the
+// floats that they take, and which instructions the processor has.
+
+#ifndef KERNELS_COMMON_H_
+#define KERNELS_COMMON_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define AVX512 __attribute__((target("avx512f,avx512bw")))
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace kernels {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kWorthAThread = 1 << 18;
+
+inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// --- What a kernel takes -------------------------------------------------------------------------
+//
+// Each kernel checks all its arrays before it reads one, and throws what is wrong; `Kernel` makes
+// an error of JAX of that. XLA calls none whose results have no elements.
+
+template <class... Parts>
+void Check(bool right, const Parts&... parts) {
+  if (right) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+// Sizes of the arrays of a call, by name. The first array that has a name gives it a size.
+class Sizes {
+ public:
+  // what: the array and the names of its sizes, a literal such as "k [B, K, S, H]"
+  template <class Buffer>
+  void Match(std::string_view what, const Buffer& x) {
+    const auto found = x.dimensions();
+    const size_t rank = std::count(what.begin(), what.end(), ',') + 1;
+    if (found.size() != rank) Check(false, what, " is ", Text(found), ", not of rank ", rank);
+    size_t begin = what.find('[') + 1;
+    for (const int64_t size : found) {
+      const size_t end = what.find_first_of(",]", begin);
+      const std::string_view name = what.substr(begin, end - begin);
+      const int64_t known = Known(name, size);
+      if (size != known) Check(false, what, " is ", Text(found), ", but ", name, " is ", known);
+      begin = end + 2;
+    }
+  }
+  // The same for an array of any dtype, which must be this one.
+  void Match(std::string_view what, const ffi::AnyBuffer& x, ffi::DataType dtype) {
+    Check(x.element_type() == dtype, what, " is ", x.element_type(), ", not ", dtype);
+    Match(what, x);
+  }
+  int64_t operator[](std::string_view name) { return Known(name, 0); }
+
+ private:
+  int64_t Known(std::string_view name, int64_t size) {  // the size of this name, from now on
+    for (int i = 0; i < count_; ++i)
+      if (sizes_[i].first == name) return sizes_[i].second;
+    sizes_[count_++] = {name, size};
+    return size;
+  }
+  static std::string Text(ffi::Span<const int64_t> sizes) {
+    std::string text;
+    for (const int64_t size : sizes) text += (text.empty() ? "[" : ", ") + std::to_string(size);
+    return text.empty() ? "[]" : text + "]";
+  }
+  std::pair<std::string_view, int64_t> sizes_[8];
+  int count_ = 0;
+};
+
+inline void CheckFloats(const char* what, const ffi::AnyBuffer& x) {
+  const ffi::DataType dtype = x.element_type();
+  Check(dtype == ffi::F32 || dtype == ffi::BF16, what, " is ", dtype, ", neither F32 nor BF16");
+}
+
+template <auto kernel>
+struct Kernel;
+
+template <class... Arguments, void (*kernel)(Arguments...)>
+struct Kernel<kernel> {
+  static ffi::Error Call(Arguments... arguments) {
+    try {
+      kernel(arguments...);
+      return ffi::Error::Success();
+    } catch (const std::invalid_argument& error) {
+      return ffi::Error::InvalidArgument(error.what());
+    } catch (const std::bad_alloc&) {
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory left for a kernel");
+    }
+  }
+};
+
+// --- Threads and memory --------------------------------------------------------------------------
+
+// Runs f(0) to f(n - 1) on the pool and this thread, each index once; returns when all are done.
+// bytes: that all of it reads; a thread is not woken, which takes some 20 microseconds, for few.
+template <class F>
+void Parallel(ffi::ThreadPool& pool, int64_t n, double bytes, F f) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> failed{false};
+    int64_t n;
+    F f;
+    State(int64_t n, F f) : n(n), f(std::move(f)) {}
+    void Work() {
+      for (int64_t i; (i = next.fetch_add(1)) < n; done.fetch_add(1)) {
+        try {
+          f(i);
+        } catch (const std::bad_alloc&) {  // which would end the process in a thread of the pool
+          failed = true;
+        }
+      }
+    }
+  };
+  auto state = std::make_shared<State>(n, std::move(f));
+  const int64_t threads = std::min({1. * pool.num_threads(), 1. * n, 1 + bytes / kWorthAThread});
+  for (int64_t t = 1; t < threads; ++t) pool.Schedule([state] { state->Work(); });
+  state->Work();
+  while (state->done.load() < n) {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+  if (state->failed) throw std::bad_alloc();
+}
+
+struct Aligned {  // uninitialised memory at a multiple of 64 bytes
+  explicit Aligned(int64_t size) : memory(new char[size + 64]), size(size) {
+    data = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) & 63);
+  }
+  std::unique_ptr<char[]> memory;
+  int64_t size;
+  char* data;
+};
+
+// As much memory, or more, as a thread keeps from one task to the next.
+inline char* Kept(Aligned& memory, int64_t size) {
+  if (memory.size < size) memory = Aligned(size);
+  return memory.data;
+}
+
+// --- Floats --------------------------------------------------------------------------------------
+
+// bfloat16 is the upper half of a float32.
+inline float ToFloat(const uint16_t& v) {
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float ToFloat(const float& v) { return v; }
+inline float ToFloat(const int8_t& v) { return v; }
+
+inline void FromFloat(float value, float* out) { *out = value; }
+inline void FromFloat(float value, uint16_t* out) {  // to nearest, halves to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  *out = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// --- Instructions --------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+inline bool HasAmx() {
+  static const bool has = [] {
+    if (!__builtin_cpu_supports("amx-int8") || !__builtin_cpu_supports("avx512bw")) return false;
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ask the kernel for tile registers
+  }();
+  return has;
+}
+#endif
+
+enum Path { kPlain = 0, kAvx2 = 1, kVnni = 2, kAmx = 3 };
+
+inline int64_t BestPath() {  // that the processor has
+#if defined(__x86_64__)
+  if (HasAmx()) return kAmx;
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) return kVnni;
+  if (__builtin_cpu_supports("avx2")) return kAvx2;
+#endif
+  return kPlain;
+}
+
+}  // namespace kernels
+
+#endif  // KERNELS_COMMON_H_

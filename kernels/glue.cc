@@ -1,0 +1,179 @@
+// What lies between products and attention: rotary embedding, gated sums, transposition.
+
+#include <cmath>
+
+#include "common.h"
+
+namespace kernels {
+namespace {
+
+// --- Rotary embedding and gated sums -------------------------------------------------------------
+//
+// Two products, added: XLA contracts the one or the other into a fused multiply-add, by the shape
+// of its loop. Here both are rounded before they are added, on every processor.
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#define ROUNDED
+#else
+#define ROUNDED __attribute__((optimize("fp-contract=off")))
+#endif
+
+template <class T>
+ROUNDED void RotateHeads(const T* x, const float* sin, const float* cos, int64_t heads,
+                         int64_t half, T* out) {
+  for (int64_t n = 0; n < heads; ++n, x += 2 * half, out += 2 * half)
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = ToFloat(x[i]), b = ToFloat(x[i + half]);
+      FromFloat(a * cos[i] - b * sin[i], out + i);
+      FromFloat(b * cos[i] + a * sin[i], out + half + i);
+    }
+}
+
+template <class T>
+void RotateTokens(ffi::ThreadPool& pool, const void* x, const int32_t* positions,
+                  const float* frequencies, int64_t tokens, int64_t heads, int64_t half,
+                  void* out) {
+  const int64_t row = heads * 2 * half;
+  Parallel(pool, tokens, 8. * tokens * row, [=](int64_t t) {
+    static thread_local Aligned kept(0);
+    float* sin = reinterpret_cast<float*>(Kept(kept, 2 * half * sizeof(float)));
+    float* cos = sin + half;
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(positions[t]) * frequencies[i];
+      sin[i] = std::sin(angle), cos[i] = std::cos(angle);
+    }
+    RotateHeads(static_cast<const T*>(x) + t * row, sin, cos, heads, half,
+                static_cast<T*>(out) + t * row);
+  });
+}
+
+// x [B, T, N, H], float32 or bfloat16, positions int32 [B, T], frequencies float32 [H / 2] -> as x:
+// pairs (i, i + H / 2) rotated by position times frequency.
+void Rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> positions,
+            ffi::Buffer<ffi::F32> frequencies, ffi::Result<ffi::AnyBuffer> out) {
+  Sizes sizes;
+  CheckFloats("x", x);
+  sizes.Match("x [B, T, N, H]", x);
+  sizes.Match("positions [B, T]", positions);
+  sizes.Match("frequencies [H / 2]", frequencies);
+  sizes.Match("rotated [B, T, N, H]", *out, x.element_type());
+  const int64_t half = sizes["H / 2"];
+  Check(sizes["H"] == 2 * half, "heads of ", sizes["H"], " numbers, but ", half, " frequencies");
+  auto rotate = x.element_type() == ffi::BF16 ? RotateTokens<uint16_t> : RotateTokens<float>;
+  rotate(pool, x.untyped_data(), positions.typed_data(), frequencies.typed_data(),
+         sizes["B"] * sizes["T"], sizes["N"], half, out->untyped_data());
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RotateHandler, Kernel<Rotate>::Call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>());
+
+namespace {
+
+template <class T>
+ROUNDED void AddGated(const T* row, float gate, int64_t size, float* sum) {
+  for (int64_t i = 0; i < size; ++i) sum[i] += gate * ToFloat(row[i]);
+}
+
+// rows [R, D], float32 or bfloat16, gates float32 [T, A], index int32 [T, A] -> float32 [T, D]:
+// each token's rows, times its gates, summed in order; those that there are not are left out.
+void GatedSums(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::Buffer<ffi::F32> gates,
+               ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> out) {
+  Sizes sizes;
+  CheckFloats("rows", rows);
+  sizes.Match("rows [R, D]", rows);
+  sizes.Match("gates [T, A]", gates);
+  sizes.Match("index [T, A]", index);
+  sizes.Match("sums [T, D]", *out);
+  const int64_t count = sizes["R"], size = sizes["D"], tokens = sizes["T"], chosen = sizes["A"];
+  const bool half = rows.element_type() == ffi::BF16;
+  const void* from = rows.untyped_data();
+  const float* gate = gates.typed_data();
+  const int32_t* at = index.typed_data();
+  float* to = out->typed_data();
+  Parallel(pool, tokens, 4. * tokens * chosen * size, [=](int64_t t) {
+    float* sum = to + t * size;
+    std::fill(sum, sum + size, 0.f);
+    for (int64_t a = t * chosen; a < (t + 1) * chosen; ++a) {
+      const int64_t row = at[a];
+      if (row < 0 || row >= count) continue;
+      if (half)
+        AddGated(static_cast<const uint16_t*>(from) + row * size, gate[a], size, sum);
+      else
+        AddGated(static_cast<const float*>(from) + row * size, gate[a], size, sum);
+    }
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedSumsHandler, Kernel<GatedSums>::Call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+// --- Transposition -------------------------------------------------------------------------------
+
+namespace {
+
+typedef uint16_t Eight __attribute__((vector_size(16)));
+
+// 8 rows of 8 numbers, rows `stride` apart, to as many columns. Each of three rounds interleaves
+// the first half of the rows with the second.
+INLINE void TransposeEight(const uint16_t* from, int64_t stride, uint16_t* to, int64_t to_stride) {
+  Eight v[8], w[8];
+  for (int i = 0; i < 8; ++i) std::memcpy(&v[i], from + i * stride, 16);
+  for (int round = 0; round < 3; ++round) {
+    for (int i = 0; i < 4; ++i) {
+      w[2 * i] = __builtin_shufflevector(v[i], v[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      w[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    std::memcpy(v, w, sizeof v);
+  }
+  for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &v[i], 16);
+}
+
+// x [B, R, C] of two bytes each -> [B, C, R]
+void Transpose(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
+  Sizes sizes;
+  sizes.Match("x [B, R, C]", x);
+  sizes.Match("transposed [B, C, R]", *out, x.element_type());
+  Check(ffi::ByteWidth(x.element_type()) == 2, "x is ", x.element_type(), ", not of two bytes");
+  const int64_t rows = sizes["R"], columns = sizes["C"], strips = RoundUp(columns, 32) / 32;
+  const auto* from = static_cast<const uint16_t*>(x.untyped_data());
+  auto* to = static_cast<uint16_t*>(out->untyped_data());
+  Parallel(pool, sizes["B"] * strips, x.size_bytes(), [=](int64_t i) {
+    const int64_t b = i / strips, first = i % strips * 32;
+    const int64_t last = std::min(columns, first + 32);
+    const uint16_t* matrix = from + b * rows * columns;
+    uint16_t* turned = to + b * rows * columns;
+    for (int64_t r = 0; r < rows; r += 8)
+      for (int64_t c = first; c < last; c += 8) {
+        if (r + 8 <= rows && c + 8 <= last) {
+          TransposeEight(matrix + r * columns + c, columns, turned + c * rows + r, rows);
+          continue;
+        }
+        for (int64_t j = r; j < std::min(rows, r + 8); ++j)
+          for (int64_t k = c; k < std::min(last, c + 8); ++k)
+            turned[k * rows + j] = matrix[j * columns + k];
+      }
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    TransposeHandler, Kernel<Transpose>::Call,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+
+}  // namespace kernels

@@ -1,0 +1,197 @@
+// The embedding table as the output head, and the norm, whose sum of squares is such a product.
+
+#include <cmath>
+
+#include "common.h"
+
+namespace kernels {
+namespace {
+
+constexpr int kLanes = 64;  // partial sums of a product, the same on every path
+
+// Lane i sums the products i, i + 64, ...; then the lanes are added in halves. The order depends on
+// the size only; paths differ in whether a product is rounded before it is added.
+template <class T>
+inline __attribute__((always_inline)) void AnyRow(const T* table, const float* x, int64_t rows,
+                                                  int64_t size, int64_t vocab, float* out) {
+  for (int64_t m = 0; m < rows; ++m, x += size, out += vocab) {
+    float lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes)
+      for (int k = 0; k < kLanes; ++k) lanes[k] += ToFloat(table[i + k]) * x[i + k];
+    for (int k = 0; i + k < size; ++k) lanes[k] += ToFloat(table[i + k]) * x[i + k];
+    for (int half = kLanes / 2; half; half /= 2)
+      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+    *out = lanes[0];
+  }
+}
+
+template <class T>
+void PlainRow(const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab,
+              float* out) {
+  AnyRow(table, x, rows, size, vocab, out);
+}
+
+#if defined(__x86_64__)
+
+template <class T>
+__attribute__((target("avx2,fma"), optimize("fp-contract=fast"))) void Avx2Row(
+    const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab, float* out) {
+  AnyRow(table, x, rows, size, vocab, out);
+}
+
+AVX512 inline __m512 Load16(const float* p, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, p);
+}
+AVX512 inline __m512 Load16(const uint16_t* p, __mmask16 mask) {
+  const __m256i half = _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(mask, p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+AVX512 inline __m512 Load16(const int8_t* p, __mmask16 mask) {
+  const __m128i quarter = _mm512_castsi512_si128(_mm512_maskz_loadu_epi8(mask, p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
+}
+
+template <class T, int M>
+AVX512 void Avx512Rows(const T* table, const float* x, int64_t size, int64_t vocab, float* out) {
+  __m512 sums[M][4];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const auto* ahead = reinterpret_cast<const char*>(table + i + 1024);
+    for (size_t line = 0; line < kLanes * sizeof(T); line += 64)
+      _mm_prefetch(ahead + line, _MM_HINT_T0);
+    for (int k = 0; k < 4; ++k) {
+      const int64_t left = size - i - 16 * k;
+      const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+      const __m512 w = Load16(table + i + 16 * k, mask);
+      for (int m = 0; m < M; ++m)
+        sums[m][k] =
+            _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, x + m * size + i + 16 * k), sums[m][k]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    alignas(64) float lanes[16];
+    const __m512 a = _mm512_add_ps(sums[m][0], sums[m][2]);
+    const __m512 b = _mm512_add_ps(sums[m][1], sums[m][3]);
+    _mm512_store_ps(lanes, _mm512_add_ps(a, b));
+    for (int half = 8; half; half /= 2)
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    out[m * vocab] = lanes[0];
+  }
+}
+
+template <class T>
+AVX512 void Avx512Row(const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab,
+                      float* out) {
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) Avx512Rows<T, 4>(table, x + m * size, size, vocab, out + m * vocab);
+  for (; m + 2 <= rows; m += 2) Avx512Rows<T, 2>(table, x + m * size, size, vocab, out + m * vocab);
+  for (; m < rows; ++m) Avx512Rows<T, 1>(table, x + m * size, size, vocab, out + m * vocab);
+}
+
+#endif
+
+template <class T>
+void TableRow(const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab,
+              float* out) {
+#if defined(__x86_64__)
+  if (BestPath() >= kVnni) return Avx512Row(table, x, rows, size, vocab, out);
+  if (BestPath() == kAvx2 && __builtin_cpu_supports("fma"))
+    return Avx2Row(table, x, rows, size, vocab, out);
+#endif
+  PlainRow(table, x, rows, size, vocab, out);
+}
+
+template <class T>
+void TableRows(ffi::ThreadPool& pool, const T* table, const float* x, int64_t rows, int64_t size,
+               int64_t vocab, float* out) {
+  constexpr int64_t some = 64;  // rows of the table and, of x, rows that stay in a cache meanwhile
+  const int64_t panels = (vocab + some - 1) / some, groups = (rows + some - 1) / some;
+  const double bytes = 1. * vocab * size * sizeof(T) * std::max<int64_t>(1, rows / 8);
+  Parallel(pool, panels * groups, bytes, [=](int64_t i) {
+    const int64_t v0 = i % panels * some, m0 = i / panels * some;
+    for (int64_t m = m0; m < std::min(rows, m0 + some); m += 4)
+      for (int64_t v = v0; v < std::min(vocab, v0 + some); ++v)
+        TableRow(table + v * size, x + m * size, std::min<int64_t>(4, rows - m), size, vocab,
+                 out + m * vocab + v);
+  });
+}
+
+// x float32 [R, D] times table float32, bfloat16 or int8 [V, D] -> float32 [R, V]
+void TableDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer table,
+              ffi::ResultBuffer<ffi::F32> out) {
+  Sizes sizes;
+  sizes.Match("x [R, D]", x);
+  sizes.Match("table [V, D]", table);
+  sizes.Match("logits [R, V]", *out);
+  auto rows_of = [&](const auto* data) {
+    TableRows(pool, data, x.typed_data(), sizes["R"], sizes["D"], sizes["V"], out->typed_data());
+  };
+  const ffi::DataType dtype = table.element_type();
+  if (dtype == ffi::BF16)
+    rows_of(static_cast<const uint16_t*>(table.untyped_data()));
+  else if (dtype == ffi::F32)
+    rows_of(static_cast<const float*>(table.untyped_data()));
+  else if (dtype == ffi::S8)
+    rows_of(static_cast<const int8_t*>(table.untyped_data()));
+  else
+    Check(false, "table is ", dtype, ", neither F32, BF16 nor S8");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TableDotHandler, Kernel<TableDot>::Call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+// --- Norm ----------------------------------------------------------------------------------------
+
+namespace {
+
+template <class T>
+void NormRows(ffi::ThreadPool& pool, const T* x, const float* scale, int64_t rows, int64_t size,
+              float eps, T* out) {
+  Parallel(pool, rows, 1. * rows * size * sizeof(float), [=](int64_t m) {
+    static thread_local Aligned kept(0);
+    float* row = reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
+    for (int64_t i = 0; i < size; ++i) row[i] = ToFloat(x[m * size + i]);
+    float sum;
+    TableRow(row, row, 1, size, 1, &sum);
+    const float inverse = 1 / std::sqrt(sum / size + eps);
+    for (int64_t i = 0; i < size; ++i) FromFloat(scale[i] * row[i] * inverse, out + m * size + i);
+  });
+}
+
+// x [R, D], float32 or bfloat16, and scale float32 [D] -> as x: scale x / sqrt(mean square + eps).
+void RmsNorm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> scale,
+             ffi::Result<ffi::AnyBuffer> out, float eps) {
+  Sizes sizes;
+  CheckFloats("x", x);
+  sizes.Match("x [R, D]", x);
+  sizes.Match("scale [D]", scale);
+  sizes.Match("y [R, D]", *out, x.element_type());
+  auto norm = [&](auto* y) {
+    NormRows(pool, static_cast<decltype(y)>(x.untyped_data()), scale.typed_data(), sizes["R"],
+             sizes["D"], eps, y);
+  };
+  if (x.element_type() == ffi::BF16)
+    norm(static_cast<uint16_t*>(out->untyped_data()));
+  else
+    norm(static_cast<float*>(out->untyped_data()));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RmsNormHandler, Kernel<RmsNorm>::Call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("eps"));
+
+}  // namespace kernels
