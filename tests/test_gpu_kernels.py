@@ -301,7 +301,7 @@ def test_the_decode_step_lowers_for_cuda(rows, monkeypatch):
         vocab_size=512, emb_size=2048, num_layers=2, num_q_heads=32, num_kv_heads=4, key_size=64,
         sequence_len=256, widening_factor=3, activations="int8",
     )  # fmt: skip
-    params = runners.abstract_weights(config, "ternary")
+    params = runners.abstract_weights(config, model.PRECISIONS["ternary"])
     slots = jax.eval_shape(lambda: runners.empty_slots(config, rows, config.sequence_len))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     step = functools.partial(runners.decode_step, model.make_model(config), eos=2)
