@@ -33,6 +33,8 @@ HANDLERS = (
     "WriteSlots",
     "Rotate",
     "GatedSums",
+    "RowMaxima",
+    "RoundRows",
     "Transpose",
 )
 _LOADING = threading.Lock()
@@ -257,6 +259,24 @@ def gated_sums(rows: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array
     """
     out = jax.ShapeDtypeStruct((len(index), rows.shape[1]), jnp.float32)
     return jax.ffi.ffi_call("ternary_grok_GatedSums", out)(rows, gates, index)
+
+
+def row_maxima(x: jax.Array) -> jax.Array:
+    """The largest magnitude of each row of x [R, I], float32 or bfloat16: float32 [R, 1].
+
+    Needs `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct((len(x), 1), jnp.float32)
+    return jax.ffi.ffi_call("ternary_grok_RowMaxima", out)(x)
+
+
+def round_rows(x: jax.Array, steps: jax.Array, dtype) -> jax.Array:
+    """x [R, I] / steps [R, 1], rounded to nearest, halves to even, as int8 or int16.
+
+    What is less than 2^22 steps, that is. Needs `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct(x.shape, dtype)
+    return jax.ffi.ffi_call("ternary_grok_RoundRows", out)(x, steps)
 
 
 # --- Attention ------------------------------------------------------------------------------------

@@ -418,3 +418,27 @@ def test_large_pages_change_no_value():
     before = np.array(array)
     kernels.use_large_pages({"array": array, "small": jnp.ones(3), "not an array": 3})
     np.testing.assert_array_equal(array, before)
+
+
+# --- Rounding rows --------------------------------------------------------------------------------
+
+
+@native
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("activations, levels", [("int8", 127), ("int15", 127 * 128)])
+def test_rows_are_rounded_as_in_plain_jax(dtype, activations, levels, monkeypatch):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((9, 70)) * np.exp(8 * random.standard_normal((9, 1)))
+    x[1], x[2, 3], x[3, 5], x[4] = 0, np.nan, np.inf, np.arange(70) - 35.5  # halves, too
+    x = jnp.asarray(x, dtype)
+    found, step = jax.jit(lambda x: quantize.quantize_rows(x, None, activations))(x)
+    largest = np.abs(np.asarray(x, np.float32)).max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(kernels.row_maxima(x), largest)
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
+    expected, plain_step = quantize.quantize_rows(x, None, activations)
+    np.testing.assert_allclose(step, plain_step, rtol=1e-7)  # divided, or times the reciprocal
+    rows = np.array([0, 1, 4, 5, 6, 7, 8])
+    exact = np.rint(np.asarray(x, np.float32)[rows] / np.asarray(step)[rows])
+    np.testing.assert_array_equal(found[rows], exact)
+    assert found.dtype == expected.dtype and np.abs(found[rows]).max() == levels
+    assert np.isnan(step[2, 0]) and np.isinf(step[3, 0])  # so that the result shows it
