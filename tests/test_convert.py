@@ -22,6 +22,7 @@ from test_shards import contents, flip
 
 import checkpoint
 import convert
+import formats
 import model
 import quantize
 import run
@@ -428,6 +429,108 @@ def test_measures_add_up():
     assert convert.summed([a, b]).density == "0.4000"
     assert convert.summed([a, b]).relative_error == "0.3750"
     assert convert.summed([a, convert.Measure(1, 4)]) == convert.Measure(11, 8)
+
+
+# --- Precisions and sources -----------------------------------------------------------------------
+
+
+def as_stored(folder):
+    config = model.config_from_dict(checkpoint.read_config(folder))
+    template = model.abstract_params(config)
+    precision = checkpoint.stored_precision(folder)
+    return config, precision, checkpoint.restore(folder, template, precision)
+
+
+def test_version_1_loads():
+    folder = GOLDEN / "version_1"
+    config, precision, params = as_stored(folder)
+    assert checkpoint.default_weights(folder) == "ternary-experts"
+    template = model.abstract_params(config)
+    assert precision == model.formats_of(template, model.PRECISIONS["ternary-experts"])
+    with np.load(GOLDEN / "version_1.npz") as values:
+        assert len(values) == len(precision)
+        for path in precision:
+            module, name = path.rsplit("/", 1)
+            found = quantize.dequantize(params[module][name])
+            np.testing.assert_array_equal(found, values[path.replace("/", "|")])
+
+
+MIXED = [
+    ["layer_0/.*/(query|key|value|linear|linear_v|linear_1)/w$", "int8"],
+    ["/multi_head_attention/.*/w$", "ternary2"],
+    ["/moe/linear_1/w$", "ternary2-64"],
+    ["/moe/", "ternary-fit-64"],
+    ["", "float32"],
+]
+
+
+def test_a_precision_of_ones_own(tmp_path, capsys):
+    """By family and layer; config.json says what it is, and all commands know it."""
+    file = tmp_path / "mixed.json"
+    file.write_text(json.dumps(MIXED))
+    folder = converted(DEMO, tmp_path / "out", "--precision", str(file))
+    about = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (about["weights"], about["precision"]) == ("mixed", MIXED)
+    _, precision, params = as_stored(folder)
+    layers = "transformer/decoder_layer_"
+    assert precision[f"{layers}0/moe/linear/w"] == "int8"
+    assert precision[f"{layers}1/moe/linear/w"] == "ternary-fit-64"
+    assert precision[f"{layers}3/multi_head_attention/key/w"] == "ternary2"
+    assert params[f"{layers}2/moe/linear_1"]["w"].multipliers.shape == (8, 256, 8, 2)
+    convert.main(["--inspect", str(folder), "--source", str(DEMO)])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    errors = {path: float(row[-1]) for path, row in rows.items() if "/w" in path}
+    assert errors[f"{layers}0/moe/linear/w"] == 0
+    assert errors[f"{layers}1/moe/linear_1/w"] < 0.05 < errors[f"{layers}1/moe/linear/w"] < 0.3
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not a list of pairs"),
+        ('{"a": 1}', "not a list of pairs"),
+        ('[["("], ["", "float32"]]', "not a list of pairs"),
+        ('[["(", "int8"], ["", "float32"]]', "not a list of pairs.*unterminated subpattern"),
+        ('[["/w$", "ternary3"], ["", "float32"]]', "unknown format 'ternary3'; known: "),
+        ('[["/router/w", "ternary"], ["", "float32"]]', "router/w cannot be ternary, only float32"),
+        ('[["/moe/", "ternary"]]', "no rule matches parameter"),
+        ('[["", "float32"], ["/moe/", "ternary"]]', "match no parameter: .*/moe/"),
+    ],
+)
+def test_precisions_that_are_none(tmp_path, content, message):
+    file = tmp_path / "mixed.json"
+    file.write_text(content)
+    assert re.search(message, refused(DEMO, tmp_path / "out", "--precision", str(file)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source_weights", ["float32", "int8"])
+def test_our_own_checkpoints_are_sources(tmp_path, source_weights):
+    """Converted ones of floats or int8; what is made is what the quantizers make of the values."""
+    config = dataclasses.replace(model.PRESETS["tiny"], num_layers=1)
+    params, rules = random_params(config, source_weights), model.PRECISIONS[source_weights]
+    about = model.config_to_dict(config) | checkpoint.quantization(source_weights, rules)
+    source = tmp_path / "source"
+    checkpoint.save_converted(source, params, about)
+    for weights in ("ternary", "ternary-fit", "ternary2-experts-64", "int8"):
+        folder = converted(source, tmp_path / weights, "--weights", weights)
+        _, precision, found = as_stored(folder)
+        for path, format in precision.items():
+            module, name = path.rsplit("/", 1)
+            w = params[module][name]
+            if format != source_weights:  # from codes, two sums of trits may be equally near
+                values = np.asarray(quantize.dequantize(w))
+                made = formats.FORMATS[format].quantize(values)
+                a, b = (quantize.dequantize(x) for x in (found[module][name], made))
+                assert np.mean(np.isclose(a, b, rtol=1e-6)) > 0.999 and np.allclose(
+                    np.square(a - values).sum(), np.square(b - values).sum(), rtol=1e-5
+                )
+                w = made
+            assert jax.tree.structure(w) == jax.tree.structure(found[module][name])
+    loaded = checkpoint.restore(
+        source, model.abstract_params(config), model.PRECISIONS["ternary-fit"]
+    )
+    assert_same(loaded, as_stored(tmp_path / "ternary-fit")[2])
 
 
 # --- From the hub ---------------------------------------------------------------------------------
