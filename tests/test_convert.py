@@ -522,8 +522,8 @@ def test_our_own_checkpoints_are_sources(tmp_path, source_weights):
                 values = np.asarray(quantize.dequantize(w))
                 made = formats.FORMATS[format].quantize(values)
                 a, b = (quantize.dequantize(x) for x in (found[module][name], made))
-                assert np.mean(np.isclose(a, b, rtol=1e-6)) > 0.999 and np.allclose(
-                    np.square(a - values).sum(), np.square(b - values).sum(), rtol=1e-5
+                assert np.mean(np.isclose(a, b, rtol=1e-6)) > 0.99 and np.allclose(
+                    np.square(a - values).sum(), np.square(b - values).sum(), rtol=1e-3
                 )
                 w = made
             assert jax.tree.structure(w) == jax.tree.structure(found[module][name])
