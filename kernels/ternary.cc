@@ -116,14 +116,16 @@ constexpr int64_t kStep = 32;           // bytes of a vector
 constexpr int64_t kSteps = 16;          // of a chunk: 64 pairs of at most 2 * 2 * 127 fit 16 bits
 constexpr int64_t kPart = 32 * kSteps;  // packed bytes of a plane in a chunk
 constexpr int64_t kTile = 8;            // outputs whose codes of a chunk are unpacked, to L1
+constexpr int64_t kTileRows = 12;       // from here on codes are unpacked first
+constexpr int64_t kFewActivations = 1 << 17;
 
-INLINE int64_t StepsOf(const Problem& p, int64_t chunk) {
-  return std::min(kSteps, (p.bytes - chunk * kPart + kStep - 1) / kStep);
+INLINE int64_t StepsOf(int64_t bytes, int64_t begin) {
+  return std::min(kSteps, (bytes - begin + kStep - 1) / kStep);
 }
 INLINE int64_t GroupsOfChunk(const Problem& p) { return kPart / p.block * GroupsOfBlock(p); }
 
 struct Activations {  // a row's, of a chunk
-  int8_t slabs[kSteps][4][kStep];
+  int8_t slabs[4 * kSteps][kStep];
   int32_t sums[];  // of each group, in the lower 16 bits
 };
 
@@ -136,18 +138,19 @@ AVX2 INLINE __m256i Load(const void* from) {
 }
 
 // 32 bytes of plane q of an output from byte j of the plane on; zeros behind the last.
-template <int P, bool kHalves>
-AVX2 INLINE __m256i LoadPacked(const Problem& p, const uint8_t* w, int64_t j, int q) {
-  if (P == 2 && kHalves) {  // of two blocks
+// kBlock: bytes of a block, 16, 32 or 64; 0 for any, of one plane
+template <int P, int kBlock>
+AVX2 INLINE __m256i LoadPacked(const uint8_t* w, int64_t j, int q, int64_t bytes) {
+  if (P == 2 && kBlock == 16) {  // of two blocks
     const auto* from = reinterpret_cast<const __m128i*>(w + 2 * j + 16 * q);
-    const bool two = j + 16 < p.bytes;
+    const bool two = j + 16 < bytes;
     return _mm256_set_m128i(two ? _mm_loadu_si128(from + 2) : _mm_setzero_si128(),
                             _mm_loadu_si128(from));
   }
-  if (P == 2) return Load(w + j + (j & -p.block) + q * p.block);
-  if (j + kStep <= p.bytes) return Load(w + j);
+  if (P == 2) return Load(w + j + (j & -kBlock) + q * kBlock);
+  if (kBlock >= kStep || j + kStep <= bytes) return Load(w + j);
   alignas(32) uint8_t tail[kStep] = {};
-  std::memcpy(tail, w + j, p.bytes - j);
+  std::memcpy(tail, w + j, bytes - j);
   return Load(tail);
 }
 
@@ -156,10 +159,10 @@ AVX2 INLINE __m256i CodesOf(__m256i v, int r) {
   return _mm256_and_si256(_mm256_srli_epi16(v, 2 * r), _mm256_set1_epi8(3));
 }
 
-// What a block has, in all lanes of a vector; with kHalves, which hold two blocks, what each has.
-template <bool kHalves>
+// What a block of a plane has, in all lanes of a vector; of two blocks, what each has in its half.
+template <int kBlock>
 AVX2 INLINE __m256i Broadcast(const int32_t* one, const int32_t* next) {
-  if (kHalves) return _mm256_set_m128i(_mm_set1_epi32(*next), _mm_set1_epi32(*one));
+  if (kBlock == 16) return _mm256_set_m128i(_mm_set1_epi32(*next), _mm_set1_epi32(*one));
   return _mm256_set1_epi32(*one);
 }
 
@@ -173,133 +176,195 @@ AVX2 INLINE int32_t Total(__m256i v) {
   return _mm_cvtsi128_si32(Totals(v, zero, zero, zero));
 }
 
-AVX2 void TritsOfRow(const Problem& p, int64_t m) {
-  for (int64_t o = p.begin; o < p.end; ++o) {
-    const uint8_t* w = p.packed + o * p.bytes;
-    __m256i sum = _mm256_setzero_si256();
-    for (int64_t chunk = 0; chunk * kPart < p.bytes; ++chunk) {
-      const Activations& x = *RowOf(p, chunk, m);
-      __m256i few = _mm256_setzero_si256();
-      for (int64_t s = 0; s < StepsOf(p, chunk); ++s) {
-        const __m256i v = LoadPacked<1, false>(p, w, chunk * kPart + s * kStep, 0);
-        for (int r = 0; r < 4; ++r)
-          few = _mm256_add_epi16(few, _mm256_maddubs_epi16(CodesOf(v, r), Load(x.slabs[s][r])));
-      }
-      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(few, _mm256_set1_epi16(1)));
-    }
-    p.out[m * p.outputs + o] = Total(sum) - p.sums[m];
-  }
+// Of one step four sums of 16 bits, of at most 2 * 2 * 127 each.
+AVX2 INLINE __m256i TritsOfStep(__m256i v, const int8_t (*slabs)[kStep]) {
+  __m256i few = _mm256_setzero_si256();
+  for (int r = 0; r < 4; ++r)
+    few = _mm256_add_epi16(few, _mm256_maddubs_epi16(CodesOf(v, r), Load(slabs[r])));
+  return few;
 }
 
-// P planes, C groups in a block.
-template <int P, int C, bool kHalves>
-AVX2 void PlanesOfRow(const Problem& p, int64_t m) {
-  static thread_local Aligned kept(0);
-  const int64_t chunks = (p.bytes + kPart - 1) / kPart, part = GroupsOfChunk(p);
-  auto* multipliers = reinterpret_cast<int32_t*>(Kept(kept, P * chunks * part * 4));
-  const int shift = __builtin_ctzll(p.block);
-  for (int64_t o = p.begin; o < p.end; ++o) {
-    for (int q = 0; q < P; ++q)
-      Multipliers<kPair>(p, o, q, 0, chunks * part, multipliers + q * chunks * part);
-    const uint8_t* w = p.packed + o * P * p.bytes;
-    __m256i sum = _mm256_setzero_si256();
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const Activations& x = *RowOf(p, chunk, m);
-      for (int64_t s = 0; s < StepsOf(p, chunk); ++s) {
-        const int64_t j = chunk * kPart + s * kStep;
-        for (int q = 0; q < P; ++q) {
-          const __m256i v = LoadPacked<P, kHalves>(p, w, j, q);
-          const int32_t* by = multipliers + q * chunks * part + (j >> shift) * C;
-          for (int c = 0; c < C; ++c) {
-            __m256i few = _mm256_setzero_si256();
-            for (int r = c * 4 / C; r < (c + 1) * 4 / C; ++r)
-              few = _mm256_add_epi16(few, _mm256_maddubs_epi16(CodesOf(v, r), Load(x.slabs[s][r])));
-            sum = _mm256_add_epi32(sum,
-                                   _mm256_madd_epi16(few, Broadcast<kHalves>(by + c, by + c + C)));
+AVX2 void TritsOfRow(const Problem& p, int64_t o, int64_t m) {
+  const uint8_t* w = p.packed + o * p.bytes;
+  const int64_t bytes = p.bytes, whole = bytes / kStep * kStep;
+  __m256i sum = _mm256_setzero_si256();
+  for (int64_t chunk = 0, begin = 0; begin < bytes; ++chunk, begin += kPart) {
+    const Activations& x = *RowOf(p, chunk, m);
+    __m256i few = _mm256_setzero_si256();
+    int64_t j = begin;
+    for (; j < std::min(whole, begin + kPart); j += kStep)
+      few = _mm256_add_epi16(few, TritsOfStep(Load(w + j), x.slabs + (j - begin) / kStep * 4));
+    if (j < std::min(bytes, begin + kPart)) {
+      const __m256i v = LoadPacked<1, 0>(w, j, 0, bytes);
+      few = _mm256_add_epi16(few, TritsOfStep(v, x.slabs + (j - begin) / kStep * 4));
+    }
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(few, _mm256_set1_epi16(1)));
+  }
+  p.out[m * p.outputs + o] = Total(sum) - p.sums[m];
+}
+
+// The multipliers of all planes of an output, `stride` apart, as pairs; zeros behind.
+AVX2 void Pairs(const Problem& p, int64_t o, int64_t stride, int32_t* to) {
+  const int8_t* from = p.multipliers + o * p.groups * p.planes;
+  auto* vectors = reinterpret_cast<__m256i*>(to);
+  const __m256i even = _mm256_set1_epi64x(0x0504050401000100),
+                odd = _mm256_set1_epi64x(0x0706070603020302);
+  const __m256i to_next =
+      _mm256_setr_epi32(0, 0, 0x08080808, 0x08080808, 0, 0, 0x08080808, 0x08080808);
+  int64_t done = 0;
+  for (; p.groups > 1 && done + 8 <= p.groups; done += 8) {
+    if (p.planes == 1) {
+      const auto* eight = reinterpret_cast<const __m128i*>(from + done);
+      const __m256i v = _mm256_cvtepi8_epi32(_mm_loadl_epi64(eight));
+      _mm256_storeu_si256(vectors + done / 8, _mm256_or_si256(v, _mm256_slli_epi32(v, 16)));
+    } else {
+      const auto* pairs = reinterpret_cast<const __m128i*>(from + 2 * done);
+      const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128(pairs));
+      _mm256_storeu_si256(vectors + done / 8,
+                          _mm256_shuffle_epi8(v, _mm256_add_epi8(even, to_next)));
+      _mm256_storeu_si256(vectors + (stride + done) / 8,
+                          _mm256_shuffle_epi8(v, _mm256_add_epi8(odd, to_next)));
+    }
+  }
+  for (int64_t q = 0; q < p.planes; ++q)
+    Multipliers<kPair>(p, o, q, done, stride - done, to + q * stride + done);
+}
+
+// P planes, C groups in a block. The codes of slabs 2 and 3 are masked where they are and count 16
+// times, which saves shifts; their sums are kept apart.
+// multipliers: of the output, [P, stride]
+template <int P, int C, int kBlock>
+AVX2 void PlanesOfRow(const Problem& p, int64_t o, int64_t m, const int32_t* multipliers,
+                      int64_t stride) {
+  constexpr int V = kBlock == 64 ? 2 : 1;  // vectors with the same multipliers
+  constexpr int K = C == 4 ? 4 : 2;        // sums of 16 bits
+  const int64_t bytes = p.bytes, part = GroupsOfChunk(p);
+  const __m256i low = _mm256_set1_epi8(3), high = _mm256_set1_epi8(0x30);
+  const uint8_t* w = p.packed + o * P * bytes;
+  __m256i sum = _mm256_setzero_si256();
+  for (int64_t chunk = 0, begin = 0; begin < bytes; ++chunk, begin += kPart) {
+    const Activations& x = *RowOf(p, chunk, m);
+    const int64_t steps = StepsOf(bytes, begin);
+    const int32_t* by = multipliers + chunk * part;
+    __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t s = 0; s < steps; s += V) {
+#pragma GCC unroll 2
+      for (int q = 0; q < P; ++q) {
+        const int32_t* at = by + q * stride + s * kStep / kBlock * C;
+        __m256i few[K];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          const __m256i even = LoadPacked<P, kBlock>(w, begin + (s + v) * kStep, q, bytes);
+          const __m256i odd = _mm256_srli_epi16(even, 2);
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r) {
+            const __m256i codes = _mm256_and_si256(r % 2 ? odd : even, r < 2 ? low : high);
+            const __m256i product = _mm256_maddubs_epi16(codes, Load(x.slabs[4 * (s + v) + r]));
+            const bool first = v == 0 && r * K % 4 == 0;
+            few[r * K / 4] = first ? product : _mm256_add_epi16(few[r * K / 4], product);
           }
         }
-      }
-      for (int q = 0; q < P; ++q)
-        for (int64_t g = 0; g < part; g += 8) {
-          const int32_t* by = multipliers + (q * chunks + chunk) * part + g;
-          sum = _mm256_sub_epi32(sum, _mm256_madd_epi16(Load(by), Load(x.sums + g)));
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) {
+          const int32_t* one = at + k * C / K;
+          const __m256i wide = _mm256_madd_epi16(few[k], Broadcast<kBlock>(one, one + C));
+          sums[k * 2 / K] = _mm256_add_epi32(sums[k * 2 / K], wide);
         }
+      }
     }
-    p.out[m * p.outputs + o] = Total(sum);
+    sum = _mm256_add_epi32(sum, _mm256_add_epi32(sums[0], _mm256_srai_epi32(sums[1], 4)));
+    for (int q = 0; q < P; ++q)
+      for (int64_t g = 0; g < part; g += 8) {
+        const __m256i more = _mm256_madd_epi16(Load(by + q * stride + g), Load(x.sums + g));
+        sum = _mm256_sub_epi32(sum, more);
+      }
+  }
+  p.out[m * p.outputs + o] = Total(sum);
+}
+
+template <int P, int C, int kBlock>
+void FewRows(const Problem& p) {
+  static thread_local Aligned kept(0);
+  const int64_t stride = RoundUp(p.bytes, kPart) / kPart * GroupsOfChunk(p);
+  auto* multipliers = reinterpret_cast<int32_t*>(Kept(kept, P * stride * 4));
+  for (int64_t o = p.begin; o < p.end; ++o) {
+    Pairs(p, o, stride, multipliers);
+    for (int64_t m = 0; m < p.rows; ++m) PlanesOfRow<P, C, kBlock>(p, o, m, multipliers, stride);
   }
 }
 
 struct Codes {  // of kTile outputs and a chunk
-  alignas(64) uint8_t codes[kTile][kSteps][4][kStep];
+  alignas(64) uint8_t codes[kTile][4 * kSteps][kStep];
   alignas(64) int32_t multipliers[kTile][kPart / 16 * 4];
 };
 
 // Sums of M rows times four outputs from n on, of a chunk. C: groups in a block; 0 for trits
 // without multipliers, -1 for codes with a sign.
-template <int M, int C, bool kHalves>
+template <int M, int C, int kBlock>
 AVX2 INLINE void Multiply(const Problem& p, const Codes& codes, const Activations* const* x, int n,
                           int64_t steps, __m256i (*sums)[4]) {
+  constexpr int V = C > 0 && kBlock == 64 ? 2 : 1;  // vectors with the same multipliers
   const __m256i one = _mm256_set1_epi16(1);
-  const int shift = __builtin_ctzll(p.block);
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < 4; ++i) sums[m][i] = _mm256_setzero_si256();
-  for (int64_t s = 0; s < steps; ++s) {
-    if (C <= 0) {
+  // Not unrolled: gcc would add up the products of several steps first, for want of registers.
+#pragma GCC unroll 1
+  for (int64_t t = 0; t < (C > 0 ? 0 : 4 * steps); ++t)
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const __m256i code = Load(codes.codes[n + i][s][r]);
+    for (int i = 0; i < 4; ++i) {
+      const __m256i code = Load(codes.codes[n + i][t]);
 #pragma GCC unroll 2
-          for (int m = 0; m < M; ++m) {
-            const __m256i slab = Load(x[m]->slabs[s][r]);
-            if (C == 0) {
-              sums[m][i] = _mm256_add_epi16(sums[m][i], _mm256_maddubs_epi16(code, slab));
-            } else {  // |x| <= 128 times twice 127 fits 16 bits
-              const __m256i two =
-                  _mm256_maddubs_epi16(_mm256_abs_epi8(slab), _mm256_sign_epi8(code, slab));
-              sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(two, one));
-            }
-          }
+      for (int m = 0; m < M; ++m) {
+        const __m256i slab = Load(x[m]->slabs[t]);
+        if (C == 0) {
+          sums[m][i] = _mm256_add_epi16(sums[m][i], _mm256_maddubs_epi16(code, slab));
+        } else {  // |x| <= 128 times twice 127 fits 16 bits
+          const __m256i two =
+              _mm256_maddubs_epi16(_mm256_abs_epi8(slab), _mm256_sign_epi8(code, slab));
+          sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(two, one));
         }
-    } else {
+      }
+    }
+  for (int64_t s = 0; s < (C > 0 ? steps : 0); s += V) {
+#pragma GCC unroll 1
+    for (int c = 0; c < C; ++c)
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const int32_t* at = codes.multipliers[n + i] + (s * kStep >> shift) * C + c;
-          const __m256i by = Broadcast<kHalves>(at, at + C);
+      for (int i = 0; i < 4; ++i) {
+        const int32_t* at = codes.multipliers[n + i] + s * kStep / std::max(1, kBlock) * C + c;
+        const __m256i by = Broadcast<kBlock>(at, at + C);
 #pragma GCC unroll 2
-          for (int m = 0; m < M; ++m) {
-            __m256i few = _mm256_setzero_si256();
+        for (int m = 0; m < M; ++m) {
+          __m256i few = _mm256_setzero_si256();
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v)
 #pragma GCC unroll 4
             for (int r = c * 4 / C; r < (c + 1) * 4 / C; ++r)
-              few = _mm256_add_epi16(few, _mm256_maddubs_epi16(Load(codes.codes[n + i][s][r]),
-                                                               Load(x[m]->slabs[s][r])));
-            sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(few, by));
-          }
+              few = _mm256_add_epi16(few,
+                                     _mm256_maddubs_epi16(Load(codes.codes[n + i][4 * (s + v) + r]),
+                                                          Load(x[m]->slabs[4 * (s + v) + r])));
+          sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(few, by));
         }
-    }
+      }
   }
+  const int64_t part = C > 0 ? GroupsOfChunk(p) : 0;
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < 4; ++i) {
       if (C == 0) sums[m][i] = _mm256_madd_epi16(sums[m][i], one);
-      if (C > 0)
-        for (int64_t g = 0; g < GroupsOfChunk(p); g += 8) {
-          const __m256i by = Load(codes.multipliers[n + i] + g);
-          sums[m][i] = _mm256_sub_epi32(sums[m][i], _mm256_madd_epi16(by, Load(x[m]->sums + g)));
-        }
+      for (int64_t g = 0; g < part; g += 8) {
+        const __m256i by = Load(codes.multipliers[n + i] + g);
+        sums[m][i] = _mm256_sub_epi32(sums[m][i], _mm256_madd_epi16(by, Load(x[m]->sums + g)));
+      }
     }
 }
 
-template <int M, int C, bool kHalves>
+template <int M, int C, int kBlock>
 AVX2 void MultiplyRows(const Problem& p, const Codes& codes, int64_t chunk, int64_t m0,
                        int64_t o0) {
   const Activations* x[M];
   for (int m = 0; m < M; ++m) x[m] = RowOf(p, chunk, m0 + m);
   for (int n = 0; n < kTile && o0 + n < p.end; n += 4) {
     __m256i sums[M][4];
-    Multiply<M, C, kHalves>(p, codes, x, n, StepsOf(p, chunk), sums);
+    Multiply<M, C, kBlock>(p, codes, x, n, StepsOf(p.bytes, chunk * kPart), sums);
     for (int m = 0; m < M; ++m) {
       alignas(16) int32_t totals[4];
       const __m128i all = Totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
@@ -312,79 +377,82 @@ AVX2 void MultiplyRows(const Problem& p, const Codes& codes, int64_t chunk, int6
 }
 
 // The codes of an output and a chunk: trit + 1, or sums of two trits times their multipliers.
-template <int P, int C, bool kHalves>
-AVX2 void UnpackChunk(const Problem& p, int64_t o, int64_t chunk, Codes& codes, int n) {
-  const uint8_t* w = p.packed + o * P * p.bytes;
-  const int64_t part = C ? GroupsOfChunk(p) : 0, of_block = GroupsOfBlock(p);
-  const int shift = __builtin_ctzll(p.block);
+template <int P, int C, int kBlock>
+AVX2 void UnpackChunk(const Problem& p, int64_t o, int64_t chunk, Codes& all, int n) {
+  const int64_t bytes = p.bytes, begin = chunk * kPart, steps = StepsOf(bytes, begin);
+  const uint8_t* w = p.packed + o * P * bytes;
+  const int64_t part = C ? GroupsOfChunk(p) : 0, of_block = C ? GroupsOfBlock(p) : 0;
   int32_t tables[2][kPart / 16 * 4];
-  if (C > 0) Multipliers<kPair>(p, o, 0, chunk * part, part, codes.multipliers[n]);
+  if (C > 0) Multipliers<kPair>(p, o, 0, chunk * part, part, all.multipliers[n]);
   for (int q = 0; q < (C < 0 ? P : 0); ++q)
     Multipliers<kSigned>(p, o, q, chunk * part, part, tables[q]);
-  for (int64_t s = 0; s < StepsOf(p, chunk); ++s) {
-    const int64_t j = chunk * kPart + s * kStep;
-    __m256i v[P];
-    for (int q = 0; q < P; ++q) v[q] = LoadPacked<P, kHalves>(p, w, j, q);
-    _mm_prefetch(reinterpret_cast<const char*>(w + P * (j + kPart)), _MM_HINT_T0);
-    for (int r = 0; r < 4; ++r) {
-      __m256i code = CodesOf(v[0], r);
-      if (C < 0) {
-        const int64_t at = (s * kStep >> shift) * of_block + r * of_block / 4;
-        const int64_t next = at + of_block;
-        code = _mm256_shuffle_epi8(Broadcast<kHalves>(tables[0] + at, tables[0] + next), code);
-        if (P == 2)
-          code = _mm256_add_epi8(code, _mm256_shuffle_epi8(Broadcast<kHalves>(tables[P - 1] + at,
-                                                                              tables[P - 1] + next),
-                                                           CodesOf(v[P - 1], r)));
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t j = begin + s * kStep, first = s * kStep / std::max(1, kBlock) * of_block;
+    __m256i codes[4];
+#pragma GCC unroll 2
+    for (int q = 0; q < P; ++q) {
+      const __m256i v = LoadPacked<P, kBlock>(w, j, q, bytes);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        __m256i code = CodesOf(v, r);
+        if (C < 0) {
+          const int32_t* at = tables[q] + first + r * of_block / 4;
+          code = _mm256_shuffle_epi8(Broadcast<kBlock>(at, at + of_block), code);
+        }
+        codes[r] = q ? _mm256_add_epi8(codes[r], code) : code;
       }
-      _mm256_store_si256(reinterpret_cast<__m256i*>(codes.codes[n][s][r]), code);
     }
+    _mm_prefetch(reinterpret_cast<const char*>(w + P * (j + kPart)), _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(all.codes[n][4 * s + r]), codes[r]);
   }
 }
 
-template <int P, int C, bool kHalves>
+template <int P, int C, int kBlock>
 AVX2 void Tiles(const Problem& p) {
   static thread_local Aligned kept(sizeof(Codes));
   Codes& codes = *reinterpret_cast<Codes*>(kept.data);
-  for (int64_t chunk = 0; chunk * kPart < p.bytes; ++chunk)
-    for (int64_t o = p.begin; o < p.end; o += kTile) {
-      for (int n = 0; n < kTile; ++n)
-        UnpackChunk<P, C, kHalves>(p, std::min(o + n, p.end - 1), chunk, codes, n);
-      int64_t m = 0;
-      for (; m + 2 <= p.rows; m += 2) MultiplyRows<2, C, kHalves>(p, codes, chunk, m, o);
-      if (m < p.rows) MultiplyRows<1, C, kHalves>(p, codes, chunk, m, o);
-    }
-}
-
-template <int P, int C, bool kHalves>
-void Planes(const Problem& p) {
-  if (p.rows > 1) return Tiles<P, P == 1 ? C : -1, kHalves>(p);
-  for (int64_t m = 0; m < p.rows; ++m) PlanesOfRow<P, C, kHalves>(p, m);
-}
-
-template <int P, bool kHalves>
-void PlanesOfBlocks(const Problem& p) {
-  switch (GroupsOfBlock(p)) {
-    case 1:
-      return Planes<P, 1, kHalves>(p);
-    case 2:
-      return Planes<P, 2, kHalves>(p);
-    case 4:
-      return Planes<P, 4, kHalves>(p);
+  const int64_t chunks = (p.bytes + kPart - 1) / kPart;
+  const int64_t tiles = (p.end - p.begin + kTile - 1) / kTile;
+  // What is reused lies in L2: the activations of a chunk, or, of few rows, those of all chunks.
+  const bool few = p.rows * 4 * p.bytes <= kFewActivations;
+  for (int64_t i = 0; i < chunks * tiles; ++i) {
+    const int64_t chunk = few ? i % chunks : i / tiles;
+    const int64_t o = p.begin + (few ? i / chunks : i % tiles) * kTile;
+    for (int n = 0; n < kTile; ++n)
+      UnpackChunk<P, C, kBlock>(p, std::min(o + n, p.end - 1), chunk, codes, n);
+    int64_t m = 0;
+    for (; m + 2 <= p.rows; m += 2) MultiplyRows<2, C, kBlock>(p, codes, chunk, m, o);
+    if (m < p.rows) MultiplyRows<1, C, kBlock>(p, codes, chunk, m, o);
   }
+}
+
+template <int P, int C, int kBlock>
+void Planes(const Problem& p) {
+  p.rows < kTileRows ? FewRows<P, C, kBlock>(p) : Tiles<P, P == 1 ? C : -1, kBlock>(p);
+}
+
+template <int P, int kBlock>
+void PlanesOfBlocks(const Problem& p) {
+  const int64_t groups = GroupsOfBlock(p);
+  groups == 1   ? Planes<P, 1, kBlock>(p)
+  : groups == 2 ? Planes<P, 2, kBlock>(p)
+                : Planes<P, 4, kBlock>(p);
+}
+
+template <int P>
+void PlanesPanel(const Problem& p) {
+  p.block == 16   ? PlanesOfBlocks<P, 16>(p)
+  : p.block == 32 ? PlanesOfBlocks<P, 32>(p)
+                  : PlanesOfBlocks<P, 64>(p);
 }
 
 void Avx2Panel(const Problem& p) {
-  const bool halves = p.block < kStep;
-  if (p.multipliers && p.planes == 1) {
-    halves ? PlanesOfBlocks<1, true>(p) : PlanesOfBlocks<1, false>(p);
-  } else if (p.multipliers) {
-    halves ? PlanesOfBlocks<2, true>(p) : PlanesOfBlocks<2, false>(p);
-  } else if (p.rows > 1) {
-    Tiles<1, 0, false>(p);
-  } else {
-    TritsOfRow(p, 0);
-  }
+  if (p.multipliers) return p.planes == 1 ? PlanesPanel<1>(p) : PlanesPanel<2>(p);
+  if (p.rows >= kTileRows) return Tiles<1, 0, 0>(p);
+  for (int64_t o = p.begin; o < p.end; ++o)
+    for (int64_t m = 0; m < p.rows; ++m) TritsOfRow(p, o, m);
 }
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
