@@ -154,7 +154,7 @@ def two_planes(x, counts, first):
         first, second = scales
         a, b = nearest(x, first[..., None, :], second[..., None, :])
         aa, ab, bb, ax, bx = (
-            (counts * product).sum(axis=-2) for product in (a * a, a * b, b * b, a * x, b * x)
+            _sum(counts * product) for product in (a * a, a * b, b * b, a * x, b * x)
         )
         det = aa * bb - ab * ab  # 0: all weights have one pattern of trits
         new = bb * ax - ab * bx, aa * bx - ab * ax
@@ -167,6 +167,11 @@ def two_planes(x, counts, first):
     if xp is jnp:
         return lax.fori_loop(0, ROUNDS, lambda _, scales: turn(scales), scales)
     return functools.reduce(lambda scales, _: turn(scales), range(ROUNDS), scales)
+
+
+def _sum(x):
+    """The sum over n of [..., n, O]. NumPy's own adds in another order if O is 1."""
+    return x.cumsum(axis=-2)[..., -1, :] if isinstance(x, np.ndarray) else x.sum(axis=-2)
 
 
 def nearest(x, first, second):

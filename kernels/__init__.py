@@ -63,7 +63,10 @@ def _load() -> ctypes.CDLL | None:
             jax.ffi.register_ffi_target(f"ternary_grok_{name}", handler, platform="cpu")
         number, pointer = ctypes.c_int64, ctypes.c_void_p
         loaded.FromBase3.argtypes = [pointer, number, number, pointer, number]
-        loaded.FromBase3.restype = loaded.BestTernaryPath.restype = number
+        sizes = [number] * 4
+        loaded.FitInt8.argtypes = [pointer, *sizes[:3], pointer, *sizes, *[pointer] * 3]
+        for function in (loaded.FromBase3, loaded.FitInt8, loaded.BestTernaryPath):
+            function.restype = number
         return loaded
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         text = " ".join(str(error).split())
@@ -146,6 +149,40 @@ def check_digit(largest: int) -> None:
     """ValueError if the largest of some bytes is none of five trits."""
     if largest > 242:  # 3**5 - 1
         raise ValueError(f"a byte is {largest}, but the largest that five trits make is 242")
+
+
+# --- Least squares --------------------------------------------------------------------------------
+
+
+def fit_int8(codes: np.ndarray, scales: np.ndarray, groups: int, planes: int, block: int) -> tuple:
+    """The arrays of `conversion.fit_int8`: packed, multipliers or None, scales.
+
+    codes: int8 [I, O], each row by itself in one piece; scales: [parts, O]. Other threads run
+    meanwhile. Needs `library()`.
+    """
+    inputs, outputs = codes.shape
+    assert outputs < 2 or codes.strides[1] == 1, codes.strides
+    scales = np.ascontiguousarray(scales, np.float32)
+    packed = np.empty((outputs, planes * inputs // 4), np.uint8)
+    multipliers = np.empty((outputs, groups, planes), np.int8) if groups * planes > 1 else None
+    unit = np.empty((1, outputs), np.float32)
+    failed = library().FitInt8(
+        codes.ctypes.data,
+        codes.strides[0],
+        inputs,
+        outputs,
+        scales.ctypes.data,
+        len(scales),
+        groups,
+        planes,
+        block,
+        packed.ctypes.data,
+        None if multipliers is None else multipliers.ctypes.data,
+        unit.ctypes.data,
+    )
+    if failed:
+        raise MemoryError("no memory left for fitting scales")
+    return packed, multipliers, unit
 
 
 # --- Products -------------------------------------------------------------------------------------
