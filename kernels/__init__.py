@@ -156,14 +156,13 @@ def ternary_kernel(
 
     padding: of the inputs, see `quantize.PackedWeight`
     """
-    if multipliers is not None:
-        return None
     if on_cpu():
-        return ternary_sums
+        return ternary_sums if multipliers is None else None
     if jax.default_backend() == "gpu" and not padding:
         from kernels import gpu  # here, because Pallas takes a while to import
 
-        if gpu.takes(x.shape, packed.shape, block):
+        of_multipliers = None if multipliers is None else multipliers.shape
+        if gpu.takes(x.shape, packed.shape, block, of_multipliers):
             return gpu.ternary_sums
     return None
 

@@ -98,7 +98,7 @@ def test_rows_of_zeros_anywhere(rows):
 def test_every_block_size_of_the_packing():
     x, trits, chosen = problem(1, 2, 512, 9, 1)
     for block in (1, 2, 4, 8, 16, 32, 64, 128):
-        weight = quantize.pack(trits, None, block)
+        weight = quantize.pack(trits, None, block=block)
         np.testing.assert_array_equal(sums(x, weight, chosen), expected(x, trits, chosen))
 
 
@@ -165,13 +165,16 @@ def test_the_kernel_is_that_of_the_device(monkeypatch):
     x, w, _ = gpu_problem()
     rows = jax.ShapeDtypeStruct((2, 2, x.shape[1]), jnp.int8)
     if kernels.on_cpu():
-        assert kernels.ternary_kernel(rows, w.packed, w.block, 0) is kernels.ternary_sums
+        assert kernels.ternary_kernel(rows, w.packed, w.block, 0, None) is kernels.ternary_sums
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert kernels.ternary_kernel(rows, w.packed, w.block, 0) is gpu.ternary_sums
-    assert kernels.ternary_kernel(rows, w.packed, w.block, 3) is None
-    assert kernels.ternary_kernel(rows, w.packed, 32, 0) is None
+    assert kernels.ternary_kernel(rows, w.packed, w.block, 0, None) is gpu.ternary_sums
+    assert kernels.ternary_kernel(rows, w.packed, w.block, 3, None) is None
+    assert kernels.ternary_kernel(rows, w.packed, 32, 0, None) is None
+    for groups, kernel in ((1, gpu.ternary_sums), (8, gpu.ternary_sums), (4, None)):
+        multipliers = jax.ShapeDtypeStruct((3, 128, groups, 1), jnp.int8)
+        assert kernels.ternary_kernel(rows, w.packed, w.block, 0, multipliers) is kernel
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert kernels.ternary_kernel(rows, w.packed, w.block, 0) is None
+    assert kernels.ternary_kernel(rows, w.packed, w.block, 0, None) is None
 
 
 # --- The output head ------------------------------------------------------------------------------
