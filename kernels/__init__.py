@@ -197,10 +197,11 @@ def ternary_kernel(
     """
     if on_cpu():
         return ternary_sums
-    if jax.default_backend() == "gpu" and multipliers is None and not padding:
+    if jax.default_backend() == "gpu" and not padding:
         from kernels import gpu  # here, because Pallas takes a while to import
 
-        if gpu.takes(x.shape, packed.shape, block):
+        of_multipliers = None if multipliers is None else multipliers.shape
+        if gpu.takes(x.shape, packed.shape, block, of_multipliers):
             return gpu.ternary_sums
     return None
 

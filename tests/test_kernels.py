@@ -241,6 +241,9 @@ def test_the_kernel_is_that_of_the_device(monkeypatch):
     assert kernels.ternary_kernel(rows, w.packed, w.block, 0, None) is gpu.ternary_sums
     assert kernels.ternary_kernel(rows, w.packed, w.block, 3, None) is None
     assert kernels.ternary_kernel(rows, w.packed, 32, 0, None) is None
+    for groups, kernel in ((1, gpu.ternary_sums), (8, gpu.ternary_sums), (4, None)):
+        multipliers = jax.ShapeDtypeStruct((3, 128, groups, 1), jnp.int8)
+        assert kernels.ternary_kernel(rows, w.packed, w.block, 0, multipliers) is kernel
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert kernels.ternary_kernel(rows, w.packed, w.block, 0, None) is None
 
