@@ -267,13 +267,13 @@ def _fitted(planes: int, group: int | None) -> Format:
 
 
 FORMATS = {
-    "float32": Format(lambda w: w.astype(np.float32), lambda w: w, False),
-    "int8": Format(quantize_int8, functools.partial(as_in_training, to=quantize_int8), False),
     "ternary": Format(ternarize, fake_ternarize, True),
     "ternary-fit": _fitted(1, None),
     **{f"ternary-fit-{n}": _fitted(1, n) for n in GROUPS},
     "ternary2": _fitted(2, None),
     **{f"ternary2-{n}": _fitted(2, n) for n in GROUPS},
+    "int8": Format(quantize_int8, functools.partial(as_in_training, to=quantize_int8), False),
+    "float32": Format(lambda w: w.astype(np.float32), lambda w: w, False),
 }
 
 

@@ -406,16 +406,12 @@ def test_the_gradient_of_a_loaded_model_is_that_of_its_matrices(
         output = make_model(config).apply(params, None, tokens[:, :-1])
         return jnp.mean(learning.cross_entropy(output.logits, tokens[:, 1:]))
 
-    def dequantized(w):
-        table = isinstance(w, quantize.QuantizedWeight)
-        return w.codes * w.scales if table else quantize.dequantize(w)
-
     # All matrices in one norm: where a norm follows, the gradient of a scale is next to nothing.
     found, expected = (
         np.concatenate([np.ravel(g.astype(jnp.float32)) for g in jax.jit(jax.grad(f))(floats)])
         for f in (
             functools.partial(loss, seen=lambda w: w),
-            functools.partial(loss, seen=dequantized),
+            functools.partial(loss, seen=quantize.dequantize),
         )
     )
     # A sum in another order moves a value over an edge of its rounding here and there.
