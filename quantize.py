@@ -237,12 +237,17 @@ def quantize_rows(
     x, kernel = lax.stop_gradient(x), kernels.rounding_kernel()
     if kernel is not None and whole:
         return kernel(x, levels, dtype)
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    native = kernels.on_cpu() and x.dtype in (jnp.float32, jnp.bfloat16)
+    if native:  # XLA would make x again for each of the two loops, not always to the last bit
+        largest = kernels.row_maxima(x)
+    else:
+        x = x.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     if not whole:
         largest = lax.pmax(largest, axis_name)
     step = in_this_order(jnp.maximum(largest, 1e-30) / levels)
-    return jnp.round(x / step).astype(dtype), step
+    rounded = kernels.round_rows(x, step, dtype) if native else jnp.round(x / step).astype(dtype)
+    return rounded, step
 
 
 def in_this_order(x: jax.Array) -> jax.Array:

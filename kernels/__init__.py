@@ -33,6 +33,8 @@ HANDLERS = (
     "WriteSlots",
     "Rotate",
     "GatedSums",
+    "RowMaxima",
+    "RoundRows",
     "Transpose",
 )
 _LOADING = threading.Lock()
@@ -193,14 +195,13 @@ def ternary_kernel(
 
     padding: of the inputs, see `quantize.PackedWeight`
     """
-    if multipliers is not None:
-        return None
     if on_cpu():
         return ternary_sums
     if jax.default_backend() == "gpu" and not padding:
         from kernels import gpu  # here, because Pallas takes a while to import
 
-        if gpu.takes(x.shape, packed.shape, block):
+        of_multipliers = None if multipliers is None else multipliers.shape
+        if gpu.takes(x.shape, packed.shape, block, of_multipliers):
             return gpu.ternary_sums
     return None
 
@@ -215,15 +216,20 @@ def ternary_sums(
 ) -> jax.Array:
     """Exact sums int32 [blocks, R, O] of rows x int8 [blocks, R, I] times each block's expert.
 
-    packed: uint8 [E, O, B], B >= I / 4, in blocks of `block` bytes, see `quantize.py`; codes 0 to
-        2, for what a code of 3 gives depends on the processor
+    packed: uint8 [E, O, B], B >= P I / 4, in blocks of `block` bytes of each plane, see
+        `quantize.py`; codes 0 to 2, for what a code of 3 gives depends on the processor
     experts: int32 [blocks]; -1 gives zeros, and so does one that there is not
+    multipliers: int8 [E, O, G, P] from 0 to 127, which sum up to 127 at most along P; for what
+        others give depends on the processor, too. None: one plane, and all are 1
     path: the best way to take, 0 plain C++, 1 AVX2, 2 AVX-512 VNNI, 3 AMX; -1 for any
     Needs `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct((*x.shape[:2], *packed.shape[1:2]), jnp.int32)
+    if multipliers is None:
+        multipliers = jnp.zeros((*packed.shape[:2], 0, 1), jnp.int8)
     call = jax.ffi.ffi_call("ternary_grok_TernarySums", out)
-    return call(x, packed, experts, block=np.int64(block), path=np.int64(path))
+    attributes = {"block": np.int64(block), "path": np.int64(path)}
+    return call(x, packed, experts, multipliers, **attributes)
 
 
 def takes_table(table: jax.Array) -> bool:
@@ -294,6 +300,24 @@ def gated_sums(rows: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array
     """
     out = jax.ShapeDtypeStruct((len(index), rows.shape[1]), jnp.float32)
     return jax.ffi.ffi_call("ternary_grok_GatedSums", out)(rows, gates, index)
+
+
+def row_maxima(x: jax.Array) -> jax.Array:
+    """The largest magnitude of each row of x [R, I], float32 or bfloat16: float32 [R, 1].
+
+    Needs `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct((len(x), 1), jnp.float32)
+    return jax.ffi.ffi_call("ternary_grok_RowMaxima", out)(x)
+
+
+def round_rows(x: jax.Array, steps: jax.Array, dtype) -> jax.Array:
+    """x [R, I] / steps [R, 1], rounded to nearest, halves to even, as int8 or int16.
+
+    What is less than 2^22 steps, that is. Needs `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct(x.shape, dtype)
+    return jax.ffi.ffi_call("ternary_grok_RoundRows", out)(x, steps)
 
 
 # --- Attention ------------------------------------------------------------------------------------

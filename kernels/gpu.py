@@ -3,12 +3,14 @@
 Shapes: I inputs (the contracted axis), O outputs, E experts, R rows of a block, B bytes of packed
 weights for one output, I = 4 B. How weights are packed: see `quantize.py`. Slab j of a packing
 block is its weights at bits 2 j and 2 j + 1: as many, side by side, as the block has bytes.
+Weights with multipliers have P planes of trits, so that I = 4 B / P, and G groups of inputs.
 
 A GPU that decodes waits for weights, but only if unpacking takes few instructions: an H200 reads
 17e12 packed weights a second, and has time for one integer instruction for each. So nothing is
 unpacked that the tensor cores can take as it lies: bytes masked with 3 << 2 j are int8 operands,
 4 ** j times too large, and as shifts cost more than masks, the sum is shifted instead, once, at
-the end. All sums are integers and exact: no tile and no split of I shows in a result.
+the end. Multipliers come before the product, so weights that have them are unpacked, but four at a
+time. All sums are integers and exact: no tile and no split of I shows in a result.
 """
 
 import dataclasses
@@ -48,24 +50,42 @@ class Tile:
 # many rows the tensor cores are the limit, and one accumulator leaves room for a larger tile.
 FEW_ROWS = Tile(rows=16, outputs=128, warps=4, stages=4, programs=512, shift=False)
 MANY_ROWS = Tile(rows=128, outputs=128, warps=8, stages=3, programs=264, shift=True)
+# With fewer outputs than threads, each thread loads the multipliers that it needs. With more, they
+# would go through shared memory, with two barriers for each group and plane.
+FEW_ROWS_MULTIPLIED = Tile(rows=16, outputs=64, warps=4, stages=4, programs=512, shift=True)
 
 
-def takes(x_shape: tuple[int, ...], packed_shape: tuple[int, ...], block: int) -> bool:
-    """Whether `ternary_sums` has a kernel for x [blocks, R, I] and packed [E, O, B]."""
-    if len(x_shape) != 3 or len(packed_shape) != 3 or 0 in (*x_shape, *packed_shape):
+def takes(
+    x_shape: tuple[int, ...],
+    packed_shape: tuple[int, ...],
+    block: int,
+    multipliers_shape: tuple[int, ...] | None = None,
+) -> bool:
+    """Whether `ternary_sums` has a kernel for x [blocks, R, I] and packed [E, O, B].
+
+    multipliers_shape: [E, O, G, P], where there are any
+    """
+    shapes = (x_shape, packed_shape, multipliers_shape or (*packed_shape[:2], 1, 1))
+    if [len(shape) for shape in shapes] != [3, 3, 4] or 0 in sum(shapes, ()):
         return False
-    (_, rows, inputs), (_, outputs, width) = x_shape, packed_shape
+    (_, rows, inputs), (*of, width), (*of_multipliers, groups, planes) = shapes
+    blocks = width // (planes * BLOCK)
     return (
         block == BLOCK
-        and width % BLOCK == 0
-        and inputs == 4 * width  # no padding
-        and outputs % tile_for(rows).outputs == 0
+        and planes <= 2
+        and width == blocks * planes * BLOCK
+        and inputs == 4 * blocks * BLOCK  # no padding
+        and of[1] % tile_for(rows, multipliers_shape is not None).outputs == 0
+        and of == of_multipliers
+        and groups in (1, blocks, 2 * blocks, 4 * blocks)
     )
 
 
-def tile_for(rows: int) -> Tile:
-    """The tile for blocks of R rows."""
-    return FEW_ROWS if rows <= FEW_ROWS.rows else MANY_ROWS
+def tile_for(rows: int, multipliers: bool = False) -> Tile:
+    """The tile for blocks of R rows, of weights with multipliers or without."""
+    if rows > FEW_ROWS.rows:
+        return MANY_ROWS
+    return FEW_ROWS_MULTIPLIED if multipliers else FEW_ROWS
 
 
 def ternary_sums(
@@ -78,22 +98,31 @@ def ternary_sums(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> jax.Array:  # int32 [blocks, R, O]
-    """Exact sums over I of blocks of rows times the trits of each block's expert.
+    """Exact sums over I of blocks of rows times the codes of each block's expert.
 
     x: int8 [blocks, R, I]
     packed: uint8 [E, O, B]; experts are read where they lie
     experts: int32 [blocks]; a block whose expert is -1, or not there, is skipped: zeros
     block: bytes of a packing block; `takes` says which shapes will do
+    multipliers: int8 [E, O, G, P], at least 0, and of all planes at most 127; None: trits are codes
     interpret: run on any device, slowly
     """
-    if not takes(x.shape, packed.shape, block):
-        raise ValueError(f"no kernel for {x.shape} times {packed.shape} in blocks of {block} bytes")
+    multipliers_shape = None if multipliers is None else multipliers.shape
+    if not takes(x.shape, packed.shape, block, multipliers_shape):
+        found = f"{x.shape} times {packed.shape} in blocks of {block} bytes"
+        found += f" with multipliers {multipliers_shape}" if multipliers_shape else ""
+        raise ValueError(f"no kernel for {found}")
     _check("x", x, x.shape, jnp.int8)
     _check("packed", packed, packed.shape, jnp.uint8)
     _check("experts", experts, x.shape[:1], experts.dtype)
-    tile = tile or tile_for(x.shape[1])
-    sums = jnp.sum(_partial_sums(x, packed, experts.astype(jnp.int32), tile, interpret), axis=1)
-    if tile.shift:  # so far of trit + 1; in the kernel, that would cost more than the unpacking
+    arrays = [experts.astype(jnp.int32), x, packed]
+    if multipliers is not None:
+        _check("multipliers", multipliers, multipliers_shape, jnp.int8)
+        arrays.append(multipliers)
+    tile = tile or tile_for(x.shape[1], multipliers is not None)
+    sums = jnp.sum(_partial_sums(arrays, tile, interpret), axis=1)
+    if tile.shift and multipliers is None:
+        # So far of trit + 1; in the kernel, that would cost more than the unpacking.
         offsets = jnp.sum(x, axis=2, keepdims=True, dtype=jnp.int32)
         sums -= jnp.where(_is_there(experts, packed)[:, None, None], offsets, 0)
     return sums
@@ -116,16 +145,18 @@ def _splits(programs: int, steps: int, wanted: int) -> int:
     return next((n for n in divisors if n * programs >= wanted), steps)
 
 
-def _partial_sums(x, packed, experts, tile: Tile, interpret: bool):
-    """Sums over each of the parts that I is split into, int32 [blocks, parts, R, O]."""
-    blocks, rows, _ = x.shape
-    _, outputs, width = packed.shape
+def _partial_sums(arrays, tile: Tile, interpret: bool):
+    """Sums over each of the parts that I is split into, int32 [blocks, parts, R, O].
+
+    arrays: experts, x, packed and, where there are any, multipliers
+    """
+    (blocks, rows, inputs), (_, outputs, _) = arrays[1].shape, arrays[2].shape
     tile_rows = min(tile.rows, max(SMALLEST, pl.next_power_of_2(rows)))
     row_tiles = pl.cdiv(rows, tile_rows)
-    assert outputs % tile.outputs == 0, (packed.shape, tile)
+    assert outputs % tile.outputs == 0, (outputs, tile)
     # Programs that share their weights come one after another, and find them in the cache.
     grid = (blocks * row_tiles, outputs // tile.outputs)
-    steps = width // BLOCK
+    steps = inputs // (4 * BLOCK)
     splits = _splits(grid[0] * grid[1], steps, tile.programs)
     kernel = functools.partial(
         _kernel,
@@ -142,16 +173,15 @@ def _partial_sums(x, packed, experts, tile: Tile, interpret: bool):
         out_shape=jax.ShapeDtypeStruct((blocks, splits, rows, outputs), jnp.int32),
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
-        name="ternary_many_rows" if tile.shift else "ternary_few_rows",
-    )(experts, x, packed)
+        name="ternary_many_rows" if tile.rows > FEW_ROWS.rows else "ternary_few_rows",
+    )(*arrays)
 
 
 def _kernel(
     experts_ref,
     x_ref,
     packed_ref,
-    sums_ref,
-    *,
+    *refs,  # multipliers, where there are any, and sums
     row_tiles: int,
     tile_rows: int,
     tile_outputs: int,
@@ -163,16 +193,35 @@ def _kernel(
     block, part = pl.program_id(0) // row_tiles, pl.program_id(2)
     first_row = pl.program_id(0) % row_tiles * tile_rows
     first_output = pl.program_id(1) * tile_outputs
+    outputs = pl.ds(first_output, tile_outputs)
     expert = experts_ref[block]
+    *multipliers_ref, sums_ref = refs
+    groups, planes = multipliers_ref[0].shape[2:] if multipliers_ref else (1, 1)
+    groups = 4 * BLOCK * groups // x_ref.shape[2]  # of a block; none if all inputs are one
+
+    def packed_at(start, plane):
+        return packed_ref[expert, outputs, pl.ds(start * planes + plane * BLOCK, BLOCK)]
+
+    def multipliers_at(start, group, plane):  # [tile_outputs, BLOCK], alike along BLOCK
+        m = multipliers_ref[0][expert, outputs, start // BLOCK * groups + group, plane]
+        return jnp.broadcast_to(m[:, None], (tile_outputs, BLOCK))
 
     def add_block(i, state):
         sums, offsets = list(state[0]), state[1]
-        start = (part * steps + i) * BLOCK
-        codes = packed_ref[expert, pl.ds(first_output, tile_outputs), pl.ds(start, BLOCK)]
+        start = (part * steps + i) * BLOCK  # of a plane
+        codes = [packed_at(start, plane) for plane in range(planes)]
+        if multipliers_ref:
+            multipliers = [
+                [multipliers_at(start, group, plane) for plane in range(planes)]
+                for group in range(max(1, groups))
+            ]
         for slab in range(4):
             row, column = _indices(first_row, tile_rows, 4 * start + slab * BLOCK, BLOCK)
             x = triton.load(x_ref.at[block, row, column], mask=row < x_ref.shape[1], other=0)
-            w = _shifted(codes, slab, interpret) if shift else _masked(codes, slab)
+            if multipliers_ref:
+                w = _summed(codes, multipliers[slab * groups // 4], slab, interpret)
+            else:
+                w = _shifted(codes[0], slab, interpret) if shift else _masked(codes[0], slab)
             sums[slab % len(sums)] += lax.dot_general(
                 w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
             )
@@ -207,12 +256,37 @@ def _shifted(codes, slab: int, interpret: bool):
     if interpret:
         return (codes >> jnp.uint8(2 * slab) & jnp.uint8(3)).astype(jnp.int8)
     assembly = f"{{ .reg .b32 t; shr.u32 t, $1, {2 * slab}; and.b32 $0, t, 0x03030303; }}"
+    return _in_assembly(assembly, [codes])
+
+
+def _summed(codes, multipliers, slab: int, interpret: bool):
+    """int8 sum over planes of trit * multiplier. In assembly, for four bytes at a time.
+
+    There a byte starts at 128, the multipliers are subtracted, and each (trit + 1) * multiplier is
+    added. It is between 1 and 255 all the time, so that no byte spoils the next one.
+    """
+    planes = len(codes)
+    if interpret:
+        trits = (_shifted(plane, slab, interpret) - jnp.int8(1) for plane in codes)
+        return sum((t * m for t, m in zip(trits, multipliers, strict=True)), jnp.int8(0))
+    steps = [
+        f"""sub.u32 sum, sum, ${planes + i}; and.b32 m, ${planes + i}, 255;
+        shr.u32 t, ${i}, {2 * slab}; and.b32 t, t, 0x03030303; mad.lo.u32 sum, t, m, sum;"""
+        for i in range(1, planes + 1)
+    ]
+    assembly = f"""{{ .reg .b32 t, m, sum; mov.b32 sum, 0x80808080; {" ".join(steps)}
+        xor.b32 $0, sum, 0x80808080; }}"""
+    return _in_assembly(assembly, [*codes, *multipliers])
+
+
+def _in_assembly(assembly: str, arrays):
+    """An int8 array made of others of bytes, four of each in a register."""
     (w,) = triton.elementwise_inline_asm(
         assembly,
-        args=[codes],
-        constraints="=r,r",
+        args=arrays,
+        constraints=",".join(["=r", *"r" * len(arrays)]),
         pack=4,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int8)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(arrays[0].shape, jnp.int8)],
     )
     return w
 

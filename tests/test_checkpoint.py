@@ -242,7 +242,7 @@ def test_two_processes_hold_the_same_bits_as_one(tmp_path, form):
     folder, packed = args[0], 0
     if form == "converted":
         folder = tmp_path / "converted"
-        checkpoint.save_converted(folder, params, {})
+        checkpoint.save_converted(folder, params, checkpoint.quantization("ternary", TERNARY))
         weights = (w for entries in params.values() for w in entries.values())
         packed = sum(w.packed.size for w in weights if isinstance(w, PackedWeight))
     root = Path(checkpoint.__file__).parent
@@ -469,7 +469,7 @@ def test_a_parameter_outlives_its_file(small):
 
 def refused(small, message, **changes):
     folder, template, rules, _ = small
-    args = {"folder": folder, "template": template, "rules": rules} | changes
+    args = {"folder": folder, "template": template, "precision": rules} | changes
     with pytest.raises(CheckpointError, match=message) as error:
         checkpoint.restore(**args)
     return str(error.value)
@@ -559,7 +559,7 @@ def test_groups_that_do_not_divide(small, no_conversion):
 
 def test_rules_and_files_disagree(small, no_conversion):
     message = "linear/w: it is int8 in the file, which cannot become float32; leave the choice"
-    refused(small, message, rules=[("", "float32")])
+    refused(small, message, precision=[("", "float32")])
     with pytest.raises(ValueError, match="unknown format 'int4'; known: .*'ternary2-128'"):
         checkpoint.restore(small[0], small[1], [("", "int4")])
 
@@ -782,7 +782,7 @@ def test_released_scales_that_are_no_scales(small):
     params = small[3]
     params["layer/query"]["w"].scales[0, 0] = -1
     checkpoint.save(small[0], params)
-    refused(small, "tensor00001_000: layer/query/w: negative or non-finite scales", rules=INT8)
+    refused(small, "tensor00001_000: layer/query/w: negative or non-finite scales", precision=INT8)
 
 
 ABOUT = checkpoint.quantization("ternary", TERNARY)["quantization_config"]

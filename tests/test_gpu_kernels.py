@@ -20,21 +20,37 @@ from kernels.gpu import FEW_ROWS, MANY_ROWS
 EXPERTS = [2, -1, 0, 2, 1]  # of the blocks: repeated, skipped, and not in order
 
 
-def random_case(rows, inputs=1024, outputs=256, experts=EXPERTS, seed=0):
-    """x, weights, the experts of the blocks, and what NumPy makes of them."""
-    rng = np.random.default_rng(seed)
-    x = rng.integers(-128, 128, (len(experts), rows, inputs)).astype(np.int8)
-    trits = rng.integers(-1, 2, (3, inputs, outputs)).astype(np.int8)
-    w = quantize.pack(trits, None, gpu.BLOCK)
-    assert (quantize.unpack(w) == trits).all()
-    experts = np.array(experts, np.int32)
-    sums = x.astype(np.int64) @ trits[experts].astype(np.int64)
+def random_case(rows, inputs=1024, outputs=256, groups=None, planes=1):
+    """x, weights, the experts of the blocks, and what NumPy makes of them.
+
+    groups, planes: of multipliers, from 0 to the largest that there may be; None: without
+    """
+    rng = np.random.default_rng(0)
+    x = rng.integers(-128, 128, (len(EXPERTS), rows, inputs)).astype(np.int8)
+    trits = rng.integers(-1, 2, (3, planes, inputs, outputs)).astype(np.int8)
+    if groups is None:
+        codes, w = trits[:, 0], quantize.pack(trits[:, 0], None, block=gpu.BLOCK)
+    else:
+        multipliers = random_multipliers(rng, (3, outputs, groups, planes))
+        of_inputs = multipliers.repeat(inputs // groups, axis=2)  # [E, O, I, P]
+        codes = np.einsum("epio,eoip->eio", trits, of_inputs)
+        w = quantize.pack(trits, None, multipliers, gpu.BLOCK)
+    assert (quantize.unpack(w) == codes).all()
+    experts = np.array(EXPERTS, np.int32)
+    sums = x.astype(np.int64) @ codes[experts].astype(np.int64)
     return x, w, experts, np.where(experts[:, None, None] < 0, 0, sums)
 
 
+def random_multipliers(rng, shape):
+    """int8 [..., P], P of 1 or 2: half of their sums are 127."""
+    most = np.where(rng.random(shape[:-1]) < 0.5, 127, rng.integers(0, 128, shape[:-1]))
+    first = most if shape[-1] == 1 else rng.integers(0, most + 1)
+    return np.stack([first, most - first][: shape[-1]], axis=-1).astype(np.int8)
+
+
 def interpreted(x, w, experts, **options):
-    sums = functools.partial(gpu.ternary_sums, block=w.block, interpret=True, **options)
-    y = jax.jit(sums)(x, w.packed, experts)
+    sums = functools.partial(gpu.ternary_sums, interpret=True, **options)
+    y = jax.jit(sums, static_argnums=3)(x, w.packed, experts, w.block, w.multipliers)
     assert y.dtype == jnp.int32
     return y
 
@@ -45,10 +61,22 @@ def test_sums_are_exact(rows):
     np.testing.assert_array_equal(interpreted(x, w, experts), expected)
 
 
+@pytest.mark.parametrize(
+    "groups, planes, rows",  # groups of 4 blocks
+    [(1, 2, 1), (4, 1, 9), (8, 1, 3), (16, 1, 16), (4, 2, 2), (8, 2, 1), (16, 2, 1)]
+    + [(1, 2, 130), (8, 1, 17), (16, 2, 32)],
+)
+def test_sums_of_multiplied_trits_are_exact(groups, planes, rows):
+    x, w, experts, expected = random_case(rows, groups=groups, planes=planes)
+    np.testing.assert_array_equal(interpreted(x, w, experts), expected)
+
+
+@pytest.mark.parametrize("multipliers", [{}, {"groups": 24, "planes": 2}])
 @pytest.mark.parametrize("programs", [1, 1000])  # 1 and 12 parts of 12
 @pytest.mark.parametrize("tile, outputs", [(FEW_ROWS, 64), (MANY_ROWS, 32)])
-def test_tiles_and_parts_change_nothing(tile, outputs, programs):
-    x, w, experts, expected = random_case(9, inputs=3072)
+def test_tiles_and_parts_change_nothing(tile, outputs, programs, multipliers):
+    tile = gpu.FEW_ROWS_MULTIPLIED if multipliers and tile is FEW_ROWS else tile
+    x, w, experts, expected = random_case(9, inputs=3072, **multipliers)
     tile = dataclasses.replace(tile, outputs=outputs, programs=programs, rows=8)
     np.testing.assert_array_equal(interpreted(x, w, experts, tile=tile), expected)
 
@@ -56,10 +84,13 @@ def test_tiles_and_parts_change_nothing(tile, outputs, programs):
 def test_largest_sums():
     """The longest rows, all at the ends of int8: masked codes are up to 128 times too large."""
     trits = np.array([-1, 0, 1], np.int8)[:, None, None]
-    w = quantize.pack(np.broadcast_to(trits, (3, 32768, 128)), None, gpu.BLOCK)
+    w = quantize.pack(np.broadcast_to(trits, (3, 32768, 128)), None, block=gpu.BLOCK)
     x = np.full((3, 1, 32768), -128, np.int8)
     y = interpreted(x, w, np.arange(3, dtype=np.int32))
     np.testing.assert_array_equal(y, np.broadcast_to(trits * np.int32(-(1 << 22)), y.shape))
+    w = dataclasses.replace(w, multipliers=np.full((3, 128, 128, 1), 127, np.int8))
+    y = interpreted(x, w, np.arange(3, dtype=np.int32))
+    np.testing.assert_array_equal(y, np.broadcast_to(trits * np.int32(-127 << 22), y.shape))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +115,25 @@ def test_shapes_taken():
     assert not gpu.takes((2, 1, 6144), (8, 32768, 1536), 32), "smaller blocks"
 
 
+def test_shapes_of_multipliers_taken():
+    def takes(*multipliers, width=3072):
+        return gpu.takes((2, 1, 6144), (8, 192, width), 64, multipliers)
+
+    for groups in (1, 24, 48, 96):
+        assert takes(8, 192, groups, 2)
+        assert takes(8, 192, groups, 1, width=1536)
+    assert not takes(8, 192, 12, 2), "groups of two blocks"
+    assert not takes(8, 192, 192, 2), "half a slab"
+    assert not takes(8, 192, 24, 1), "the bytes of two planes"
+    assert not takes(8, 192, 24, 3, width=4608), "three planes"
+    assert not takes(8, 192, 24, 2, width=3072 + 64), "half a block"
+    assert not takes(8, 192, 0, 2), "no groups"
+    assert not takes(192, 24, 2), "no axis of experts"
+    assert not takes(7, 192, 24, 2), "of other experts"
+    assert not takes(8, 128, 24, 2), "of other outputs"
+    assert not gpu.takes((2, 17, 6144), (8, 192, 3072), 64, (8, 192, 24, 2)), "many rows: 128"
+
+
 def test_shapes_that_are_refused():
     x, w, experts, _ = random_case(1, outputs=192)
     with pytest.raises(ValueError, match=r"no kernel for \(5, 1, 1024\) times \(3, 192, 256\)"):
@@ -95,14 +145,59 @@ def test_shapes_that_are_refused():
         interpreted(x.astype(np.float32), w, experts)
     with pytest.raises(ValueError, match=r"packed is int8 .*, expected uint8"):
         interpreted(x, dataclasses.replace(w, packed=w.packed.view(np.int8)), experts)
+    x, w, experts, _ = random_case(1, groups=4, planes=2)
+    with pytest.raises(ValueError, match=r"64 bytes with multipliers \(3, 256, 3, 2\)"):
+        interpreted(x, dataclasses.replace(w, multipliers=w.multipliers[:, :, 1:]), experts)
+    with pytest.raises(ValueError, match=r"multipliers is uint8 .*, expected int8"):
+        interpreted(x, dataclasses.replace(w, multipliers=w.multipliers.view(np.uint8)), experts)
 
 
-@pytest.mark.parametrize("tile", [FEW_ROWS, MANY_ROWS])
-def test_experts_that_are_not_there_give_zeros(tile):
+@pytest.mark.parametrize(
+    "tile, multipliers", [(FEW_ROWS, {}), (MANY_ROWS, {}), (None, {"groups": 8, "planes": 2})]
+)
+def test_experts_that_are_not_there_give_zeros(tile, multipliers):
     """And are not read: the memory behind the weights may belong to anything."""
-    x, w, experts, expected = random_case(2)
+    x, w, experts, expected = random_case(2, **multipliers)
     experts[:3], expected[:3] = [3, 2**31 - 1, -(2**31)], 0
     np.testing.assert_array_equal(interpreted(x, w, experts, tile=tile), expected)
+
+
+def executed(assembly: str, arguments) -> np.ndarray:
+    """Register $0 after a kernel's assembly, uint32, of arguments $1, $2 and so on."""
+    operations = {
+        "mov": lambda x: x,
+        "sub": np.subtract,
+        "and": np.bitwise_and,
+        "xor": np.bitwise_xor,
+        "shr": np.right_shift,
+        "mad": lambda x, y, z: x * y + z,
+    }
+    registers = {f"${i + 1}": x for i, x in enumerate(arguments)}
+    for line in assembly.strip("{ }").split(";")[1:-1]:  # not the declaration
+        name, rest = line.split(maxsplit=1)
+        to, *of = rest.split(", ")
+        of = [registers[x] if x in registers else np.uint32(int(x, 0)) for x in of]
+        registers[to] = operations[name.split(".")[0]](*of)
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("slab", range(4))
+def test_the_assembly_gives_the_integers_of_the_interpreter(slab, monkeypatch):
+    """Four bytes at a time: all multipliers that there may be, each with bytes of both planes."""
+    monkeypatch.setattr(gpu, "_in_assembly", lambda text, arrays: executed(text, bytes_of(arrays)))
+    bytes_of = functools.partial(map, lambda x: np.ascontiguousarray(x).view(np.uint32))
+    first, second = np.mgrid[:128, :128].astype(np.int8)
+    there = first.astype(int) + second <= 127
+    digits = np.array([sum(n // 3**k % 3 << 2 * k for k in range(4)) for n in range(81)], np.uint8)
+    codes = np.random.default_rng(0).choice(digits, (2, there.sum(), 8))
+    multipliers = [np.broadcast_to(m[there][:, None], codes[0].shape) for m in (first, second)]
+    for planes in (1, 2):
+        arguments = (codes[:planes], multipliers[:planes], slab)
+        expected = gpu._summed(*arguments, interpret=True)
+        found = gpu._summed(*arguments, interpret=False).view(np.int8)
+        np.testing.assert_array_equal(found, expected)
+    found = gpu._shifted(codes[0], slab, interpret=False).view(np.int8)
+    np.testing.assert_array_equal(found, gpu._shifted(codes[0], slab, interpret=True))
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -260,17 +355,20 @@ def lowered_for_cuda(f, *shapes) -> str:
 
 
 @pytest.mark.parametrize("blocks, rows", [(2, 1), (5, 16), (24, 128), (1, 1000)])
-@pytest.mark.parametrize("inputs, outputs", [(6144, 32768), (32768, 6144)])
-def test_lowers_for_cuda(blocks, rows, inputs, outputs):
-    def f(x, packed, experts):
-        return gpu.ternary_sums(x, packed, experts, 64)
-
-    text = lowered_for_cuda(
-        f,
+@pytest.mark.parametrize(
+    "inputs, outputs, group, planes",
+    [(6144, 32768, None, 1), (32768, 6144, None, 1), (6144, 32768, 256, 1)]
+    + [(32768, 6144, 64, 2), (6144, 32768, None, 2)],
+)
+def test_lowers_for_cuda(blocks, rows, inputs, outputs, group, planes):
+    shapes = [
         ((blocks, rows, inputs), jnp.int8),
-        ((8, outputs, inputs // 4), jnp.uint8),
+        ((8, outputs, planes * inputs // 4), jnp.uint8),
         ((blocks,), jnp.int32),
-    )
+    ]
+    if group or planes == 2:
+        shapes.append(((8, outputs, inputs // (group or inputs), planes), jnp.int8))
+    text = lowered_for_cuda(lambda x, w, e, *m: gpu.ternary_sums(x, w, e, 64, *m), *shapes)
     assert text.count("__gpu$xla.gpu.triton") == 1
     assert ("ternary_few_rows" if rows <= 16 else "ternary_many_rows") in text
 
@@ -301,7 +399,7 @@ def test_the_decode_step_lowers_for_cuda(rows, monkeypatch):
         vocab_size=512, emb_size=2048, num_layers=2, num_q_heads=32, num_kv_heads=4, key_size=64,
         sequence_len=256, widening_factor=3, activations="int8",
     )  # fmt: skip
-    params = runners.abstract_weights(config, "ternary")
+    params = runners.abstract_weights(config, model.PRECISIONS["ternary"])
     slots = jax.eval_shape(lambda: runners.empty_slots(config, rows, config.sequence_len))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     step = functools.partial(runners.decode_step, model.make_model(config), eos=2)
@@ -325,9 +423,10 @@ needs_gpu = pytest.mark.skipif(
 @needs_gpu
 @pytest.mark.parametrize("rows", [1, 3, 16, 32, 100, 128, 300])
 def test_compiled_sums_are_exact(rows):
-    x, w, experts, expected = random_case(rows, inputs=3072, outputs=1024)
-    y = gpu.ternary_sums(x, w.packed, experts, w.block)
-    np.testing.assert_array_equal(y, expected)
+    for groups, planes in ((None, 1), (1, 2), (24, 1), (48, 2)):
+        x, w, experts, expected = random_case(rows, 3072, 1024, groups, planes)
+        y = gpu.ternary_sums(x, w.packed, experts, w.block, w.multipliers)
+        np.testing.assert_array_equal(y, expected)
 
 
 @needs_gpu
