@@ -247,7 +247,7 @@ def test_latent_weights_of_two_planes_stay_almost_all(name):
 
 
 def test_an_unknown_format():
-    with pytest.raises(ValueError, match=r"'ternary-fit-32'; known: \['float32', .*'ternary2-256'"):
+    with pytest.raises(ValueError, match=r"'ternary-fit-32'; known: \['ternary', .*'ternary2-256'"):
         formats.format_named("ternary-fit-32")
 
 
