@@ -822,8 +822,8 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
         " groups of multipliers; what there is are one, and two with multipliers");
   Check(all <= kWidest, all, " packed bytes of an output, more than ", kWidest);
   Check(inputs <= 4 * bytes, inputs, " inputs do not fit ", bytes, " packed bytes");
-  Check(block > 0 && all % (planes * block) == 0, all, " packed bytes are no whole blocks of ",
-        planes, " times ", block);
+  Check(block > 0 && bytes % block == 0 && all == planes * bytes, all,
+        " packed bytes are no whole blocks of ", block, " for each of ", planes, " planes");
   const int64_t in_all = bytes / block;
   Check(groups < 2 || groups == in_all || groups == 2 * in_all || groups == 4 * in_all, groups,
         " groups are neither 1 nor 1, 2 or 4 for each of ", in_all, " blocks");

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels"
 SIZES = {
     "blocks": 2, "R": 3, "I": 13, "E": 5, "O": 7, "B": 4, "D": 11, "V": 9,
     "T": 3, "N": 6, "K": 2, "S": 4, "H": 8, "C": 17,
+    "G": 2, "P": 1,
 }  # fmt: skip
 Q, CACHE, POSITIONS = "float32 B T N H", "float32 B K S H", "int32 B T"
 ATTENTION = {"q": Q, "k": CACHE, "v": CACHE, "positions": POSITIONS}
@@ -32,7 +33,12 @@ CAPPED = {"multiplier": np.float32(0.5), "cap": np.float32(9)}
 # written in its place.
 CALLS = {
     "TernarySums": (
-        {"x": "int8 blocks R I", "packed": "uint8 E O B", "experts": "int32 blocks"},
+        {
+            "x": "int8 blocks R I",
+            "packed": "uint8 E O B",
+            "experts": "int32 blocks",
+            "multipliers": "int8 E O G P",
+        },
         {"sums": "int32 blocks R O"},
         {"block": np.int64(2), "path": np.int64(-1)},
     ),
@@ -61,10 +67,10 @@ CALLS = {
 }
 
 
-# Axes of one array alone, which may be longer or shorter: fewer inputs than packed bytes hold, any
-# number of experts and slots, and bytes in whole blocks of 2.
+# Axes of one array alone, which may be longer or shorter: fewer inputs than packed bytes hold, one
+# group of them all, and any number of slots.
 FREE = {
-    "TernarySums": {("I", 12), ("E", 4), ("E", 320)} | {("B", 256)},
+    "TernarySums": {("I", 12), ("G", 1)},
     "WriteSlots": {("S", 3), ("S", 256)},
 }
 OTHER_DTYPES = {("TableDot", "table", "bfloat16"), ("TableDot", "table", "int8")}
@@ -149,11 +155,19 @@ def test_every_array_in_turn_is_another(name):
 @pytest.mark.parametrize(
     "name, sizes, attributes, message",
     [
-        ("TernarySums", {}, {"block": 0}, "4 packed bytes are no whole blocks of 0"),
+        ("TernarySums", {}, {"block": 0}, "4 packed bytes are no whole blocks of 0 for each of 1"),
         ("TernarySums", {}, {"block": -2}, "4 packed bytes are no whole blocks of -2"),
         ("TernarySums", {}, {"block": 3}, "4 packed bytes are no whole blocks of 3"),
         ("TernarySums", {"I": 17}, {}, "17 inputs do not fit 4 packed bytes"),
+        ("TernarySums", {"I": 9, "P": 2}, {}, "9 inputs do not fit 2 packed bytes"),
+        ("TernarySums", {"I": 4, "P": 2}, {"block": 4}, "4 packed bytes .* 4 for each of 2 planes"),
+        ("TernarySums", {"I": 4, "P": 3}, {}, "3 planes with 2 groups of multipliers"),
+        ("TernarySums", {"I": 4, "P": 0}, {}, "0 planes with 2 groups of multipliers"),
+        ("TernarySums", {"I": 4, "P": 2, "G": 0}, {}, "2 planes with 0 groups of multipliers"),
+        ("TernarySums", {"G": 3}, {}, "3 groups are neither 1 nor 1, 2 or 4 for each of 2 blocks"),
+        ("TernarySums", {"G": 16}, {}, "16 groups are neither"),
         ("TernarySums", {"B": (1 << 21) + 2, "E": 1, "O": 1}, {}, "2097154 packed bytes .* more"),
+        ("TernarySums", {"B": 33288, "G": 1}, {}, "133152 inputs with .* might exceed int32"),
         ("Attend", {"S": 0}, {}, "a cache without slots"),
         ("Attend", {"K": 0}, {}, "6 query heads cannot share 0 key/value heads"),
         ("Attend", {"K": 4}, {}, "6 query heads cannot share 4 key/value heads"),
@@ -205,6 +219,28 @@ def test_an_expert_that_is_not_there_gives_zeros(expert):
     x, packed = jnp.ones((2, 3, 13), jnp.int8), jnp.ones((5, 7, 4), jnp.uint8)
     sums = kernels.ternary_sums(x, packed, jnp.array([expert, 0], jnp.int32), 2)
     assert (sums[0] == 0).all() and (sums[1] != 0).all()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"G": 0},
+        {"G": 0, "I": 0, "B": 0},
+        {"G": 1, "I": 0, "B": 0},
+        {"G": 4},
+        {"G": 8},
+        {"P": 2, "G": 1, "I": 7},
+        {"P": 2, "G": 4, "I": 8},
+        {"B": 33286, "G": 1, "I": 100},
+    ],
+)
+def test_multipliers_that_fit(sizes, monkeypatch):
+    for axis, size in sizes.items():
+        monkeypatch.setitem(SIZES, axis, size)
+    found = np.asarray(call("TernarySums")[0])
+    # A byte of 1 is a trit of 0 and three of -1; of each 8 inputs the first two have those of 0.
+    inputs, planes = SIZES["I"], SIZES["P"]
+    assert (found == -planes * (inputs - sum(i % 8 < 2 for i in range(inputs)))).all()
 
 
 def test_no_experts_at_all(monkeypatch):
