@@ -10,11 +10,12 @@ Shapes: I inputs, O outputs, E experts, G scale groups, B packed bytes; `...` is
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -481,24 +482,26 @@ def check_finite(array: np.ndarray, title: str) -> None:
 def _read(array, index: tuple[slice, ...], pool) -> np.ndarray:
     """A copy of a slice of a stored array; a parameter must not change, or end, with its file."""
     out = aligned_empty([s.stop - s.start for s in index], array.dtype)
-    if out.ndim < 2 or out.size < PIECE:
-        out[...] = array[index]
-        return out
-    *lead, rows, columns = index
-    size = max(1, PIECE // (out.itemsize * max(1, columns.stop - columns.start)))
-    experts = range(lead[0].start, lead[0].stop) if lead else [0]
 
-    def copy(at):
-        expert, piece = at
-        here = (slice(expert, expert + 1),) * len(lead)
-        there = (expert - lead[0].start,) if lead else ()
-        values = array[(*here, piece, columns)]
-        out[(*there, slice(piece.start - rows.start, piece.stop - rows.start))] = values
+    def copy(piece):
+        pairs = zip(piece, index, strict=True)
+        out[tuple(slice(p.start - i.start, p.stop - i.start) for p, i in pairs)] = array[piece]
 
-    pieces = [(e, piece) for e in experts for piece in slices(rows.start, rows.stop, size)]
-    for _ in pool.map(copy, pieces):
+    for _ in pool.map(copy, _pieces(index, out.itemsize)):
         pass
     return out
+
+
+def _pieces(index: tuple[slice, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Slices that cover those of an index, of at most PIECE bytes, or one number."""
+    if not index:
+        yield ()
+        return
+    first, *rest = index
+    row = itemsize * math.prod(s.stop - s.start for s in rest)
+    for some in slices(first.start, first.stop, max(1, PIECE // max(1, row))):
+        for inner in _pieces(tuple(rest), itemsize) if row > PIECE else [rest]:
+            yield (some, *inner)
 
 
 def _restore_converted(entry: Entry, tensor, where, pool):

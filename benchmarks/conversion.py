@@ -1,10 +1,12 @@
-"""How fast a full-size layer of Grok-1 is converted, verified and loaded, and against what bounds.
+"""How fast a layer of Grok-1 is converted, verified and loaded, and against what bounds.
 
     python -m benchmarks.conversion --folder /tmp/layer
 
-Makes a release of one layer, 4.9 GB of random int8, in a folder (7 GB in all), and keeps it for the
-next time. Every figure is the median of several runs, all files in the page cache; bounds are of
-the same run: reading the same files with `cat`, and NumPy's mean of the same numbers.
+Makes a release of one layer, random int8, in a folder, and keeps it for the next time: with all
+eight experts 4.9 GB (7 GB in all), with `--experts 1` an eighth of that. Every
+figure is the median of several runs, all files in the page cache; bounds are of the same run:
+reading the same files with `cat`, and NumPy's mean of the same numbers. Formats whose scales are
+fitted are compared with ternary, by absmean.
 """
 
 import argparse
@@ -33,12 +35,14 @@ from tensor_file import read_tensor, write_tensor
 
 ROOT = Path(__file__).parents[1]
 CONFIG = dataclasses.replace(model.PRESETS["grok-1"], num_layers=1, vocab_size=1024)
+FITTED = ("ternary-fit", "ternary-fit-128", "ternary2-128")
 
 
-def make_layer(folder: Path, seed: int = 0) -> None:
+def make_layer(folder: Path, experts: int, seed: int = 0) -> None:
     """A release of CONFIG: Gaussian columns whose spread is exp(0.3 N), in int8."""
     random = np.random.default_rng(seed)
-    template = model.abstract_params(CONFIG)
+    config = dataclasses.replace(CONFIG, num_experts=experts, num_selected_experts=min(2, experts))
+    template = model.abstract_params(config)
     kinds = model.PRECISIONS["int8"]
     partial = folder.with_name(f"{folder.name}.partial")
     (partial / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,7 @@ def make_layer(folder: Path, seed: int = 0) -> None:
         else:
             leaf = random.standard_normal(shape).astype(np.float32)
         write_tensor(partial / checkpoint.FOLDER / checkpoint.file_name(i), leaf)
-    (partial / "config.json").write_text(json.dumps(dataclasses.asdict(CONFIG)))
+    (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     partial.rename(folder)
 
 
@@ -97,17 +101,19 @@ def command(*arguments) -> int:
 
 
 def load(folder: Path) -> None:
-    rules = model.PRECISIONS["ternary"]
-    jax.block_until_ready(checkpoint.restore(folder, model.abstract_params(CONFIG), rules))
+    config = model.config_from_dict(checkpoint.read_config(folder))
+    rules = checkpoint.stored_precision(folder) or model.PRECISIONS["ternary"]
+    jax.block_until_ready(checkpoint.restore(folder, model.abstract_params(config), rules))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="made if it is not there")
+    parser.add_argument("--experts", type=int, default=8, help="of the layer made (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (%(default)s)")
     args = parser.parse_args()
     if not args.folder.exists():
-        make_layer(args.folder)
+        make_layer(args.folder, args.experts)
     read = sum(path.stat().st_size for path in (args.folder / checkpoint.FOLDER).iterdir())
     largest = max(path.stat().st_size for path in (args.folder / checkpoint.FOLDER).iterdir())
 
@@ -127,18 +133,25 @@ def main() -> None:
     line("cat of the release", bound, read)
     seconds, _ = timed(lambda: numpy_pass(args.folder), args.repeats)
     line("NumPy abs().mean()", seconds, read, bound)
-    for packing in shards.PACKINGS:
-        output = args.folder.with_name(f"{args.folder.name}-{packing}")
+    of_ternary = {}
+    for weights, packing in [("ternary", p) for p in shards.PACKINGS] + [
+        (w, "base3") for w in FITTED
+    ]:
+        output = args.folder.with_name(f"{args.folder.name}-made")
 
-        def convert(output=output, packing=packing):
+        def convert(output=output, weights=weights, packing=packing):
             shutil.rmtree(output, ignore_errors=True)
-            return command(args.folder, output, "--packing", packing)
+            return command(args.folder, output, "--weights", weights, "--packing", packing)
 
         seconds, memory = timed(convert, args.repeats)
-        line(f"convert.py, {packing}", seconds, read, bound, memory)
+        line(f"convert.py, {weights}, {packing}", seconds, read, bound, memory)
+        if weights == "ternary":
+            of_ternary[packing] = seconds
+        else:
+            print(f"{'times that of ternary':34} {seconds / of_ternary[packing]:7.2f}")
         written = sum(path.stat().st_size for path in output.iterdir())
         own_bound, _ = timed(lambda output=output: cat(output), args.repeats)
-        line(f"cat of the result, {packing}", own_bound, written)
+        line("cat of the result", own_bound, written)
         seconds, memory = timed(lambda output=output: command("--verify", output), args.repeats)
         line("convert.py --verify", seconds, written, own_bound, memory)
         seconds, _ = timed(lambda output=output: load(output), args.repeats)

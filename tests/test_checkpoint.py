@@ -268,6 +268,21 @@ def test_two_processes_hold_the_same_bits_as_one(tmp_path, form):
         assert ("tensor" in err) == (i == 0)  # the bar is process 0's
 
 
+@pytest.mark.parametrize("piece", [64, 1000])
+@pytest.mark.parametrize("shape", [(256, 30), (3, 256, 30)])
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_any_format_is_read_in_pieces(tmp_path, monkeypatch, name, shape, piece):
+    """Arrays of one to four axes, and rows longer than a piece."""
+    w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    params = {"linear": {"w": formats.FORMATS[name].quantize(w)}}
+    config = checkpoint.quantization(name, [("w", name)])
+    checkpoint.save_converted(tmp_path / "made", params, config)
+    template = {"linear": {"w": jax.ShapeDtypeStruct(shape, np.float32)}}
+    monkeypatch.setattr(checkpoint, "PIECE", piece)
+    found = checkpoint.restore(tmp_path / "made", template, [("w", name)])
+    assert_same(found, params)
+
+
 # --- Reading one file -----------------------------------------------------------------------------
 
 
