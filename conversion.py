@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import formats
+import kernels
 import quantize
 from files import CheckpointError
 from quantize import PackedWeight, QuantizedWeight
@@ -25,6 +26,7 @@ from quantize import PackedWeight, QuantizedWeight
 CHUNK = 1 << 21  # bytes of a weight, whole rows, that a thread takes at a time
 COLUMNS = 2048  # columns of these converted at a time: with 256 rows, they stay in a core's cache
 MAGNITUDES = 129  # of int8, 0 to 128
+MAGNITUDES_DOWN = np.arange(MAGNITUDES - 1.0, -1, -1)[:, None]
 OUTPUTS = 64  # that are fitted at a time: a line of the cache from each row of int8
 
 Index = tuple[slice, slice, slice]  # of experts, outputs and packed bytes
@@ -60,7 +62,10 @@ def converter(tensor, name: str, title: str, pool) -> Callable[[Index], quantize
     if name == "ternary":
         scales, codes = _absmean(stack, pool)
         return functools.partial(_by_rows, stack.shape, scales, codes, pool)
-    to = functools.partial(_fit_int8, fit=format.fit) if format.fit else format.quantize
+    to = format.quantize
+    if format.fit:
+        planes, group = format.fit
+        to = functools.partial(fit_tile, planes=planes, group=group)
     return functools.partial(_by_outputs, stack, formats.shapes(name, stack.shape), to, pool)
 
 
@@ -272,29 +277,43 @@ def cut_inputs(w: PackedWeight, width: slice) -> PackedWeight:
     return dataclasses.replace(w, packed=w.packed[..., width], multipliers=multipliers)
 
 
-def _fit_int8(tile, fit: tuple[int, int | None]) -> PackedWeight:
-    """`formats.fit` of some outputs, [I, O]: of int8 codes, from the number of each magnitude."""
-    planes, group = fit
+def fit_tile(tile, planes: int, group: int | None) -> PackedWeight:
+    """`formats.fit` of some outputs, float32 [I, O] or a QuantizedWeight.
+
+    Of int8 codes whose scale groups divide the groups that are fitted, or the other way round where
+    all inputs of an output are fitted, it counts magnitudes instead of sorting floats.
+    """
     if not isinstance(tile, QuantizedWeight):
         return formats.fit(tile, planes, group)
     inputs, parts = tile.shape[0], tile.scales.shape[0]
     groups = formats.number_of_groups(inputs, group)
-    each = max(1, parts // groups)  # of the source's scale groups, that a group covers
-    if inputs % (4 * groups * each) or groups % parts and groups > 1:
+    if inputs % (4 * max(groups, parts)) or (groups > 1 and groups % parts):
         return formats.fit(quantize.dequantize(tile), planes, group)
-    scales = tile.scales.astype(np.float64).reshape(min(groups, parts), each, 1, -1)
-    scales = scales.repeat(groups // len(scales), axis=0)  # [groups, each, 1, O]
-    counts = magnitude_counts(tile.codes, groups * each).reshape(groups, each, MAGNITUDES, -1)
-    x = np.arange(MAGNITUDES - 1.0, -1, -1)[:, None] * (scales if each > 1 else 1)
-    if each > 1:  # of several scales, in one order
-        x, counts = (array.reshape(groups, each * MAGNITUDES, -1) for array in (x, counts))
+    if kernels.library() is None or inputs >= 1 << 16:  # which C++ counts in 16 bits
+        return fit_int8(tile, planes, groups)
+    block = quantize.packing_block(inputs)
+    packed, multipliers, scales = kernels.fit_int8(tile.codes, tile.scales, groups, planes, block)
+    return PackedWeight(packed, scales, block, 0, multipliers)
+
+
+def fit_int8(tile: QuantizedWeight, planes: int, groups: int) -> PackedWeight:
+    """`formats.fit` of int8 codes [I, O] from the number of each magnitude.
+
+    4 G divides I, and the source has as many groups of scales, or a divisor of it; or any number,
+    of 4 rows or a multiple, if G is 1. Sums of a single scale's magnitudes are integers, and exact.
+    """
+    scales = tile.scales.astype(np.float64)
+    if groups > 1 or len(scales) == 1:
+        counts, x = magnitude_counts(tile.codes, groups), MAGNITUDES_DOWN
+        fitted = formats.fit_scales(x, counts, planes) * scales.repeat(groups // len(scales), 0)
+    else:
+        counts = magnitude_counts(tile.codes, len(scales)).reshape(1, -1, tile.shape[1])
+        x = (MAGNITUDES_DOWN * scales[:, None]).reshape(counts.shape)
         order = np.argsort(-x, axis=-2, kind="stable")
         x, counts = (np.take_along_axis(array, order, axis=-2) for array in (x, counts))
         fitted = formats.fit_scales(x, counts, planes)
-    else:
-        fitted = formats.fit_scales(x, counts[:, 0], planes) * scales[:, 0, 0]
     grouped = quantize.dequantize(tile).reshape(groups, -1, tile.shape[1])
-    return formats.rounded(grouped, inputs, *formats.as_multiples(fitted))
+    return formats.rounded(grouped, tile.shape[0], *formats.as_multiples(fitted))
 
 
 def magnitude_counts(codes: np.ndarray, groups: int) -> np.ndarray:

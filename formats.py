@@ -154,7 +154,7 @@ def two_planes(x, counts, first):
         first, second = scales
         a, b = nearest(x, first[..., None, :], second[..., None, :])
         aa, ab, bb, ax, bx = (
-            (counts * product).sum(axis=-2) for product in (a * a, a * b, b * b, a * x, b * x)
+            _sum(counts * product) for product in (a * a, a * b, b * b, a * x, b * x)
         )
         det = aa * bb - ab * ab  # 0: all weights have one pattern of trits
         new = bb * ax - ab * bx, aa * bx - ab * ax
@@ -167,6 +167,11 @@ def two_planes(x, counts, first):
     if xp is jnp:
         return lax.fori_loop(0, ROUNDS, lambda _, scales: turn(scales), scales)
     return functools.reduce(lambda scales, _: turn(scales), range(ROUNDS), scales)
+
+
+def _sum(x):
+    """The sum over n of [..., n, O]. NumPy's own adds in another order if O is 1."""
+    return x.cumsum(axis=-2)[..., -1, :] if isinstance(x, np.ndarray) else x.sum(axis=-2)
 
 
 def nearest(x, first, second):
@@ -262,13 +267,13 @@ def _fitted(planes: int, group: int | None) -> Format:
 
 
 FORMATS = {
-    "float32": Format(lambda w: w.astype(np.float32), lambda w: w, False),
-    "int8": Format(quantize_int8, functools.partial(as_in_training, to=quantize_int8), False),
     "ternary": Format(ternarize, fake_ternarize, True),
     "ternary-fit": _fitted(1, None),
     **{f"ternary-fit-{n}": _fitted(1, n) for n in GROUPS},
     "ternary2": _fitted(2, None),
     **{f"ternary2-{n}": _fitted(2, n) for n in GROUPS},
+    "int8": Format(quantize_int8, functools.partial(as_in_training, to=quantize_int8), False),
+    "float32": Format(lambda w: w.astype(np.float32), lambda w: w, False),
 }
 
 

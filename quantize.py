@@ -240,12 +240,23 @@ def quantize_rows(
 
 @kernels.accelerated("quantize_rows")
 def _rounded_rows(x, *, levels, dtype, axis_name=None):
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    largest = _row_maxima(x)
     if axis_name is not None:
         largest = lax.pmax(largest, axis_name)
     step = in_this_order(jnp.maximum(largest, 1e-30) / levels)
-    return jnp.round(x / step).astype(dtype), step
+    return _divided(x, step, dtype=dtype), step
+
+
+# The kernels of these two read x from memory, once it is there. XLA makes it again in each of its
+# own two loops, on a CPU not always to the same last bit.
+@kernels.accelerated("row_maxima")
+def _row_maxima(x):
+    return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+
+
+@kernels.accelerated("round_rows")
+def _divided(x, step, *, dtype):
+    return jnp.round(x.astype(jnp.float32) / step).astype(dtype)
 
 
 def in_this_order(x: jax.Array) -> jax.Array:

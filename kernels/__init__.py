@@ -35,6 +35,8 @@ HANDLERS = (
     "WriteSlots",
     "Rotate",
     "GatedSums",
+    "RowMaxima",
+    "RoundRows",
     "Transpose",
 )
 _LOADING = threading.Lock()
@@ -63,7 +65,10 @@ def _load() -> ctypes.CDLL | None:
             jax.ffi.register_ffi_target(f"ternary_grok_{name}", handler, platform="cpu")
         number, pointer = ctypes.c_int64, ctypes.c_void_p
         loaded.FromBase3.argtypes = [pointer, number, number, pointer, number]
-        loaded.FromBase3.restype = loaded.BestTernaryPath.restype = number
+        sizes = [number] * 4
+        loaded.FitInt8.argtypes = [pointer, *sizes[:3], pointer, *sizes, *[pointer] * 3]
+        for function in (loaded.FromBase3, loaded.FitInt8, loaded.BestTernaryPath):
+            function.restype = number
         return loaded
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         text = " ".join(str(error).split())
@@ -189,6 +194,40 @@ def check_digit(largest: int) -> None:
         raise ValueError(f"a byte is {largest}, but the largest that five trits make is 242")
 
 
+# --- Least squares --------------------------------------------------------------------------------
+
+
+def fit_int8(codes: np.ndarray, scales: np.ndarray, groups: int, planes: int, block: int) -> tuple:
+    """The arrays of `conversion.fit_int8`: packed, multipliers or None, scales.
+
+    codes: int8 [I, O], each row by itself in one piece; scales: [parts, O]. Other threads run
+    meanwhile. Needs `library()`.
+    """
+    inputs, outputs = codes.shape
+    assert outputs < 2 or codes.strides[1] == 1, codes.strides
+    scales = np.ascontiguousarray(scales, np.float32)
+    packed = np.empty((outputs, planes * inputs // 4), np.uint8)
+    multipliers = np.empty((outputs, groups, planes), np.int8) if groups * planes > 1 else None
+    unit = np.empty((1, outputs), np.float32)
+    failed = library().FitInt8(
+        codes.ctypes.data,
+        codes.strides[0],
+        inputs,
+        outputs,
+        scales.ctypes.data,
+        len(scales),
+        groups,
+        planes,
+        block,
+        packed.ctypes.data,
+        None if multipliers is None else multipliers.ctypes.data,
+        unit.ctypes.data,
+    )
+    if failed:
+        raise MemoryError("no memory left for fitting scales")
+    return packed, multipliers, unit
+
+
 # --- Products -------------------------------------------------------------------------------------
 
 
@@ -202,15 +241,20 @@ def ternary_sums(
 ) -> jax.Array:
     """Exact sums int32 [blocks, R, O] of rows x int8 [blocks, R, I] times each block's expert.
 
-    packed: uint8 [E, O, B], B >= I / 4, in blocks of `block` bytes, see `quantize.py`; codes 0 to
-        2, for what a code of 3 gives depends on the processor
+    packed: uint8 [E, O, B], B >= P I / 4, in blocks of `block` bytes of each plane, see
+        `quantize.py`; codes 0 to 2, for what a code of 3 gives depends on the processor
     experts: int32 [blocks]; -1 gives zeros, and so does one that there is not
+    multipliers: int8 [E, O, G, P] from 0 to 127, which sum up to 127 at most along P; for what
+        others give depends on the processor, too. None: one plane, and all are 1
     path: the best way to take, 0 plain C++, 1 AVX2, 2 AVX-512 VNNI, 3 AMX; -1 for any
     Needs `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct((*x.shape[:2], *packed.shape[1:2]), jnp.int32)
+    if multipliers is None:
+        multipliers = jnp.zeros((*packed.shape[:2], 0, 1), jnp.int8)
     call = jax.ffi.ffi_call("ternary_grok_TernarySums", out)
-    return call(x, packed, experts, block=np.int64(block), path=np.int64(path))
+    attributes = {"block": np.int64(block), "path": np.int64(path)}
+    return call(x, packed, experts, multipliers, **attributes)
 
 
 def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -256,6 +300,24 @@ def gated_sums(rows: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array
     """
     out = jax.ShapeDtypeStruct((len(index), rows.shape[1]), jnp.float32)
     return jax.ffi.ffi_call("ternary_grok_GatedSums", out)(rows, gates, index)
+
+
+def row_maxima(x: jax.Array) -> jax.Array:
+    """The largest magnitude of each row of x [R, I], float32 or bfloat16: float32 [R, 1].
+
+    Needs `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct((len(x), 1), jnp.float32)
+    return jax.ffi.ffi_call("ternary_grok_RowMaxima", out)(x)
+
+
+def round_rows(x: jax.Array, steps: jax.Array, dtype) -> jax.Array:
+    """x [R, I] / steps [R, 1], rounded to nearest, halves to even, as int8 or int16.
+
+    What is less than 2^22 steps, that is. Needs `on_cpu()`.
+    """
+    out = jax.ShapeDtypeStruct(x.shape, dtype)
+    return jax.ffi.ffi_call("ternary_grok_RoundRows", out)(x, steps)
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -321,16 +383,19 @@ def _gpu(name: str) -> Callable:
     return call
 
 
+FLOATS = (jnp.float32, jnp.bfloat16)
+
+
 def _takes_cap(q, k, *_, cap: float, **__) -> bool:
-    return k.dtype == q.dtype and q.dtype in (jnp.float32, jnp.bfloat16) and 0 < cap <= LARGEST_CAP
+    return k.dtype == q.dtype and q.dtype in FLOATS and 0 < cap <= LARGEST_CAP
+
+
+def _takes_floats(x, *_, **__) -> bool:
+    return x.dtype in FLOATS
 
 
 def _takes_table(x, table) -> bool:
-    return table.dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
-
-
-def _takes_weight(x, w, *_) -> bool:
-    return x.dtype == jnp.int8 and w.multipliers is None
+    return table.dtype in (*FLOATS, jnp.int8)
 
 
 def _of_weight(sums: Callable) -> Callable:
@@ -347,9 +412,11 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     "quantize_rows": {"gpu": (_gpu("quantize_rows"), lambda x, axis_name=None, **_: not axis_name)},
     "rms_norm": {"cpu": (rms_norm,), "gpu": (_gpu("rms_norm"),)},
     "rotate": {"cpu": (rotate,)},
+    "round_rows": {"cpu": (round_rows, _takes_floats)},
+    "row_maxima": {"cpu": (row_maxima, _takes_floats)},
     "table_dot": {"cpu": (table_dot, _takes_table)},
     "ternary_sums": {
-        "cpu": (_of_weight(ternary_sums), _takes_weight),
+        "cpu": (_of_weight(ternary_sums), lambda x, *_: x.dtype == jnp.int8),
         "gpu": (_of_weight(_gpu("ternary_sums")), _gpu("takes_weight")),
     },
     "transposed": {"cpu": (transposed, lambda x: x.dtype == jnp.bfloat16)},

@@ -4,13 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
-namespace {
+#include "common.h"
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
+namespace {
 
 // quantize.from_base3, which explains the arithmetic, of n bytes, a multiple of 4; the largest one.
 FOR_EVERY_PROCESSOR uint8_t FromBase3Bytes(const uint8_t* digits, int64_t n, uint8_t* packed) {

@@ -28,6 +28,13 @@
 
 #define INLINE inline __attribute__((always_inline))
 
+// A function that is compiled for several processors; the library chooses when it is loaded.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#else
+#define FOR_EVERY_PROCESSOR
+#endif
+
 namespace kernels {
 
 namespace ffi = xla::ffi;

@@ -1,4 +1,4 @@
-// What lies between products and attention: rotary embedding, gated sums, transposition.
+// What lies between products and attention: rotary embedding, gated sums, rounding, transposition.
 
 #include <cmath>
 
@@ -121,6 +121,85 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedSumsHandler, Kernel<GatedSums>::Call,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+// --- Rounding rows to integers -------------------------------------------------------------------
+//
+// XLA makes what it reads again for each loop that reads it, GELU among it, and not always to the
+// same last bit. A kernel reads what is in memory.
+
+namespace {
+
+template <class T>
+void Maxima(ffi::ThreadPool& pool, const void* x, int64_t rows, int64_t size, float* out) {
+  Parallel(pool, rows, 1. * rows * size * sizeof(T), [=](int64_t r) {
+    const T* row = static_cast<const T*>(x) + r * size;
+    uint32_t largest = 0;  // bits of a float, in the order of magnitudes; those of a NaN are last
+    for (int64_t i = 0; i < size; ++i) {
+      const float value = ToFloat(row[i]);
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      bits &= 0x7fffffff;
+      largest = bits > largest ? bits : largest;
+    }
+    std::memcpy(out + r, &largest, 4);
+  });
+}
+
+// x [R, I], float32 or bfloat16 -> the largest magnitude of each row, float32 [R, 1].
+void RowMaxima(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::F32> out) {
+  Sizes sizes;
+  CheckFloats("x", x);
+  sizes.Match("x [R, I]", x);
+  sizes.Match("maxima [R, 1]", *out);
+  Check(sizes["1"] == 1, "maxima [R, 1] have ", sizes["1"], " columns");
+  auto maxima = x.element_type() == ffi::BF16 ? Maxima<uint16_t> : Maxima<float>;
+  maxima(pool, x.untyped_data(), sizes["R"], sizes["I"], out->typed_data());
+}
+
+template <class T, class Integer>
+void Round(ffi::ThreadPool& pool, const void* x, const float* steps, int64_t rows, int64_t size,
+           void* out) {
+  Parallel(pool, rows, 1. * rows * size * sizeof(T), [=](int64_t r) {
+    const T* row = static_cast<const T*>(x) + r * size;
+    Integer* to = static_cast<Integer*>(out) + r * size;
+    // Added, what is too large for a fraction beside it rounds to nearest, halves to even.
+    constexpr float limit = 4194304, large = 3 * limit;
+    for (int64_t i = 0; i < size; ++i) {
+      const float value = std::min(std::max(-limit, ToFloat(row[i]) / steps[r]), limit);
+      to[i] = static_cast<Integer>(static_cast<int32_t>(value + large - large));
+    }
+  });
+}
+
+// x [R, I], float32 or bfloat16, and steps float32 [R, 1] -> x / step, int8 or int16 [R, I].
+void RoundRows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> steps,
+               ffi::Result<ffi::AnyBuffer> out) {
+  Sizes sizes;
+  CheckFloats("x", x);
+  sizes.Match("x [R, I]", x);
+  sizes.Match("steps [R, 1]", steps);
+  sizes.Match("integers [R, I]", *out);
+  Check(sizes["1"] == 1, "steps [R, 1] have ", sizes["1"], " columns");
+  const ffi::DataType dtype = out->element_type();
+  Check(dtype == ffi::S8 || dtype == ffi::S16, "integers are ", dtype, ", neither S8 nor S16");
+  auto round = x.element_type() == ffi::BF16
+                   ? (dtype == ffi::S8 ? Round<uint16_t, int8_t> : Round<uint16_t, int16_t>)
+                   : (dtype == ffi::S8 ? Round<float, int8_t> : Round<float, int16_t>);
+  round(pool, x.untyped_data(), steps.typed_data(), sizes["R"], sizes["I"], out->untyped_data());
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    RowMaximaHandler, Kernel<RowMaxima>::Call,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RoundRowsHandler, Kernel<RoundRows>::Call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>());
 
 // --- Transposition -------------------------------------------------------------------------------
 

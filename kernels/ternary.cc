@@ -26,60 +26,433 @@ constexpr int64_t kWidest = 1 << 21;  // bytes of an output: no int32 sum of any
 
 // One problem: R rows of activations times one matrix, for its outputs begin to end.
 struct Problem {
-  const uint8_t* packed;  // [O, B]
-  const int8_t* slabs;    // [R, 4, width]
-  const int32_t* sums;    // [R], of the activations of each row
-  int32_t* out;           // [R, O]
+  const uint8_t* packed;      // [O, P B], B bytes of each plane
+  const int8_t* multipliers;  // [O, G, P], or null: all are 1
+  const int8_t* slabs;        // [R, 4, width]; for AVX2 see `Activations`
+  const int32_t* sums;        // [R], of the activations of each row
+  int32_t* out;               // [R, O]
   int64_t rows, bytes, width, outputs, begin, end;
+  int64_t planes, groups, block;  // P, G and the bytes of a packing block of one plane
+  int64_t record, records;        // AVX2: bytes of a row in a chunk, and how many rows there are
 };
 
+// --- C++ of any compiler -------------------------------------------------------------------------
+
+// The codes of output o, int8 [4, width].
+void Unpack(const Problem& p, int64_t o, int8_t* codes) {
+  const uint8_t* w = p.packed + o * p.planes * p.bytes;
+  const int64_t blocks = p.bytes / p.block;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int r = 0; r < 4; ++r)
+      for (int64_t q = 0; q < p.planes; ++q) {
+        const int64_t group = (4 * b + r) * p.groups / (4 * blocks);
+        const int8_t by = p.multipliers ? p.multipliers[(o * p.groups + group) * p.planes + q] : 1;
+        const uint8_t* from = w + (b * p.planes + q) * p.block;
+        int8_t* to = codes + r * p.width + b * p.block;
+        for (int64_t i = 0; i < p.block; ++i)
+          to[i] = (q ? to[i] : 0) + ((from[i] >> 2 * r & 3) - 1) * by;
+      }
+}
+
 void PlainPanel(const Problem& p) {
-  for (int64_t o = p.begin; o < p.end; ++o)
+  static thread_local Aligned kept(0);
+  auto* codes = reinterpret_cast<int8_t*>(Kept(kept, 4 * p.width));
+  for (int64_t o = p.begin; o < p.end; ++o) {
+    Unpack(p, o, codes);
     for (int64_t m = 0; m < p.rows; ++m) {
-      const uint8_t* w = p.packed + o * p.bytes;
       const int8_t* x = p.slabs + m * 4 * p.width;
       int32_t sum = 0;
       for (int r = 0; r < 4; ++r)
-        for (int64_t j = 0; j < p.bytes; ++j) sum += (w[j] >> 2 * r & 3) * x[r * p.width + j];
-      p.out[m * p.outputs + o] = sum - p.sums[m];
+        for (int64_t j = r * p.width; j < r * p.width + p.bytes; ++j) sum += codes[j] * x[j];
+      p.out[m * p.outputs + o] = sum;
     }
+  }
 }
 
 #if defined(__x86_64__)
 
-__attribute__((target("avx2"))) int32_t Total(__m256i v) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+// What a vector needs of a multiplier m: m as 16 bits, twice; or what it makes of the codes 0, 1
+// and 2, a byte each: -m, 0 and m, or 127 more.
+enum Form { kPair, kSigned, kUnsigned };
+
+template <Form form>
+INLINE int32_t Formed(int32_t m) {
+  return form == kPair     ? m * 0x10001
+         : form == kSigned ? m << 16 | (-m & 255)
+                           : 0x7f7f7f + m * 0xffff;
 }
 
-__attribute__((target("avx2"))) void Avx2Panel(const Problem& p) {
-  const __m256i three = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1);
-  const int64_t whole = p.bytes / 32 * 32;
-  for (int64_t o = p.begin; o < p.end; ++o)
-    for (int64_t m = 0; m < p.rows; ++m) {
-      const uint8_t* w = p.packed + o * p.bytes;
-      const int8_t* x = p.slabs + m * 4 * p.width;
-      __m256i sum = _mm256_setzero_si256();
-      for (int64_t begin = 0; begin < whole; begin += 16 * 32) {
-        // 16 steps of four pairs of at most 2 * 2 * 127 fit into 16 bits: 32512.
-        __m256i few = _mm256_setzero_si256();
-        for (int64_t j = begin; j < std::min(whole, begin + 16 * 32); j += 32) {
-          __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + j));
+// Groups in a block; also if all of them are one.
+INLINE int64_t GroupsOfBlock(const Problem& p) {
+  return std::max<int64_t>(1, p.groups * p.block / p.bytes);
+}
+
+// The multipliers of plane q for n groups from the first on, and zeros behind the last group.
+template <Form form>
+void Multipliers(const Problem& p, int64_t o, int64_t q, int64_t first, int64_t n, int32_t* to) {
+  const int8_t* from = p.multipliers + o * p.groups * p.planes + q;
+  const int64_t there = std::min(n, p.bytes / p.block * GroupsOfBlock(p) - first);
+  if (p.groups == 1) {
+    std::fill(to, to + there, Formed<form>(from[0]));
+  } else if (p.planes == 1) {
+    for (int64_t g = 0; g < there; ++g) to[g] = Formed<form>(from[first + g]);
+  } else {
+    for (int64_t g = 0; g < there; ++g) to[g] = Formed<form>(from[2 * (first + g)]);
+  }
+  std::fill(to + there, to + n, 0);
+}
+
+// --- AVX2 ----------------------------------------------------------------------------------------
+//
+// Codes trit + 1 and activations multiply to 16 bits, which are summed as far as they fit, or as
+// all have one multiplier; then they are widened, times the multiplier. What the codes count too
+// much is the sum over groups of multiplier times the group's sum of activations.
+//
+// Of two planes and several rows, the trits are summed first, to codes of 8 bits with a sign.
+
+#define AVX2 __attribute__((target("avx2")))
+
+constexpr int64_t kStep = 32;           // bytes of a vector
+constexpr int64_t kSteps = 16;          // of a chunk: 64 pairs of at most 2 * 2 * 127 fit 16 bits
+constexpr int64_t kPart = 32 * kSteps;  // packed bytes of a plane in a chunk
+constexpr int64_t kTile = 8;            // outputs whose codes of a chunk are unpacked, to L1
+constexpr int64_t kTileRows = 12;       // from here on codes are unpacked first
+constexpr int64_t kFewActivations = 1 << 17;
+
+INLINE int64_t StepsOf(int64_t bytes, int64_t begin) {
+  return std::min(kSteps, (bytes - begin + kStep - 1) / kStep);
+}
+INLINE int64_t GroupsOfChunk(const Problem& p) { return kPart / p.block * GroupsOfBlock(p); }
+
+struct Activations {  // a row's, of a chunk
+  int8_t slabs[4 * kSteps][kStep];
+  int32_t sums[];  // of each group, in the lower 16 bits
+};
+
+AVX2 INLINE const Activations* RowOf(const Problem& p, int64_t chunk, int64_t m) {
+  return reinterpret_cast<const Activations*>(p.slabs + (chunk * p.records + m) * p.record);
+}
+
+AVX2 INLINE __m256i Load(const void* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+// 32 bytes of plane q of an output from byte j of the plane on; zeros behind the last.
+// kBlock: bytes of a block, 16, 32 or 64; 0 for any, of one plane
+template <int P, int kBlock>
+AVX2 INLINE __m256i LoadPacked(const uint8_t* w, int64_t j, int q, int64_t bytes) {
+  if (P == 2 && kBlock == 16) {  // of two blocks
+    const auto* from = reinterpret_cast<const __m128i*>(w + 2 * j + 16 * q);
+    const bool two = j + 16 < bytes;
+    return _mm256_set_m128i(two ? _mm_loadu_si128(from + 2) : _mm_setzero_si128(),
+                            _mm_loadu_si128(from));
+  }
+  if (P == 2) return Load(w + j + (j & -kBlock) + q * kBlock);
+  if (kBlock >= kStep || j + kStep <= bytes) return Load(w + j);
+  alignas(32) uint8_t tail[kStep] = {};
+  std::memcpy(tail, w + j, bytes - j);
+  return Load(tail);
+}
+
+// The codes trit + 1 of slab r.
+AVX2 INLINE __m256i CodesOf(__m256i v, int r) {
+  return _mm256_and_si256(_mm256_srli_epi16(v, 2 * r), _mm256_set1_epi8(3));
+}
+
+// What a block of a plane has, in all lanes of a vector; of two blocks, what each has in its half.
+template <int kBlock>
+AVX2 INLINE __m256i Broadcast(const int32_t* one, const int32_t* next) {
+  if (kBlock == 16) return _mm256_set_m128i(_mm_set1_epi32(*next), _mm_set1_epi32(*one));
+  return _mm256_set1_epi32(*one);
+}
+
+AVX2 INLINE __m128i Totals(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+  return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+
+AVX2 INLINE int32_t Total(__m256i v) {
+  const __m256i zero = _mm256_setzero_si256();
+  return _mm_cvtsi128_si32(Totals(v, zero, zero, zero));
+}
+
+// Of one step four sums of 16 bits, of at most 2 * 2 * 127 each.
+AVX2 INLINE __m256i TritsOfStep(__m256i v, const int8_t (*slabs)[kStep]) {
+  __m256i few = _mm256_setzero_si256();
+  for (int r = 0; r < 4; ++r)
+    few = _mm256_add_epi16(few, _mm256_maddubs_epi16(CodesOf(v, r), Load(slabs[r])));
+  return few;
+}
+
+AVX2 void TritsOfRow(const Problem& p, int64_t o, int64_t m) {
+  const uint8_t* w = p.packed + o * p.bytes;
+  const int64_t bytes = p.bytes, whole = bytes / kStep * kStep;
+  __m256i sum = _mm256_setzero_si256();
+  for (int64_t chunk = 0, begin = 0; begin < bytes; ++chunk, begin += kPart) {
+    const Activations& x = *RowOf(p, chunk, m);
+    __m256i few = _mm256_setzero_si256();
+    int64_t j = begin;
+    for (; j < std::min(whole, begin + kPart); j += kStep)
+      few = _mm256_add_epi16(few, TritsOfStep(Load(w + j), x.slabs + (j - begin) / kStep * 4));
+    if (j < std::min(bytes, begin + kPart)) {
+      const __m256i v = LoadPacked<1, 0>(w, j, 0, bytes);
+      few = _mm256_add_epi16(few, TritsOfStep(v, x.slabs + (j - begin) / kStep * 4));
+    }
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(few, _mm256_set1_epi16(1)));
+  }
+  p.out[m * p.outputs + o] = Total(sum) - p.sums[m];
+}
+
+// The multipliers of all planes of an output, `stride` apart, as pairs; zeros behind.
+AVX2 void Pairs(const Problem& p, int64_t o, int64_t stride, int32_t* to) {
+  const int8_t* from = p.multipliers + o * p.groups * p.planes;
+  auto* vectors = reinterpret_cast<__m256i*>(to);
+  const __m256i even = _mm256_set1_epi64x(0x0504050401000100),
+                odd = _mm256_set1_epi64x(0x0706070603020302);
+  const __m256i to_next =
+      _mm256_setr_epi32(0, 0, 0x08080808, 0x08080808, 0, 0, 0x08080808, 0x08080808);
+  int64_t done = 0;
+  for (; p.groups > 1 && done + 8 <= p.groups; done += 8) {
+    if (p.planes == 1) {
+      const auto* eight = reinterpret_cast<const __m128i*>(from + done);
+      const __m256i v = _mm256_cvtepi8_epi32(_mm_loadl_epi64(eight));
+      _mm256_storeu_si256(vectors + done / 8, _mm256_or_si256(v, _mm256_slli_epi32(v, 16)));
+    } else {
+      const auto* pairs = reinterpret_cast<const __m128i*>(from + 2 * done);
+      const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128(pairs));
+      _mm256_storeu_si256(vectors + done / 8,
+                          _mm256_shuffle_epi8(v, _mm256_add_epi8(even, to_next)));
+      _mm256_storeu_si256(vectors + (stride + done) / 8,
+                          _mm256_shuffle_epi8(v, _mm256_add_epi8(odd, to_next)));
+    }
+  }
+  for (int64_t q = 0; q < p.planes; ++q)
+    Multipliers<kPair>(p, o, q, done, stride - done, to + q * stride + done);
+}
+
+// P planes, C groups in a block. The codes of slabs 2 and 3 are masked where they are and count 16
+// times, which saves shifts; their sums are kept apart.
+// multipliers: of the output, [P, stride]
+template <int P, int C, int kBlock>
+AVX2 void PlanesOfRow(const Problem& p, int64_t o, int64_t m, const int32_t* multipliers,
+                      int64_t stride) {
+  constexpr int V = kBlock == 64 ? 2 : 1;  // vectors with the same multipliers
+  constexpr int K = C == 4 ? 4 : 2;        // sums of 16 bits
+  const int64_t bytes = p.bytes, part = GroupsOfChunk(p);
+  const __m256i low = _mm256_set1_epi8(3), high = _mm256_set1_epi8(0x30);
+  const uint8_t* w = p.packed + o * P * bytes;
+  __m256i sum = _mm256_setzero_si256();
+  for (int64_t chunk = 0, begin = 0; begin < bytes; ++chunk, begin += kPart) {
+    const Activations& x = *RowOf(p, chunk, m);
+    const int64_t steps = StepsOf(bytes, begin);
+    const int32_t* by = multipliers + chunk * part;
+    __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t s = 0; s < steps; s += V) {
+#pragma GCC unroll 2
+      for (int q = 0; q < P; ++q) {
+        const int32_t* at = by + q * stride + s * kStep / kBlock * C;
+        __m256i few[K];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          const __m256i even = LoadPacked<P, kBlock>(w, begin + (s + v) * kStep, q, bytes);
+          const __m256i odd = _mm256_srli_epi16(even, 2);
+#pragma GCC unroll 4
           for (int r = 0; r < 4; ++r) {
-            __m256i codes = _mm256_and_si256(_mm256_srli_epi16(v, 2 * r), three);
-            __m256i slab =
-                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + r * p.width + j));
-            few = _mm256_add_epi16(few, _mm256_maddubs_epi16(codes, slab));
+            const __m256i codes = _mm256_and_si256(r % 2 ? odd : even, r < 2 ? low : high);
+            const __m256i product = _mm256_maddubs_epi16(codes, Load(x.slabs[4 * (s + v) + r]));
+            const bool first = v == 0 && r * K % 4 == 0;
+            few[r * K / 4] = first ? product : _mm256_add_epi16(few[r * K / 4], product);
           }
         }
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(few, one));
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) {
+          const int32_t* one = at + k * C / K;
+          const __m256i wide = _mm256_madd_epi16(few[k], Broadcast<kBlock>(one, one + C));
+          sums[k * 2 / K] = _mm256_add_epi32(sums[k * 2 / K], wide);
+        }
       }
-      int32_t total = Total(sum);
-      for (int64_t j = whole; j < p.bytes; ++j)
-        for (int r = 0; r < 4; ++r) total += (w[j] >> 2 * r & 3) * x[r * p.width + j];
-      p.out[m * p.outputs + o] = total - p.sums[m];
     }
+    sum = _mm256_add_epi32(sum, _mm256_add_epi32(sums[0], _mm256_srai_epi32(sums[1], 4)));
+    for (int q = 0; q < P; ++q)
+      for (int64_t g = 0; g < part; g += 8) {
+        const __m256i more = _mm256_madd_epi16(Load(by + q * stride + g), Load(x.sums + g));
+        sum = _mm256_sub_epi32(sum, more);
+      }
+  }
+  p.out[m * p.outputs + o] = Total(sum);
+}
+
+template <int P, int C, int kBlock>
+void FewRows(const Problem& p) {
+  static thread_local Aligned kept(0);
+  const int64_t stride = RoundUp(p.bytes, kPart) / kPart * GroupsOfChunk(p);
+  auto* multipliers = reinterpret_cast<int32_t*>(Kept(kept, P * stride * 4));
+  for (int64_t o = p.begin; o < p.end; ++o) {
+    Pairs(p, o, stride, multipliers);
+    for (int64_t m = 0; m < p.rows; ++m) PlanesOfRow<P, C, kBlock>(p, o, m, multipliers, stride);
+  }
+}
+
+struct Codes {  // of kTile outputs and a chunk
+  alignas(64) uint8_t codes[kTile][4 * kSteps][kStep];
+  alignas(64) int32_t multipliers[kTile][kPart / 16 * 4];
+};
+
+// Sums of M rows times four outputs from n on, of a chunk. C: groups in a block; 0 for trits
+// without multipliers, -1 for codes with a sign.
+template <int M, int C, int kBlock>
+AVX2 INLINE void Multiply(const Problem& p, const Codes& codes, const Activations* const* x, int n,
+                          int64_t steps, __m256i (*sums)[4]) {
+  constexpr int V = C > 0 && kBlock == 64 ? 2 : 1;  // vectors with the same multipliers
+  const __m256i one = _mm256_set1_epi16(1);
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < 4; ++i) sums[m][i] = _mm256_setzero_si256();
+  // Not unrolled: gcc would add up the products of several steps first, for want of registers.
+#pragma GCC unroll 1
+  for (int64_t t = 0; t < (C > 0 ? 0 : 4 * steps); ++t)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m256i code = Load(codes.codes[n + i][t]);
+#pragma GCC unroll 2
+      for (int m = 0; m < M; ++m) {
+        const __m256i slab = Load(x[m]->slabs[t]);
+        if (C == 0) {
+          sums[m][i] = _mm256_add_epi16(sums[m][i], _mm256_maddubs_epi16(code, slab));
+        } else {  // |x| <= 128 times twice 127 fits 16 bits
+          const __m256i two =
+              _mm256_maddubs_epi16(_mm256_abs_epi8(slab), _mm256_sign_epi8(code, slab));
+          sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(two, one));
+        }
+      }
+    }
+  for (int64_t s = 0; s < (C > 0 ? steps : 0); s += V) {
+#pragma GCC unroll 1
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int32_t* at = codes.multipliers[n + i] + s * kStep / std::max(1, kBlock) * C + c;
+        const __m256i by = Broadcast<kBlock>(at, at + C);
+#pragma GCC unroll 2
+        for (int m = 0; m < M; ++m) {
+          __m256i few = _mm256_setzero_si256();
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v)
+#pragma GCC unroll 4
+            for (int r = c * 4 / C; r < (c + 1) * 4 / C; ++r)
+              few = _mm256_add_epi16(few,
+                                     _mm256_maddubs_epi16(Load(codes.codes[n + i][4 * (s + v) + r]),
+                                                          Load(x[m]->slabs[4 * (s + v) + r])));
+          sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(few, by));
+        }
+      }
+  }
+  const int64_t part = C > 0 ? GroupsOfChunk(p) : 0;
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < 4; ++i) {
+      if (C == 0) sums[m][i] = _mm256_madd_epi16(sums[m][i], one);
+      for (int64_t g = 0; g < part; g += 8) {
+        const __m256i by = Load(codes.multipliers[n + i] + g);
+        sums[m][i] = _mm256_sub_epi32(sums[m][i], _mm256_madd_epi16(by, Load(x[m]->sums + g)));
+      }
+    }
+}
+
+template <int M, int C, int kBlock>
+AVX2 void MultiplyRows(const Problem& p, const Codes& codes, int64_t chunk, int64_t m0,
+                       int64_t o0) {
+  const Activations* x[M];
+  for (int m = 0; m < M; ++m) x[m] = RowOf(p, chunk, m0 + m);
+  for (int n = 0; n < kTile && o0 + n < p.end; n += 4) {
+    __m256i sums[M][4];
+    Multiply<M, C, kBlock>(p, codes, x, n, StepsOf(p.bytes, chunk * kPart), sums);
+    for (int m = 0; m < M; ++m) {
+      alignas(16) int32_t totals[4];
+      const __m128i all = Totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+      _mm_store_si128(reinterpret_cast<__m128i*>(totals), all);
+      int32_t* out = p.out + (m0 + m) * p.outputs + o0 + n;
+      for (int i = 0; i < 4 && o0 + n + i < p.end; ++i)
+        out[i] = (chunk ? out[i] : C ? 0 : -p.sums[m0 + m]) + totals[i];
+    }
+  }
+}
+
+// The codes of an output and a chunk: trit + 1, or sums of two trits times their multipliers.
+template <int P, int C, int kBlock>
+AVX2 void UnpackChunk(const Problem& p, int64_t o, int64_t chunk, Codes& all, int n) {
+  const int64_t bytes = p.bytes, begin = chunk * kPart, steps = StepsOf(bytes, begin);
+  const uint8_t* w = p.packed + o * P * bytes;
+  const int64_t part = C ? GroupsOfChunk(p) : 0, of_block = C ? GroupsOfBlock(p) : 0;
+  int32_t tables[2][kPart / 16 * 4];
+  if (C > 0) Multipliers<kPair>(p, o, 0, chunk * part, part, all.multipliers[n]);
+  for (int q = 0; q < (C < 0 ? P : 0); ++q)
+    Multipliers<kSigned>(p, o, q, chunk * part, part, tables[q]);
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t j = begin + s * kStep, first = s * kStep / std::max(1, kBlock) * of_block;
+    __m256i codes[4];
+#pragma GCC unroll 2
+    for (int q = 0; q < P; ++q) {
+      const __m256i v = LoadPacked<P, kBlock>(w, j, q, bytes);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        __m256i code = CodesOf(v, r);
+        if (C < 0) {
+          const int32_t* at = tables[q] + first + r * of_block / 4;
+          code = _mm256_shuffle_epi8(Broadcast<kBlock>(at, at + of_block), code);
+        }
+        codes[r] = q ? _mm256_add_epi8(codes[r], code) : code;
+      }
+    }
+    _mm_prefetch(reinterpret_cast<const char*>(w + P * (j + kPart)), _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(all.codes[n][4 * s + r]), codes[r]);
+  }
+}
+
+template <int P, int C, int kBlock>
+AVX2 void Tiles(const Problem& p) {
+  static thread_local Aligned kept(sizeof(Codes));
+  Codes& codes = *reinterpret_cast<Codes*>(kept.data);
+  const int64_t chunks = (p.bytes + kPart - 1) / kPart;
+  const int64_t tiles = (p.end - p.begin + kTile - 1) / kTile;
+  // What is reused lies in L2: the activations of a chunk, or, of few rows, those of all chunks.
+  const bool few = p.rows * 4 * p.bytes <= kFewActivations;
+  for (int64_t i = 0; i < chunks * tiles; ++i) {
+    const int64_t chunk = few ? i % chunks : i / tiles;
+    const int64_t o = p.begin + (few ? i / chunks : i % tiles) * kTile;
+    for (int n = 0; n < kTile; ++n)
+      UnpackChunk<P, C, kBlock>(p, std::min(o + n, p.end - 1), chunk, codes, n);
+    int64_t m = 0;
+    for (; m + 2 <= p.rows; m += 2) MultiplyRows<2, C, kBlock>(p, codes, chunk, m, o);
+    if (m < p.rows) MultiplyRows<1, C, kBlock>(p, codes, chunk, m, o);
+  }
+}
+
+template <int P, int C, int kBlock>
+void Planes(const Problem& p) {
+  p.rows < kTileRows ? FewRows<P, C, kBlock>(p) : Tiles<P, P == 1 ? C : -1, kBlock>(p);
+}
+
+template <int P, int kBlock>
+void PlanesOfBlocks(const Problem& p) {
+  const int64_t groups = GroupsOfBlock(p);
+  groups == 1   ? Planes<P, 1, kBlock>(p)
+  : groups == 2 ? Planes<P, 2, kBlock>(p)
+                : Planes<P, 4, kBlock>(p);
+}
+
+template <int P>
+void PlanesPanel(const Problem& p) {
+  p.block == 16   ? PlanesOfBlocks<P, 16>(p)
+  : p.block == 32 ? PlanesOfBlocks<P, 32>(p)
+                  : PlanesOfBlocks<P, 64>(p);
+}
+
+void Avx2Panel(const Problem& p) {
+  if (p.multipliers) return p.planes == 1 ? PlanesPanel<1>(p) : PlanesPanel<2>(p);
+  if (p.rows >= kTileRows) return Tiles<1, 0, 0>(p);
+  for (int64_t o = p.begin; o < p.end; ++o)
+    for (int64_t m = 0; m < p.rows; ++m) TritsOfRow(p, o, m);
 }
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
@@ -150,10 +523,127 @@ VNNI void VnniRows(const Problem& p, int64_t m0) {
   for (int64_t o = p.begin; o < p.end; o += N) VnniTile<M, N>(p, m0, o);
 }
 
-VNNI void VnniPanel(const Problem& p) {
+VNNI void TritsPanel(const Problem& p) {
   int64_t m = 0;
   for (; m + 2 <= p.rows; m += 2) VnniRows<2>(p, m);
   for (; m < p.rows; ++m) VnniRows<1>(p, m);
+}
+
+// --- AVX-512 with multipliers -------------------------------------------------------------------
+//
+// Codes are 127 + the sum of trits times multipliers, without a sign; 127 times the sum of all
+// activations is subtracted at the end. (A sum that exceeds int32 until then comes back.)
+
+constexpr int64_t kMost = kPart / 16 * 4;  // groups of a chunk
+
+struct Tables {  // of a chunk of an output
+  alignas(64) int32_t of[2][kMost + 16];
+  __m512i lanes[4];  // for each slab the group that each 16 bytes of a vector belong to
+};
+
+template <int P>
+AVX512 void Prepare(const Problem& p, int64_t o, int64_t begin, int64_t bytes, Tables& tables) {
+  const int64_t of_block = GroupsOfBlock(p), n = bytes / p.block * of_block;
+  Multipliers<kUnsigned>(p, o, 0, begin / p.block * of_block, n, tables.of[0]);
+  if (P == 2) Multipliers<kSigned>(p, o, 1, begin / p.block * of_block, n, tables.of[1]);
+  alignas(64) int32_t lanes[16];
+  for (int r = 0; r < 4; ++r) {
+    for (int i = 0; i < 16; ++i) lanes[i] = i / 4 * 16 / p.block * of_block + r * of_block / 4;
+    tables.lanes[r] = _mm512_load_si512(lanes);
+  }
+}
+
+AVX512 INLINE __mmask64 First(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
+
+// The codes of 64 bytes of each plane from byte j on, a vector for each slab.
+// of: the tables of the first group there
+template <int P>
+AVX512 INLINE void CodesOf(const Problem& p, const uint8_t* w, int64_t j, const Tables& tables,
+                           int64_t group, __m512i* codes) {
+  const int64_t left = P * (p.bytes - j);
+  __m512i v[2] = {_mm512_maskz_loadu_epi8(First(left), w + P * j), _mm512_setzero_si512()};
+  if (P == 2) {
+    const __m512i a = v[0], b = _mm512_maskz_loadu_epi8(First(left - 64), w + P * j + 64);
+    v[0] = p.block == 64   ? a
+           : p.block == 32 ? _mm512_shuffle_i64x2(a, b, 0x44)
+                           : _mm512_shuffle_i64x2(a, b, 0x88);
+    v[1] = p.block == 64   ? b
+           : p.block == 32 ? _mm512_shuffle_i64x2(a, b, 0xee)
+                           : _mm512_shuffle_i64x2(a, b, 0xdd);
+  }
+  for (int r = 0; r < 4; ++r)
+    for (int q = 0; q < P; ++q) {
+      const __m512i all = _mm512_loadu_si512(tables.of[q] + group);
+      const __m512i table = _mm512_permutexvar_epi32(tables.lanes[r], all);
+      const __m512i trits = _mm512_and_si512(_mm512_srli_epi16(v[q], 2 * r), _mm512_set1_epi8(3));
+      const __m512i code = _mm512_shuffle_epi8(table, trits);
+      codes[r] = q ? _mm512_add_epi8(codes[r], code) : code;
+    }
+}
+
+struct WideCodes {  // of kTile outputs and a chunk
+  alignas(64) uint8_t codes[kTile][kPart / kVector][4][kVector];
+  Tables tables;
+};
+
+// M rows times four outputs from n on.
+template <int M>
+VNNI void MultiplyWide(const Problem& p, const WideCodes& codes, int64_t begin, int64_t m0,
+                       int64_t o, int n) {
+  __m512i sums[M][4];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_si512();
+  for (int64_t s = 0; s < kPart / kVector && begin + s * kVector < p.bytes; ++s)
+    for (int r = 0; r < 4; ++r) {
+      __m512i slab[M];
+      for (int m = 0; m < M; ++m)
+        slab[m] = _mm512_load_si512(p.slabs + ((m0 + m) * 4 + r) * p.width + begin + s * kVector);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m512i code = _mm512_load_si512(codes.codes[n + i][s][r]);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) sums[m][i] = _mm512_dpbusd_epi32(sums[m][i], code, slab[m]);
+      }
+    }
+  for (int m = 0; m < M; ++m) {
+    alignas(16) uint32_t totals[4];
+    const __m128i all = Totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+    _mm_store_si128(reinterpret_cast<__m128i*>(totals), all);
+    int32_t* out = p.out + (m0 + m) * p.outputs + o + n;
+    for (int i = 0; i < 4 && o + n + i < p.end; ++i)
+      out[i] = (begin ? out[i] : -127u * p.sums[m0 + m]) + totals[i];
+  }
+}
+
+template <int P>
+VNNI void VnniTiles(const Problem& p) {
+  static thread_local Aligned kept(sizeof(WideCodes));
+  WideCodes& codes = *reinterpret_cast<WideCodes*>(kept.data);
+  for (int64_t begin = 0; begin < p.bytes; begin += kPart)
+    for (int64_t o = p.begin; o < p.end; o += kTile) {
+      for (int n = 0; n < kTile; ++n) {
+        const int64_t output = std::min(o + n, p.end - 1);
+        const uint8_t* w = p.packed + output * P * p.bytes;
+        Prepare<P>(p, output, begin, kPart, codes.tables);
+        for (int64_t j = begin; j < std::min(p.bytes, begin + kPart); j += kVector) {
+          __m512i of_slabs[4];
+          CodesOf<P>(p, w, j, codes.tables, (j - begin) / p.block * GroupsOfBlock(p), of_slabs);
+          for (int r = 0; r < 4; ++r)
+            _mm512_store_si512(codes.codes[n][(j - begin) / kVector][r], of_slabs[r]);
+          _mm_prefetch(reinterpret_cast<const char*>(w + P * (j + kPart)), _MM_HINT_T0);
+        }
+      }
+      for (int n = 0; n < kTile && o + n < p.end; n += 4) {
+        int64_t m = 0;
+        for (; m + 4 <= p.rows; m += 4) MultiplyWide<4>(p, codes, begin, m, o, n);
+        for (; m < p.rows; ++m) MultiplyWide<1>(p, codes, begin, m, o, n);
+      }
+    }
+}
+
+void VnniPanel(const Problem& p) {
+  if (!p.multipliers) return TritsPanel(p);
+  p.planes == 1 ? VnniTiles<1>(p) : VnniTiles<2>(p);
 }
 
 // --- AMX: 16 outputs times 16 rows in a tile -----------------------------------------------------
@@ -189,7 +679,9 @@ void ArrangeTile(const int8_t* slabs, int64_t rows, int64_t width, int64_t m0, i
       }
 }
 
-AMX void AmxPanel(const Problem& p, const int8_t* tiles) {
+// P: planes; 0 without multipliers
+template <int P>
+AMX void AmxTiles(const Problem& p, const int8_t* tiles) {
   // tiles: [groups of 16 rows, 4, width / 64, 1024]; codes: [output / 16, 4, steps, 1024];
   // sums: [group, output / 16, 16 outputs, 16 rows]
   constexpr int64_t steps = kChunk / 4 / kVector, of_codes = 4 * steps * kTileBytes;
@@ -198,19 +690,27 @@ AMX void AmxPanel(const Problem& p, const int8_t* tiles) {
   char* sums = Kept(kept, groups * halves * kTileBytes);
   std::memset(sums, 0, groups * halves * kTileBytes);
   const __m512i three = _mm512_set1_epi8(3);
+  Tables tables;
   for (int64_t j0 = 0; j0 < p.width; j0 += kChunk / 4) {
     const int64_t count = std::min(steps, (p.width - j0) / kVector);
-    for (int64_t n = 0; n < halves * 16; ++n)
+    for (int64_t n = 0; n < halves * 16; ++n) {
+      const int64_t o = std::min(p.begin + n, p.end - 1);
+      const uint8_t* w = p.packed + o * std::max(P, 1) * p.bytes;
+      if constexpr (P > 0) Prepare<P>(p, o, j0, kChunk / 4, tables);
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t o = p.begin + n, j = j0 + s * kVector, left = p.bytes - j;
-        __mmask64 mask = left >= kVector ? ~0ull : (1ull << left) - 1;
-        if (o >= p.end) mask = 0;
-        const __m512i v = _mm512_maskz_loadu_epi8(mask, p.packed + o * p.bytes + j);
+        const int64_t j = j0 + s * kVector;
         char* to = codes.data + n / 16 * of_codes + s * kTileBytes + n % 16 * 64;
-        for (int r = 0; r < 4; ++r)
-          _mm512_store_si512(to + r * steps * kTileBytes,
-                             _mm512_and_si512(_mm512_srli_epi16(v, 2 * r), three));
+        __m512i of_slabs[4];
+        if constexpr (P > 0) {
+          CodesOf<P>(p, w, j, tables, s * kVector / p.block * GroupsOfBlock(p), of_slabs);
+        } else {
+          const __m512i v = _mm512_maskz_loadu_epi8(First(p.bytes - j), w + j);
+          for (int r = 0; r < 4; ++r)
+            of_slabs[r] = _mm512_and_si512(_mm512_srli_epi16(v, 2 * r), three);
+        }
+        for (int r = 0; r < 4; ++r) _mm512_store_si512(to + r * steps * kTileBytes, of_slabs[r]);
       }
+    }
     for (int64_t g = 0; g < groups; g += 2) {
       const bool two = g + 1 < groups;
       const int8_t* a = tiles + (g * 4 * p.width + j0) * 16;
@@ -253,50 +753,116 @@ AMX void AmxPanel(const Problem& p, const int8_t* tiles) {
     for (int64_t n = 0; n < p.end - p.begin; ++n) {
       const char* tile = sums + (m / 16 * halves + n / 16) * kTileBytes;
       const auto* values = reinterpret_cast<const int32_t*>(tile);
-      p.out[m * p.outputs + p.begin + n] = values[n % 16 * 16 + m % 16] - p.sums[m];
+      const uint32_t value = values[n % 16 * 16 + m % 16];
+      p.out[m * p.outputs + p.begin + n] = value - (P ? 127u : 1u) * p.sums[m];
     }
+}
+
+void AmxPanel(const Problem& p, const int8_t* tiles) {
+  if (!p.multipliers) return AmxTiles<0>(p, tiles);
+  p.planes == 1 ? AmxTiles<1>(p, tiles) : AmxTiles<2>(p, tiles);
 }
 
 #endif
 
-// x int8 [blocks, R, I], packed uint8 [E, O, B], experts int32 [blocks] -> int32 [blocks, R, O].
-// block: bytes in a packing block; path: the best one to take, -1 for all that the processor has.
+// Where a path wants the activations: [blocks, R, 4, width], or for AVX2 as `Activations`.
+struct Layout {
+  int64_t rows, bytes, width;
+  int64_t record = 0, step = width;  // AVX2: bytes of a row in a chunk; bytes of a slab in a piece
+
+  int64_t Chunks() const { return RoundUp(bytes, kPart) / kPart; }
+  int64_t Size() const { return rows * (record ? Chunks() * record : 4 * width); }
+  int64_t Row(int64_t m, int64_t chunk) const {
+    return record ? (chunk * rows + m) * record : m * 4 * width;
+  }
+  int64_t At(int64_t m, int64_t j, int64_t r) const {  // of byte j of slab r
+    if (!record) return Row(m, 0) + r * width + j;
+    return Row(m, j / kPart) + (j % kPart / step * 4 + r) * step + j % step;
+  }
+};
+
+// Puts the activations of a row in place; to: those of all rows, zeros.
+void Arrange(const Problem& p, const Layout& layout, int64_t m, const int8_t* from, int64_t inputs,
+             int8_t* to) {
+  for (int64_t j = 0; j < p.bytes; j += p.block)
+    for (int r = 0; r < 4; ++r) {
+      const int64_t at = 4 * j + r * p.block, end = std::min(p.block, inputs - at);
+      for (int64_t i = 0, size; i < end; i += size) {
+        size = std::min(end - i, layout.step - (j + i) % layout.step);
+        std::memcpy(to + layout.At(m, j + i, r), from + at + i, size);
+      }
+    }
+  if (!layout.record || !p.groups) return;
+  const int64_t size = 4 * p.block / GroupsOfBlock(p), part = GroupsOfChunk(p);
+  for (int64_t g = 0; g * size < inputs; ++g) {
+    int32_t sum = 0;
+    for (int64_t i = g * size; i < std::min(inputs, (g + 1) * size); ++i) sum += from[i];
+    auto* sums = reinterpret_cast<int32_t*>(to + layout.Row(m, g / part) + sizeof(Activations));
+    sums[g % part] = sum & 0xffff;
+  }
+}
+
+// x int8 [blocks, R, I], packed uint8 [E, O, B], experts int32 [blocks], multipliers int8
+// [E, O, G, P] -> int32 [blocks, R, O].
+// G: groups of inputs; 0 and P = 1 where all multipliers are 1. block: bytes in a packing block of
+// one plane; path: the best one to take, -1 for all that the processor has.
 void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> packed,
-                 ffi::Buffer<ffi::S32> experts, ffi::ResultBuffer<ffi::S32> out, int64_t block,
-                 int64_t path) {
+                 ffi::Buffer<ffi::S32> experts, ffi::Buffer<ffi::S8> multipliers,
+                 ffi::ResultBuffer<ffi::S32> out, int64_t block, int64_t path) {
   Sizes sizes;
   sizes.Match("x [blocks, R, I]", x);
   sizes.Match("packed [E, O, B]", packed);
   sizes.Match("experts [blocks]", experts);
+  sizes.Match("multipliers [E, O, G, P]", multipliers);
   sizes.Match("sums [blocks, R, O]", *out);
   const int64_t blocks = sizes["blocks"], rows = sizes["R"], inputs = sizes["I"],
-                count = sizes["E"], outputs = sizes["O"], bytes = sizes["B"];
-  Check(bytes <= kWidest, bytes, " packed bytes of an output, more than ", kWidest);
+                count = sizes["E"], outputs = sizes["O"], all = sizes["B"], groups = sizes["G"],
+                planes = sizes["P"], bytes = all / std::max<int64_t>(1, planes);
+  Check(planes == 1 || (planes == 2 && groups), planes, " planes with ", groups,
+        " groups of multipliers; what there is are one, and two with multipliers");
+  Check(all <= kWidest, all, " packed bytes of an output, more than ", kWidest);
   Check(inputs <= 4 * bytes, inputs, " inputs do not fit ", bytes, " packed bytes");
-  Check(block > 0 && bytes % block == 0, bytes, " packed bytes are no whole blocks of ", block);
-  const int64_t best = path < 0 ? BestPath() : std::min(path, BestPath());
-  const bool amx = best == kAmx && rows >= kFewRows;
-  const int64_t width = RoundUp(bytes, kVector), groups = RoundUp(rows, 16) / 16;
+  Check(block > 0 && all % (planes * block) == 0, all, " packed bytes are no whole blocks of ",
+        planes, " times ", block);
+  const int64_t in_all = bytes / block;
+  Check(groups < 2 || groups == in_all || groups == 2 * in_all || groups == 4 * in_all, groups,
+        " groups are neither 1 nor 1, 2 or 4 for each of ", in_all, " blocks");
+  Check(!groups || 4 * bytes * 127 * 127 < 1ll << 31, 4 * bytes,
+        " inputs with multipliers, whose sums might exceed int32");
 
-  Aligned slabs(blocks * rows * 4 * width), tiles(amx ? blocks * groups * 64 * width : 0);
+  int64_t best = path < 0 ? BestPath() : std::min(path, BestPath());
+  const bool fits = block == 16 || block == 32 || block == 64;
+  if (groups && (!bytes || !fits)) best = kPlain;
+  const bool amx = best == kAmx && rows >= kFewRows;
+  const int64_t width = RoundUp(bytes, kVector), tiled = RoundUp(rows, 16) / 16;
+  Problem problem{};
+  problem.bytes = bytes, problem.width = width, problem.outputs = outputs;
+  problem.planes = planes, problem.groups = groups, problem.block = block;
+  Layout layout{rows, bytes, width};
+#if defined(__x86_64__)
+  if (best == kAvx2) {
+    layout.step = kStep;
+    layout.record = sizeof(Activations);
+    if (groups) layout.record = RoundUp(layout.record + 4 * GroupsOfChunk(problem), kVector);
+  }
+#endif
+  problem.record = layout.record, problem.records = rows;
+
+  Aligned slabs(blocks * layout.Size()), tiles(amx ? blocks * tiled * 64 * width : 0);
   std::vector<int32_t> sums(blocks * rows), used(blocks * rows);  // used: not all zeros
   auto* slab_data = reinterpret_cast<int8_t*>(slabs.data);
   auto* tile_data = reinterpret_cast<int8_t*>(tiles.data);
   const int8_t* xs = x.typed_data();
   auto arrange = [=, &sums, &used](int64_t row) {
-    int8_t* to = slab_data + row * 4 * width;
-    std::memset(to, 0, 4 * width);
     const int8_t* from = xs + row * inputs;
     int32_t sum = 0;
     int8_t any = 0;
     for (int64_t i = 0; i < inputs; ++i) sum += from[i], any |= from[i];
-    used[row] = any != 0;
-    for (int64_t j = 0; j < bytes; j += block)
-      for (int r = 0; r < 4; ++r) {
-        const int64_t at = 4 * j + r * block, size = std::min(block, inputs - at);
-        if (size > 0) std::memcpy(to + r * width + j, from + at, size);
-      }
-    sums[row] = sum;
+    sums[row] = sum, used[row] = any != 0;
+    int8_t* to = slab_data + row / rows * layout.Size();
+    for (int64_t chunk = 0; chunk < (layout.record ? layout.Chunks() : 1); ++chunk)
+      std::memset(to + layout.Row(row % rows, chunk), 0, layout.record ? layout.record : 4 * width);
+    Arrange(problem, layout, row % rows, from, inputs, to);
   };
   Parallel(pool, blocks * rows, 1. * blocks * rows * inputs, arrange);
   // Padding, rows of zeros behind the others, costs nothing.
@@ -306,41 +872,37 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
       if (used[b * rows + m]) counts[b] = m + 1;
 #if defined(__x86_64__)
   if (amx)
-    Parallel(pool, blocks * groups, 1. * blocks * rows * inputs, [=](int64_t i) {
-      const int64_t b = i / groups, g = i % groups;
-      ArrangeTile(slab_data + b * rows * 4 * width, rows, width, 16 * g,
-                  tile_data + i * 64 * width);
+    Parallel(pool, blocks * tiled, 1. * blocks * rows * inputs, [=](int64_t i) {
+      const int64_t b = i / tiled, g = i % tiled;
+      ArrangeTile(slab_data + b * layout.Size(), rows, width, 16 * g, tile_data + i * 64 * width);
     });
 #endif
 
   const bool large = amx && blocks * outputs >= 4 * kLargePanel * pool.num_threads();
   const int64_t panel = large ? kLargePanel : kPanel, panels = (outputs + panel - 1) / panel;
   const uint8_t* weights = packed.typed_data();
+  const int8_t* all_multipliers = multipliers.typed_data();
   const int32_t* chosen = experts.typed_data();
   int32_t* result = out->typed_data();
   const int32_t* row_sums = sums.data();
-  Parallel(pool, blocks * panels, 1. * blocks * outputs * bytes, [=, &counts](int64_t i) {
-    const int64_t b = i / panels, begin = i % panels * panel;
-    Problem p{nullptr,
-              slab_data + b * rows * 4 * width,
-              row_sums + b * rows,
-              result + b * rows * outputs,
-              counts[b],
-              bytes,
-              width,
-              outputs,
-              begin,
-              std::min(outputs, begin + panel)};
-    const int64_t expert = chosen[b];
-    if (expert < 0 || expert >= count) p.rows = 0;
+  Parallel(pool, blocks * panels, 1. * blocks * outputs * all, [=, &counts](int64_t i) {
+    const int64_t b = i / panels, expert = chosen[b];
+    Problem p = problem;
+    p.slabs = slab_data + b * layout.Size();
+    p.sums = row_sums + b * rows;
+    p.out = result + b * rows * outputs;
+    p.rows = expert < 0 || expert >= count ? 0 : counts[b];
+    p.begin = i % panels * panel;
+    p.end = std::min(outputs, p.begin + panel);
     for (int64_t m = p.rows; m < rows; ++m)
       std::fill(p.out + m * outputs + p.begin, p.out + m * outputs + p.end, 0);
     if (p.rows == 0) return;
-    p.packed = weights + expert * outputs * bytes;
+    p.packed = weights + expert * outputs * all;
+    if (groups) p.multipliers = all_multipliers + expert * outputs * groups * planes;
 #if defined(__x86_64__)
     if (amx && p.rows >= kFewRows) {
       ConfigureTiles();
-      AmxPanel(p, tile_data + b * groups * 64 * width);
+      AmxPanel(p, tile_data + b * tiled * 64 * width);
     } else if (best >= kVnni) {
       VnniPanel(p);
     } else if (best == kAvx2) {
@@ -362,6 +924,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TernarySumsHandler, Kernel<TernarySums>::Call,
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
                                   .Ret<ffi::Buffer<ffi::S32>>()
                                   .Attr<int64_t>("block")
                                   .Attr<int64_t>("path"));

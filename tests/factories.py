@@ -55,32 +55,28 @@ quantize_int8 = jax.jit(formats.quantize_int8, static_argnums=1)
 
 def ternarize(w: np.ndarray) -> quantize.PackedWeight:
     """`formats.ternarize` in NumPy, which has nothing to compile."""
-    gamma = np.abs(w).mean(axis=(-2, -1), keepdims=True)
-    trits = formats.round_to_trits(w, gamma).astype(np.int8)
-    return jax.tree.map(jnp.asarray, quantize.pack(trits, gamma))
+    return jax.tree.map(jnp.asarray, formats.ternarize(w))
 
 
-def random_params(config: LanguageModelConfig, weights: str = "float", groups: int = 1, seed=0):
-    """Random parameters in the form that `weights` says: a table of PRECISIONS, or "float".
+def random_params(config: LanguageModelConfig, weights: str = "float32", groups: int = 1, seed=0):
+    """Random parameters of a precision, a name of PRECISIONS.
 
     Every norm, expert and attention head matters, and attention logits reach the cap. `groups` is
     the number of scale groups of int8 matrices, where it divides their inputs.
     """
     random = np.random.default_rng(seed)
-    table = PRECISIONS.get(weights, ((r"", "float32"),))
+    table = PRECISIONS[weights]
 
-    def one(path, kind, abstract):
+    def one(path, format, abstract):
         shape = abstract.shape
         if path.endswith("/scale"):
             return jnp.asarray(1 + 0.3 * random.standard_normal(shape), jnp.float32)
         gain = 3 if path.endswith(("query/w", "key/w", "router/w")) else 1
         fan = shape[-1] if path.endswith("embeddings") else shape[-2]
         w = (gain * fan**-0.5 * random.standard_normal(shape)).astype(np.float32)
-        if kind == "ternary":
-            return ternarize(w)
-        if kind == "int8":
+        if format == "int8":
             return quantize_int8(w, groups if shape[-2] % groups == 0 else 1)
-        return jnp.asarray(w)
+        return jax.tree.map(jnp.asarray, formats.FORMATS[format].quantize(w))
 
     return quantize.apply_rules(table, abstract_params(config), one)
 

@@ -36,6 +36,7 @@ import numpy as np
 from factories import GOLDEN, join_header, mend_sums, split_header
 
 import checkpoint
+import formats
 import model
 import shards
 import tensor_file
@@ -232,8 +233,8 @@ class Released:
 
 # --- Converted checkpoints ------------------------------------------------------------------------
 
-RULES = [(r"/t$", "ternary"), (r"/q$", "int8"), (r"", "float32")]
-CONFIG = model.config_to_dict(model.PRESETS["tiny"]) | checkpoint.quantization("ternary", RULES)
+RULES = [(r"/t$", "ternary"), (r"/u$", "ternary2-64"), (r"/q$", "int8"), (r"", "float32")]
+CONFIG = model.config_to_dict(model.PRESETS["tiny"])
 
 
 class Converted:
@@ -244,7 +245,10 @@ class Converted:
         trits = rng.integers(-1, 2, (2, 21, 5), dtype=np.int8)
         scales = np.ones((2, 3, 5), jax.numpy.bfloat16)
         params = {
-            "a/linear": {"t": pack(trits, np.full((2, 1, 1), 0.5, np.float32))},
+            "a/linear": {
+                "t": pack(trits, np.full((2, 1, 1), 0.5, np.float32)),
+                "u": formats.FORMATS["ternary2-64"].quantize(trits.astype(np.float32)),
+            },
             "b/linear": {"q": QuantizedWeight(trits, scales)},
             "norm": {"f": rng.standard_normal((7, 3), np.float32), "g": np.ones(3, np.float32)},
         }
@@ -254,9 +258,8 @@ class Converted:
         )
         several = functools.partial(shards.plan, shard_size=200)
         with unittest.mock.patch.object(shards, "plan", lambda leaves, _: several(leaves)):
-            checkpoint.save_converted(
-                self.folder, params, CONFIG, {"tokenizer.model": b"pieces"}, packing
-            )
+            config = CONFIG | checkpoint.quantization("mixed", RULES, packing)
+            checkpoint.save_converted(self.folder, params, config, {"tokenizer.model": b"pieces"})
         self.files = {path.name: path.read_bytes() for path in self.folder.iterdir()}
         self.names = sorted(self.files)
         self.shards = [name for name in self.names if name.endswith(".safetensors")]

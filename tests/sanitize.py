@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from kernels import building  # noqa: E402  the path comes first
 
-TESTS = ("tests/test_kernel_arguments.py", "tests/test_kernels.py")
+TESTS = ("tests/test_kernel_arguments.py", "tests/test_kernels.py", "tests/test_conversion.py")
 # Null pointers are seen without a check at each use, and x86 takes any alignment: without those and
 # with -O1, compiling takes a third of the time.
 FLAGS = (

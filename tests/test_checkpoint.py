@@ -171,43 +171,6 @@ def test_ternary_is_the_plain_formula(tmp_path, monkeypatch, shape, groups):
     np.testing.assert_array_equal(found.packed, packed.packed)
 
 
-@hypothesis.given(
-    st.floats(0, 4, width=32),
-    st.lists(st.floats(0, 2, width=16), min_size=1, max_size=5),
-)
-@hypothesis.example(1.0 - formats.EPSILON, [0.25, 0.5, 1.0, 0.0078125, 0.00390625])
-@hypothesis.example(0.0, [1.0, 0.0])
-def test_limits_are_where_the_formula_turns(gamma, scales):
-    """Also on the edge: code 2 times 0.25 over a gamma of 1 is exactly half, and rounds to 0."""
-    gamma = np.full((1, 1, 1), gamma, np.float32)
-    scales = np.array(scales, ml_dtypes.bfloat16).astype(np.float32)
-    codes = np.arange(-128, 128).astype(np.int8)[:, None].repeat(len(scales), 1)
-    expected = formats.round_to_trits(codes.astype(np.float32) * scales, gamma[0])
-    found = np.empty(codes.shape, np.uint8)
-    lowest, highest = conversion.zero_range(scales[None, None], gamma)
-    conversion.int8_to_codes(codes, lowest[0, 0], highest[0, 0], out=found)
-    np.testing.assert_array_equal(found, expected + 1)
-
-
-def test_sums_of_all_codes_are_exact():
-    weight = np.full((1000, 3), -128, np.int8)
-    weight[:, 1] = np.arange(1000) % 256 - 128
-    np.testing.assert_array_equal(
-        conversion.absolute_sums(weight), np.abs(weight.astype(np.int64)).sum(0)
-    )
-
-
-def test_gamma_does_not_depend_on_the_order_of_columns():
-    random = np.random.default_rng(0)
-    sums = random.integers(0, 1 << 19, (1, 4, 999))
-    scales = np.exp(5 * random.standard_normal(sums.shape)).astype(np.float32)
-    order = random.permutation(999)
-    a = conversion.absmean_of_sums(sums, scales, 512)
-    b = conversion.absmean_of_sums(sums[..., order], scales[..., order], 512)
-    assert a.shape == (1, 1, 1) and a.dtype == np.float32
-    np.testing.assert_array_equal(a, b)
-
-
 @pytest.mark.parametrize("scale", [-1.0, np.nan, np.inf])
 def test_scales_without_a_meaning(tmp_path, scale):
     weight = random_weight((8, 4), 1)
@@ -279,7 +242,7 @@ def test_two_processes_hold_the_same_bits_as_one(tmp_path, form):
     folder, packed = args[0], 0
     if form == "converted":
         folder = tmp_path / "converted"
-        checkpoint.save_converted(folder, params, {})
+        checkpoint.save_converted(folder, params, checkpoint.quantization("ternary", TERNARY))
         weights = (w for entries in params.values() for w in entries.values())
         packed = sum(w.packed.size for w in weights if isinstance(w, PackedWeight))
     root = Path(checkpoint.__file__).parent
@@ -506,7 +469,7 @@ def test_a_parameter_outlives_its_file(small):
 
 def refused(small, message, **changes):
     folder, template, rules, _ = small
-    args = {"folder": folder, "template": template, "rules": rules} | changes
+    args = {"folder": folder, "template": template, "precision": rules} | changes
     with pytest.raises(CheckpointError, match=message) as error:
         checkpoint.restore(**args)
     return str(error.value)
@@ -596,7 +559,7 @@ def test_groups_that_do_not_divide(small, no_conversion):
 
 def test_rules_and_files_disagree(small, no_conversion):
     message = "linear/w: it is int8 in the file, which cannot become float32; leave the choice"
-    refused(small, message, rules=[("", "float32")])
+    refused(small, message, precision=[("", "float32")])
     with pytest.raises(ValueError, match="unknown format 'int4'; known: .*'ternary2-128'"):
         checkpoint.restore(small[0], small[1], [("", "int4")])
 
@@ -819,7 +782,7 @@ def test_released_scales_that_are_no_scales(small):
     params = small[3]
     params["layer/query"]["w"].scales[0, 0] = -1
     checkpoint.save(small[0], params)
-    refused(small, "tensor00001_000: layer/query/w: negative or non-finite scales", rules=INT8)
+    refused(small, "tensor00001_000: layer/query/w: negative or non-finite scales", precision=INT8)
 
 
 ABOUT = checkpoint.quantization("ternary", TERNARY)["quantization_config"]

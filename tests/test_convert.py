@@ -22,6 +22,7 @@ from test_shards import contents, flip
 
 import checkpoint
 import convert
+import formats
 import model
 import quantize
 import run
@@ -34,7 +35,7 @@ import tokenizer
 ROOT = Path(convert.__file__).parent
 DEMO = ROOT / "checkpoints/demo"
 SHARD = ["--shard-size", "0.0005"]  # GB: the demo in five shards
-PRECISIONS = [name for name in model.PRECISIONS if name != "float"]
+PRECISIONS = ["ternary", "int8", "ternary-experts", "ternary-fit", "ternary2-experts-64"]
 
 
 def converted(source, output, *flags):
@@ -122,7 +123,7 @@ def test_run_recognises_it(tmp_path, capsys):
     assert "weights     ternary-experts" in found.err
     run.main(["--checkpoint", str(source), "--weights", "ternary-experts", *flags])
     assert capsys.readouterr().out == found.out and len(found.out) > 20
-    with pytest.raises(SystemExit, match="converted, its weights are what they are"):
+    with pytest.raises(SystemExit, match="is ternary in the file, which cannot become int8"):
         run.main(["--checkpoint", str(folder), "--weights", "int8", *flags])
 
 
@@ -136,7 +137,7 @@ def test_a_converted_folder_has_all_that_people_know_from_hubs(demo):
     config = json.loads((demo / "config.json").read_text())
     assert config["preset"] == "demo" and config["emb_size"] == 256
     about = config["quantization_config"]
-    assert about["format_version"] == 1 and about["packing"] == "base3"
+    assert about["format_version"] == 2 and about["packing"] == "base3"
     assert about["precision"] == [list(rule) for rule in model.PRECISIONS["ternary"]]
     assert (demo / tokenizer.FILE).read_bytes() == tokenizer.DEMO.read_bytes()
 
@@ -147,7 +148,7 @@ def test_five_trits_take_a_byte(demo, tmp_path):
         return [leaf for path, (_, leaf) in found if "/moe/" in path]
 
     for folder, bits in ((demo, 1.6), (converted(DEMO, tmp_path / "o", "--packing", "2bit"), 2)):
-        (found,) = {8 * leaf.trits.size / np.prod(leaf.shape) for leaf in experts(folder)}
+        (found,) = {8 * leaf.packed.stored.size / np.prod(leaf.shape) for leaf in experts(folder)}
         assert bits <= found < 1.02 * bits
 
 
@@ -186,14 +187,14 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
 STALLED = """
 import signal, sys, time, convert
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
-fill, calls = convert._fill_ternary, []
+fill, calls = convert._fill_converted, []
 def stalled(*args):
     calls.append(args)
     if len(calls) == int(sys.argv[1]):
         print("there", flush=True)
         time.sleep(60)
     fill(*args)
-convert._fill_ternary = stalled
+convert._fill_converted = stalled
 convert.main(sys.argv[2:])
 """
 
@@ -265,7 +266,7 @@ def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monke
 
 def fail_after(count, monkeypatch):
     """Makes the next conversion fail after `count` ternary tensors."""
-    fill, calls = convert._fill_ternary, []
+    fill, calls = convert._fill_converted, []
 
     def failing(*args):
         calls.append(args)
@@ -273,7 +274,7 @@ def fail_after(count, monkeypatch):
             raise OSError("no")
         fill(*args)
 
-    monkeypatch.setattr(convert, "_fill_ternary", failing)
+    monkeypatch.setattr(convert, "_fill_converted", failing)
 
 
 def test_other_options_do_not_go_on(demo, tmp_path, monkeypatch):
@@ -300,7 +301,7 @@ def test_what_holds_nothing_yet_does_not_block(tmp_path, monkeypatch):
 
 
 def test_a_converted_checkpoint_is_no_source(demo, tmp_path):
-    message = f"error: {demo}: is converted already; give the released checkpoint"
+    message = f"error: {demo}: is converted already, transformer/decoder_layer_0/"
     assert refused(demo, tmp_path / "out").startswith(message)
     assert refused("--inspect", demo, "--source", demo).startswith(message)
     assert not list(tmp_path.iterdir())
@@ -397,7 +398,7 @@ def test_inspect(demo, capsys):
         if "moe" in module:
             density = np.mean(np.asarray(quantize.unpack(t)) != 0)
             size = f"{8 * 256 * 52 + 32:,}"
-            assert row[1:-1] == ["8", "x", "256", "x", "256", f"{density:.4f}",
+            assert row[1:-1] == ["ternary", "8", "x", "256", "x", "256", f"{density:.4f}",
                                  f"{np.mean(t.scales):.5g}", size]  # fmt: skip
     families = {line.split()[0]: line.split() for line in lines[len(rows) + 2 :]}
     assert list(families) == [
@@ -428,6 +429,108 @@ def test_measures_add_up():
     assert convert.summed([a, b]).density == "0.4000"
     assert convert.summed([a, b]).relative_error == "0.3750"
     assert convert.summed([a, convert.Measure(1, 4)]) == convert.Measure(11, 8)
+
+
+# --- Precisions and sources -----------------------------------------------------------------------
+
+
+def as_stored(folder):
+    config = model.config_from_dict(checkpoint.read_config(folder))
+    template = model.abstract_params(config)
+    precision = checkpoint.stored_precision(folder)
+    return config, precision, checkpoint.restore(folder, template, precision)
+
+
+def test_version_1_loads():
+    folder = GOLDEN / "version_1"
+    config, precision, params = as_stored(folder)
+    assert checkpoint.default_weights(folder) == "ternary-experts"
+    template = model.abstract_params(config)
+    assert precision == model.formats_of(template, model.PRECISIONS["ternary-experts"])
+    with np.load(GOLDEN / "version_1.npz") as values:
+        assert len(values) == len(precision)
+        for path in precision:
+            module, name = path.rsplit("/", 1)
+            found = quantize.dequantize(params[module][name])
+            np.testing.assert_array_equal(found, values[path.replace("/", "|")])
+
+
+MIXED = [
+    ["layer_0/.*/(query|key|value|linear|linear_v|linear_1)/w$", "int8"],
+    ["/multi_head_attention/.*/w$", "ternary2"],
+    ["/moe/linear_1/w$", "ternary2-64"],
+    ["/moe/", "ternary-fit-64"],
+    ["", "float32"],
+]
+
+
+def test_a_precision_of_ones_own(tmp_path, capsys):
+    """By family and layer; config.json says what it is, and all commands know it."""
+    file = tmp_path / "mixed.json"
+    file.write_text(json.dumps(MIXED))
+    folder = converted(DEMO, tmp_path / "out", "--precision", str(file))
+    about = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (about["weights"], about["precision"]) == ("mixed", MIXED)
+    _, precision, params = as_stored(folder)
+    layers = "transformer/decoder_layer_"
+    assert precision[f"{layers}0/moe/linear/w"] == "int8"
+    assert precision[f"{layers}1/moe/linear/w"] == "ternary-fit-64"
+    assert precision[f"{layers}3/multi_head_attention/key/w"] == "ternary2"
+    assert params[f"{layers}2/moe/linear_1"]["w"].multipliers.shape == (8, 256, 8, 2)
+    convert.main(["--inspect", str(folder), "--source", str(DEMO)])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    errors = {path: float(row[-1]) for path, row in rows.items() if "/w" in path}
+    assert errors[f"{layers}0/moe/linear/w"] == 0
+    assert errors[f"{layers}1/moe/linear_1/w"] < 0.05 < errors[f"{layers}1/moe/linear/w"] < 0.3
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not a list of pairs"),
+        ('{"a": 1}', "not a list of pairs"),
+        ('[["("], ["", "float32"]]', "not a list of pairs"),
+        ('[["(", "int8"], ["", "float32"]]', "not a list of pairs.*unterminated subpattern"),
+        ('[["/w$", "ternary3"], ["", "float32"]]', "unknown format 'ternary3'; known: "),
+        ('[["/router/w", "ternary"], ["", "float32"]]', "router/w cannot be ternary, only float32"),
+        ('[["/moe/", "ternary"]]', "no rule matches parameter"),
+        ('[["", "float32"], ["/moe/", "ternary"]]', "match no parameter: .*/moe/"),
+    ],
+)
+def test_precisions_that_are_none(tmp_path, content, message):
+    file = tmp_path / "mixed.json"
+    file.write_text(content)
+    assert re.search(message, refused(DEMO, tmp_path / "out", "--precision", str(file)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source_weights", ["float32", "int8"])
+def test_our_own_checkpoints_are_sources(tmp_path, source_weights):
+    """Converted ones of floats or int8; what is made is what the quantizers make of the values."""
+    config = dataclasses.replace(model.PRESETS["tiny"], num_layers=1)
+    params, rules = random_params(config, source_weights), model.PRECISIONS[source_weights]
+    about = model.config_to_dict(config) | checkpoint.quantization(source_weights, rules)
+    source = tmp_path / "source"
+    checkpoint.save_converted(source, params, about)
+    for weights in ("ternary", "ternary-fit", "ternary2-experts-64", "int8"):
+        folder = converted(source, tmp_path / weights, "--weights", weights)
+        _, precision, found = as_stored(folder)
+        for path, format in precision.items():
+            module, name = path.rsplit("/", 1)
+            w = params[module][name]
+            if format != source_weights:  # from codes, two sums of trits may be equally near
+                values = np.asarray(quantize.dequantize(w))
+                made = formats.FORMATS[format].quantize(values)
+                a, b = (quantize.dequantize(x) for x in (found[module][name], made))
+                assert np.mean(np.isclose(a, b, rtol=1e-6)) > 0.99 and np.allclose(
+                    np.square(a - values).sum(), np.square(b - values).sum(), rtol=1e-3
+                )
+                w = made
+            assert jax.tree.structure(w) == jax.tree.structure(found[module][name])
+    loaded = checkpoint.restore(
+        source, model.abstract_params(config), model.PRECISIONS["ternary-fit"]
+    )
+    assert_same(loaded, as_stored(tmp_path / "ternary-fit")[2])
 
 
 # --- From the hub ---------------------------------------------------------------------------------

@@ -41,8 +41,10 @@ def as_used(preset):
 
 
 @functools.cache
-def params_of(sizes):
-    """Random ternary parameters of a configuration's sizes."""
+def params_of(sizes, weights="ternary"):
+    """Random parameters of a configuration's sizes; ternary ones are made without floats."""
+    if weights != "ternary":
+        return factories.random_params(sizes, weights)
     random = np.random.default_rng(0)
     codes = np.arange(256)[:, None] >> np.arange(0, 8, 2) & 3
     ternary = np.flatnonzero((codes < 3).all(axis=1)).astype(np.uint8)  # bytes without a code of 3
@@ -81,13 +83,13 @@ def tokens_with(config, batch, row, count):
     return tokens
 
 
-def arrays_of(config, batch, row, mesh):
+def arrays_of(config, batch, row, mesh, weights="ternary"):
     """What is computed for one request, which is `row` of so many; the others differ. By name:
     logits, hidden states and router probabilities of prefill and each step, then the cache."""
     tokens = tokens_with(config, batch, row, PROMPT + STEPS)
     mesh = sharding.make_mesh(*mesh)
     sizes = dataclasses.replace(config, fprop_dtype="float32", activations="int8")
-    params = params_of(sizes)
+    params = params_of(sizes, weights)
     params = jax.device_put(params, sharding.parameter_shardings(mesh, params))
     memory, found = model.init_memory(config, batch, SLOTS), {}
     with jax.set_mesh(mesh):
@@ -104,15 +106,15 @@ def arrays_of(config, batch, row, mesh):
 
 
 @functools.cache
-def alone(config):
-    return arrays_of(config, 1, 0, (1, 1))
+def alone(config, weights):
+    return arrays_of(config, 1, 0, (1, 1), weights)
 
 
-def assert_its_own(config, batch, row, mesh):
-    found = arrays_of(config, batch, row, mesh)
+def assert_its_own(config, batch, row, mesh, weights="ternary"):
+    found = arrays_of(config, batch, row, mesh, weights)
     differing = {
         name: np.sum(found[name] != array)
-        for name, array in alone(config).items()
+        for name, array in alone(config, weights).items()
         if np.any(found[name] != array)
     }
     assert not differing
@@ -132,6 +134,16 @@ def assert_its_own(config, batch, row, mesh):
 def test_logits_of_a_request_are_its_own(batch, row, mesh, activations, dtype):
     config = dataclasses.replace(CONFIG, activations=activations, fprop_dtype=dtype)
     assert_its_own(config, batch, row, mesh)
+
+
+@pytest.mark.parametrize("weights", [name for name in formats.FORMATS if name != "float32"])
+@pytest.mark.parametrize(
+    "batch, row, mesh, activations",
+    [(8, 5, (1, 1), "int8"), (1, 0, (1, 8), "int15"), (8, 5, (2, 4), "int8")],
+)
+def test_logits_are_the_requests_own_in_every_format(batch, row, mesh, activations, weights):
+    config = dataclasses.replace(CONFIG, activations=activations, fprop_dtype="float32")
+    assert_its_own(config, batch, row, mesh, weights)
 
 
 @pytest.mark.parametrize(

@@ -32,81 +32,152 @@ def problem(blocks, rows, inputs, outputs, experts, seed=0):
     trits = random.integers(-1, 2, (experts, inputs, outputs)).astype(np.int8)
     x = random.integers(-127, 128, (blocks, rows, inputs)).astype(np.int8)
     chosen = random.integers(0, experts, blocks).astype(np.int32)
-    return x, trits, chosen
+    if blocks > 1:
+        chosen[0] = -1
+    return x, quantize.pack(trits, None), chosen
 
 
-def expected(x, trits, chosen):
-    sums = x.astype(np.int32) @ trits[chosen].astype(np.int32)
+def grouped(inputs, outputs, experts, planes, slabs, block=None, seed=0):
+    """A weight with multipliers, most of them as large as they may be.
+
+    slabs: of a packing block that are a group, 1, 2 or 4; 0: all inputs are
+    """
+    random = np.random.default_rng(seed)
+    block = block or quantize.packing_block(inputs)
+    groups = -(-inputs // 4) // block * 4 // slabs if slabs else 1
+    first = random.integers(0, 128, (experts, outputs, groups, 1))
+    first[random.random(first.shape) < 0.5] = 127
+    second = random.integers(0, 128 - first)
+    multipliers = np.concatenate([first, second], axis=-1)[..., :planes].astype(np.int8)
+    trits = random.integers(-1, 2, (experts, planes, inputs, outputs)).astype(np.int8)
+    return quantize.pack(trits, None, multipliers, block)
+
+
+def expected(x, weight, chosen):
+    codes = np.asarray(quantize.unpack(weight))[chosen].astype(np.int64)
+    # Products of float64 are exact up to 2**53, and there is a fast routine for them.
+    sums = (x.astype(np.float64) @ codes.astype(np.float64)).astype(np.int64)
     return np.where(chosen[:, None, None] < 0, 0, sums)
 
 
 def sums(x, weight, chosen, path=-1):
-    call = jax.jit(kernels.ternary_sums, static_argnums=(3, 4))
-    return np.asarray(call(x, weight.packed, chosen, weight.block, path))
+    call = jax.jit(kernels.ternary_sums, static_argnames=("block", "path"))
+    arguments = {"block": weight.block, "multipliers": weight.multipliers, "path": path}
+    return np.asarray(call(x, weight.packed, chosen, **arguments))
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    if PATHS[request.param] > best_path():
+        pytest.skip(f"this processor has no {request.param}")
+    return PATHS[request.param]
+
+
+SHAPES_OF_SUMS = [  # blocks, rows, inputs, outputs, experts
+    (1, 1, 256, 33, 1),
+    (3, 2, 70, 37, 2),
+    (2, 3, 1000, 65, 3),
+    (1, 8, 6144, 64, 1),
+    (2, 17, 512, 33, 2),
+    (1, 40, 2052, 31, 1),
+    (1, 128, 1536, 300, 1),
+    (40, 16, 256, 600, 3),
+    (1, 1, 1, 1, 1),
+]
 
 
 @native
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(
-    "shape",  # blocks, rows, inputs, outputs, experts
-    [
-        (1, 1, 256, 33, 1),
-        (3, 2, 70, 37, 2),
-        (2, 3, 1000, 65, 3),
-        (1, 8, 6144, 64, 1),
-        (2, 17, 512, 33, 2),
-        (1, 40, 2052, 31, 1),
-        (1, 128, 1536, 300, 1),
-        (40, 16, 256, 600, 3),
-        (1, 1, 1, 1, 1),
-    ],
-)
+@pytest.mark.parametrize("shape", SHAPES_OF_SUMS)
 def test_every_path_gives_the_integers_of_numpy(shape, path):
-    if PATHS[path] > best_path():
-        pytest.skip(f"this processor has no {path}")
-    x, trits, chosen = problem(*shape)
-    if len(chosen) > 1:
-        chosen[0] = -1
-    weight = quantize.pack(trits, None)
-    np.testing.assert_array_equal(sums(x, weight, chosen, PATHS[path]), expected(x, trits, chosen))
+    x, weight, chosen = problem(*shape)
+    np.testing.assert_array_equal(sums(x, weight, chosen, path), expected(x, weight, chosen))
+
+
+KINDS = [(1, 1), (1, 2), (1, 4), (2, 0), (2, 1), (2, 2), (2, 4)]  # planes, slabs of a group
 
 
 @native
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("planes, slabs", KINDS)
+@pytest.mark.parametrize("shape", [*SHAPES_OF_SUMS, (2, 1, 5120, 70, 2), (3, 9, 4608, 45, 2)])
+def test_every_path_gives_them_with_multipliers(shape, planes, slabs, path):
+    x, _, chosen = problem(*shape)
+    weight = grouped(*shape[2:], planes, slabs)
+    np.testing.assert_array_equal(sums(x, weight, chosen, path), expected(x, weight, chosen))
+
+
+@native
+@pytest.mark.parametrize("planes, slabs", [*KINDS, (1, 0)])
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 24, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 11])
+def test_every_block_size_with_multipliers(rows, block, planes, slabs, path):
+    inputs = 4 * block * (2560 // (4 * block) + 3)  # more than a chunk, and part of a vector
+    x, _, chosen = problem(1, rows, inputs, 9, 1)
+    weight = grouped(inputs, 9, 1, planes, slabs, block)
+    np.testing.assert_array_equal(sums(x, weight, chosen, path), expected(x, weight, chosen))
+
+
+@native
+@pytest.mark.parametrize("planes, slabs", KINDS)
+def test_the_sums_of_a_row_do_not_depend_on_other_rows(planes, slabs, path):
+    x, _, chosen = problem(1, 21, 1536, 70, 1)
+    weight = grouped(1536, 70, 1, planes, slabs)
+    whole = sums(x, weight, chosen, path)
+    for rows in ([0], [7], [20, 3], [1, 2, 3], list(range(4, 16))):
+        np.testing.assert_array_equal(sums(x[:, rows], weight, chosen, path), whole[:, rows])
+
+
+@native
 def test_the_largest_sums(path):
     """-128 too, which no activation is, and 32768 inputs."""
-    if PATHS[path] > best_path():
-        pytest.skip(f"this processor has no {path}")
     for rows in (1, 16):
         for value in (127, -128):
             x = np.full((1, rows, 32768), value, np.int8)
             weight = quantize.pack(np.full((1, 32768, 3), -1, np.int8), None)
-            found = sums(x, weight, np.zeros(1, np.int32), PATHS[path])
+            found = sums(x, weight, np.zeros(1, np.int32), path)
             assert (found == -32768 * value).all()
+
+
+@native
+@pytest.mark.parametrize("multipliers", [(127,), (127, 0), (64, 63)])
+@pytest.mark.parametrize("slabs", [1, 4])
+@pytest.mark.parametrize("trit", [-1, 1])
+def test_the_largest_sums_with_multipliers(trit, slabs, multipliers, path):
+    """Of as many inputs as there may be, 131072."""
+    inputs, planes = 1 << 17, len(multipliers)
+    multipliers = np.full((1, 2, inputs // (64 * slabs), planes), multipliers, np.int8)
+    trits = np.full((1, planes, inputs, 2), trit, np.int8)
+    weight = quantize.pack(trits, None, multipliers)
+    for rows in (1, 9):
+        for value in (127, -128):
+            x = np.full((1, rows, inputs), value, np.int8)
+            found = sums(x, weight, np.zeros(1, np.int32), path)
+            assert (found == inputs * 127 * value * trit).all()
 
 
 @native
 @pytest.mark.parametrize("rows", [5, 12, 33])
 def test_rows_of_zeros_anywhere(rows):
     """Padding is skipped behind the last row that is not zero, and nowhere else."""
-    x, trits, chosen = problem(3, rows, 300, 50, 2)
+    x, weight, chosen = problem(3, rows, 304, 50, 2)
+    chosen[0] = 1
     x[0, 2:], x[1, :3], x[2] = 0, 0, 0
-    weight = quantize.pack(trits, None)
-    np.testing.assert_array_equal(sums(x, weight, chosen), expected(x, trits, chosen))
+    for w in (weight, grouped(304, 50, 2, 1, 4), grouped(304, 50, 2, 2, 0)):
+        np.testing.assert_array_equal(sums(x, w, chosen), expected(x, w, chosen))
 
 
 @native
 def test_every_block_size_of_the_packing():
-    x, trits, chosen = problem(1, 2, 512, 9, 1)
+    x, weight, chosen = problem(1, 2, 512, 9, 1)
+    trits = quantize.unpack(weight)
     for block in (1, 2, 4, 8, 16, 32, 64, 128):
         weight = quantize.pack(trits, None, block=block)
-        np.testing.assert_array_equal(sums(x, weight, chosen), expected(x, trits, chosen))
+        np.testing.assert_array_equal(sums(x, weight, chosen), expected(x, weight, chosen))
 
 
 @native
 def test_activations_that_do_not_fit_are_an_error():
-    x, trits, chosen = problem(1, 1, 256, 8, 1)
-    weight = quantize.pack(trits[:, :128], None)
+    x, _, chosen = problem(1, 1, 256, 8, 1)
+    _, weight, _ = problem(1, 1, 128, 8, 1)
     with pytest.raises(Exception, match="INVALID_ARGUMENT: 256 inputs do not fit 32 packed bytes"):
         sums(x, weight, chosen)
 
@@ -435,3 +506,27 @@ def test_large_pages_change_no_value():
     before = np.array(array)
     kernels.use_large_pages({"array": array, "small": jnp.ones(3), "not an array": 3})
     np.testing.assert_array_equal(array, before)
+
+
+# --- Rounding rows --------------------------------------------------------------------------------
+
+
+@native
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("activations, levels", [("int8", 127), ("int15", 127 * 128)])
+def test_rows_are_rounded_as_in_plain_jax(dtype, activations, levels):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((9, 70)) * np.exp(8 * random.standard_normal((9, 1)))
+    x[1], x[2, 3], x[3, 5], x[4] = 0, np.nan, np.inf, np.arange(70) - 35.5  # halves, too
+    x = jnp.asarray(x, dtype)
+    found, step = jax.jit(lambda x: quantize.quantize_rows(x, None, activations))(x)
+    largest = np.abs(np.asarray(x, np.float32)).max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(kernels.row_maxima(x), largest)
+    with kernels.disabled():
+        expected, plain_step = quantize.quantize_rows(x, None, activations)
+    np.testing.assert_allclose(step, plain_step, rtol=1e-7)  # divided, or times the reciprocal
+    rows = np.array([0, 1, 4, 5, 6, 7, 8])
+    exact = np.rint(np.asarray(x, np.float32)[rows] / np.asarray(step)[rows])
+    np.testing.assert_array_equal(found[rows], exact)
+    assert found.dtype == expected.dtype and np.abs(found[rows]).max() == levels
+    assert np.isnan(step[2, 0]) and np.isinf(step[3, 0])  # so that the result shows it

@@ -172,7 +172,7 @@ def assert_like_reference(config, weights, tokens):
             assert all(layer.router_probs is None for layer in output.layers)
 
 
-@pytest.mark.parametrize("weights", ["float", "int8", "ternary"])
+@pytest.mark.parametrize("weights", ["float32", "int8", "ternary"])
 @pytest.mark.parametrize("config", [CONFIG, DENSE], ids=["experts", "dense"])
 def test_reference_on_long_sequences(config, weights):
     """Past position 257, where rounded rotary angles show."""
@@ -194,7 +194,7 @@ def test_reference_with_other_sizes(changes):
     assert_like_reference(config, "ternary", factories.random_tokens(config, 2, 31))
 
 
-@pytest.mark.parametrize("weights", ["float", "int8", "ternary"])
+@pytest.mark.parametrize("weights", ["float32", "int8", "ternary"])
 def test_int8_activations(weights):
     """Here and there float32 and float64 round to neighbouring codes; the rounding as a whole
     moves the logits five times as far as that or more."""
@@ -402,16 +402,12 @@ def test_the_gradient_of_a_loaded_model_is_that_of_its_matrices(weights, activat
         output = make_model(config).apply(params, None, tokens[:, :-1])
         return jnp.mean(learning.cross_entropy(output.logits, tokens[:, 1:]))
 
-    def dequantized(w):
-        table = isinstance(w, quantize.QuantizedWeight)
-        return w.codes * w.scales if table else quantize.dequantize(w)
-
     # All matrices in one norm: where a norm follows, the gradient of a scale is next to nothing.
     found, expected = (
         np.concatenate([np.ravel(g.astype(jnp.float32)) for g in jax.jit(jax.grad(f))(floats)])
         for f in (
             functools.partial(loss, seen=lambda w: w),
-            functools.partial(loss, seen=dequantized),
+            functools.partial(loss, seen=quantize.dequantize),
         )
     )
     # A sum in another order moves a value over an edge of its rounding here and there.
@@ -421,7 +417,7 @@ def test_the_gradient_of_a_loaded_model_is_that_of_its_matrices(weights, activat
 def test_a_pass_that_writes_the_cache_has_a_gradient():
     """Of one cached pass, the gradient of a pass without a cache."""
     tokens = factories.random_tokens(CONFIG, 2, 9)
-    params = params_of(CONFIG, "float")
+    params = params_of(CONFIG, "float32")
 
     def loss(params, memory):
         logits = make_model(CONFIG).apply(params, None, tokens, memory).logits

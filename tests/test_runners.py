@@ -38,6 +38,14 @@ class Letters:
         return "".join(chr(int(token) + 40) for token in tokens)
 
 
+def abstract_weights(config, weights):
+    return runners.abstract_weights(config, model.PRECISIONS[weights])
+
+
+def device_memory(runner, weights, *sizes, **named):
+    return runners.device_memory(runner, abstract_weights(runner.config, weights), *sizes, **named)
+
+
 @pytest.fixture(scope="module")
 def inference():
     runner = runners.ModelRunner(CONFIG)
@@ -782,7 +790,7 @@ def test_planned_shapes_are_those_of_loaded_weights(weights):
     config = golden_config(case)
     runner = runners.ModelRunner(config)
     runner.load(GOLDEN / case, weights)
-    planned = runners.abstract_weights(config, weights)
+    planned = abstract_weights(config, weights)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), runner.params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), planned
     )
@@ -810,11 +818,11 @@ def test_the_planned_kernels_are_those_that_a_step_takes(
     if activations is not None:
         config = dataclasses.replace(config, activations=activations)
     runner = runners.ModelRunner(config)
-    found = runners.products_by_path(runner, weights)
+    found = runners.products_by_path(runner, abstract_weights(runner.config, weights))
     step = functools.partial(runner.model.apply, last_only=True)
     memory = jax.eval_shape(functools.partial(model.init_memory, config, 1))
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    jaxpr = jax.make_jaxpr(step)(runners.abstract_weights(config, weights), None, token, memory)
+    jaxpr = jax.make_jaxpr(step)(abstract_weights(config, weights), None, token, memory)
     names = [str(e.params.get("target_name", e.params.get("name"))) for e in equations(jaxpr)]
     ternary = [name for name in names if name in ("ternary_grok_TernarySums", "ternary_few_rows")]
     assert len(found["kernel"]) + len(found["plain JAX"]) == 7
@@ -825,7 +833,7 @@ def test_the_planned_kernels_are_those_that_a_step_takes(
 def test_loops_make_the_zeros_that_they_start_from(weights, monkeypatch):
     """XLA:GPU made those of all layers first: 54 GB for a chunk of Grok-1's."""
     config = dataclasses.replace(EVEN, num_layers=1)
-    params, slots = runners.abstract_weights(config, weights), 2 * attention.CACHE_BLOCK
+    params, slots = abstract_weights(config, weights), 2 * attention.CACHE_BLOCK
     memory = jax.eval_shape(lambda: runners.empty_slots(config, 1, slots)).memory
     tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -849,7 +857,7 @@ def compiled_bytes(runner, weights, slots, sequence_len):
     make = functools.partial(runners.empty_slots, runner.config, sequence_len=sequence_len)
     shapes = [jax.eval_shape(functools.partial(make, slots=n)) for n in (slots, 1)]
     places = [runners.slots_shardings(runner.mesh, x) for x in shapes]
-    params = runners.abstract_weights(runner.config, weights)
+    params = abstract_weights(runner.config, weights)
     params, all_slots, row = jax.tree.map(
         lambda x, where: x.update(sharding=where),
         (params, *shapes),
@@ -873,7 +881,7 @@ def compiled_bytes(runner, weights, slots, sequence_len):
         ({"activations": "int15", "fprop_dtype": "float32"}, "ternary", (1, 1), 3),
         ({"num_experts": 1, "num_selected_experts": 1}, "ternary", (1, 1), 1),
         ({}, "int8", (1, 1), 1),
-        ({}, "float", (1, 1), 1),
+        ({}, "float32", (1, 1), 1),
     ],
 )
 def test_planned_memory_is_at_least_what_is_compiled(changes, weights, mesh, slots):
@@ -882,14 +890,22 @@ def test_planned_memory_is_at_least_what_is_compiled(changes, weights, mesh, slo
         model.PRESETS["bench"], emb_size=256, key_size=64, num_q_heads=4, num_layers=2, **changes
     )
     runner = runners.ModelRunner(config, sharding.make_mesh(*mesh))
-    planned = sum(runners.device_memory(runner, weights, slots, 1024).values())
+    planned = sum(
+        runners.device_memory(
+            runner, abstract_weights(runner.config, weights), slots, 1024
+        ).values()
+    )
     compiled = compiled_bytes(runner, weights, slots, 1024)
     assert compiled <= planned <= 1.2 * compiled
 
 
 def test_planned_memory_of_a_toy_is_at_least_what_is_compiled():
     runner = runners.ModelRunner(CONFIG)
-    planned = sum(runners.device_memory(runner, "ternary", SLOTS, 37).values())
+    planned = sum(
+        runners.device_memory(
+            runner, abstract_weights(runner.config, "ternary"), SLOTS, 37
+        ).values()
+    )
     assert compiled_bytes(runner, "ternary", SLOTS, 37) <= planned
 
 
@@ -903,25 +919,31 @@ def test_planned_activations_of_the_full_model(model_axis, activations, compiled
     config = dataclasses.replace(model.PRESETS["grok-1"], activations=activations)
     runner = runners.ModelRunner(config, sharding.make_mesh(1, model_axis))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    needed = runners.device_memory(runner, "ternary", slots=1, sequence_len=8192)
+    needed = runners.device_memory(
+        runner, abstract_weights(runner.config, "ternary"), slots=1, sequence_len=8192
+    )
     assert 0 <= needed["activations"] - compiled <= sum(needed.values()) / 100
 
 
 def test_memory_of_the_full_model():
     runner = runners.ModelRunner(model.PRESETS["grok-1"])
-    needed = runners.device_memory(runner, "ternary", slots=1, sequence_len=8192)
+    needed = runners.device_memory(
+        runner, abstract_weights(runner.config, "ternary"), slots=1, sequence_len=8192
+    )
     assert needed["embeddings"] == 131072 * 6144 * 2
     assert abs(needed["weights"] - 78.3e9) < 0.5e9
     assert needed["cache"] == pytest.approx(2 * 64 * 2 * 8192 * 8 * 128 * 2, rel=1e-6)
     eight = runners.ModelRunner(model.PRESETS["grok-1"], sharding.make_mesh(1, 8))
-    spread = runners.device_memory(eight, "ternary", slots=1, sequence_len=8192)
+    spread = runners.device_memory(
+        eight, abstract_weights(eight.config, "ternary"), slots=1, sequence_len=8192
+    )
     assert spread["weights"] == pytest.approx(needed["weights"] / 8, rel=3e-3)
     assert spread["cache"] == pytest.approx(needed["cache"] / 8, rel=1e-3)
 
 
 def test_the_full_decode_step_traces():
     config = model.PRESETS["grok-1"]
-    params = runners.abstract_weights(config, "ternary")
+    params = abstract_weights(config, "ternary")
     slots = jax.eval_shape(functools.partial(runners.empty_slots, config, 8, 8192))
     step = functools.partial(runners.decode_step, model.make_model(config), eos=config.eos_token)
     after, output = jax.eval_shape(step, params, slots)

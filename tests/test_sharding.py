@@ -61,7 +61,7 @@ def assert_near(found, expected, what="logits"):
         ("ternary", 8, 1, 8),
         ("ternary", 2, 4, 3),  # a batch that does not split is computed whole on every device
         ("int8", 1, 8, 8),
-        ("float", 2, 4, 8),
+        ("float32", 2, 4, 8),
     ],
 )
 def test_logits_do_not_depend_on_the_mesh(weights, data, model, batch):
@@ -164,7 +164,7 @@ def test_no_device_needs_the_whole_table(embeddings):
 
 def test_gradients_do_not_depend_on_the_mesh():
     config = INT8_ACTIVATIONS  # as in training: the maximum of a row crosses devices
-    params = params_of(config, "float")
+    params = params_of(config, "float32")
     tokens = factories.random_tokens(config, 4, 13)
 
     @jax.jit
@@ -260,7 +260,7 @@ def test_shardings_of_shapes_are_those_of_arrays():
 
 
 def test_dense_blocks_are_split_like_experts():
-    shapes = shard_shapes("float", sharding.make_mesh(1, 8), DENSE)
+    shapes = shard_shapes("float32", sharding.make_mesh(1, 8), DENSE)
     assert shapes[MODULE + "linear"]["w"] == (40, 160 // 8)
     assert shapes[MODULE + "linear_1"]["w"] == (160 // 8, 40)
 
@@ -304,7 +304,7 @@ def test_a_mesh_is_two_numbers(text):
 
 
 def test_a_parameter_without_a_rule():
-    params = params_of(CONFIG, "float") | {"transformer/bias": {"b": jnp.zeros(3)}}
+    params = params_of(CONFIG, "float32") | {"transformer/bias": {"b": jnp.zeros(3)}}
     with pytest.raises(ValueError, match="no rule matches parameter 'transformer/bias/b'"):
         sharding.parameter_shardings(sharding.make_mesh(1, 8), params)
 
@@ -326,7 +326,7 @@ def test_a_rule_without_a_parameter():
         sharding.parameter_shardings(sharding.make_mesh(1, 8), params)
 
 
-@pytest.mark.parametrize("weights", ["float", "int8", "ternary"])
+@pytest.mark.parametrize("weights", ["float32", "int8", "ternary"])
 def test_an_axis_that_does_not_divide(weights):
     config = dataclasses.replace(CONFIG, vocab_size=103)
     message = r"in_out_embed/embeddings: an array of shape \(103, 40\) .* 'model' axis divides 103"

@@ -303,10 +303,10 @@ def test_the_loaded_checkpoint_is_what_the_forward_pass_saw(
 
 def test_a_float_model_is_kept_in_floats(tmp_path):
     tokens = np.arange(16, dtype=np.int32)[None]
-    init, apply = jitted("float")
+    init, apply = jitted("float32")
     params = init(jax.random.key(0), tokens)
     processor = tokenizer.load(None, CONFIG.vocab_size)
-    records.export(tmp_path / "checkpoint", CONFIG, params, "float", "converted", processor, {})
+    records.export(tmp_path / "checkpoint", CONFIG, params, "float32", "converted", processor, {})
     runner = runners.ModelRunner(CONFIG)
     runner.load(tmp_path / "checkpoint")
     jax.tree.map(np.testing.assert_array_equal, runner.params, params)
@@ -324,7 +324,7 @@ def test_every_matrix_gets_a_gradient_through_the_rounding():
 def test_ternary_training_sees_ternary_weights_and_float_training_does_not():
     tokens = np.arange(16, dtype=np.int32)[None]
     init, ternary = jitted("ternary")
-    floats = jitted("float")[1]
+    floats = jitted("float32")[1]
     params = init(jax.random.key(0), tokens)
     plain = floats(params, None, tokens).logits
     seen = ternary(params, None, tokens).logits
@@ -442,8 +442,8 @@ def test_dropout_follows_the_key_and_needs_one():
 def test_dropout_leaves_out_whole_values_of_each_sum():
     """Of the embeddings and of both blocks' outputs, half are 0, the others are doubled."""
     tokens = random_tokens(4)
-    params = jitted("float")[0](jax.random.key(0), tokens)
-    dropped = jax.jit(learning.training_model(CONFIG, "float", dropout=0.5).apply)
+    params = jitted("float32")[0](jax.random.key(0), tokens)
+    dropped = jax.jit(learning.training_model(CONFIG, "float32", dropout=0.5).apply)
     zeros = {"scale": jnp.zeros(CONFIG.emb_size)}
     layer = "transformer/decoder_layer_0/"
     silent = params | {f"{layer}rms_norm_1": zeros, f"{layer}rms_norm_3": zeros}
@@ -466,9 +466,9 @@ def test_evaluation_is_without_dropout_and_noise():
 
 def test_router_noise_changes_choices_but_not_their_sums_by_much():
     tokens = random_tokens(4)
-    params = jitted("float")[0](jax.random.key(0), tokens)
-    plain = jitted("float")[1](params, None, tokens).layers[0]
-    noisy = jax.jit(learning.training_model(CONFIG, "float", router_noise=0.2).apply)
+    params = jitted("float32")[0](jax.random.key(0), tokens)
+    plain = jitted("float32")[1](params, None, tokens).layers[0]
+    noisy = jax.jit(learning.training_model(CONFIG, "float32", router_noise=0.2).apply)
     one, other = (noisy(params, jax.random.key(k), tokens).layers[0] for k in (0, 1))
     moved = np.asarray(one.router_logits - plain.router_logits)
     assert 0.01 < moved.std() < 0.2 * np.asarray(plain.router_logits).std()
@@ -524,7 +524,7 @@ def export(folder, params, weights="ternary", form="converted", config=CONFIG):
 
 @pytest.mark.parametrize(
     "weights, form, error",
-    [("ternary", "converted", 1e-4), ("ternary", "released", 0.05), ("float", "converted", 1e-4)],
+    [("ternary", "converted", 1e-4), ("ternary", "released", 0.05), ("float32", "converted", 1e-4)],
 )
 def test_beginning_from_a_checkpoint(run, tmp_path, weights, form, error):
     """The first forward pass is that of the checkpoint, of whatever form."""
