@@ -18,25 +18,15 @@ einsum = functools.partial(
 )
 
 
+@kernels.accelerated("attend")
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, multiplier: float, cap: float
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, *, multiplier: float, cap: float
 ) -> jax.Array:
     """Soft-capped attention of q [B, T, N, H] over k, v [B, K, S, H], as [B, T, N, H].
 
     A query sees the slots up to its own position, `positions` [B, T]. Query heads g G to
     g G + G - 1 share key/value head g.
     """
-    plain = functools.partial(_attend, multiplier=multiplier, cap=cap)
-    kernel = kernels.attention_kernel(q, k, cap)
-    if kernel is None:
-        return plain(q, k, v, positions)
-    kernel = functools.partial(kernel, multiplier=multiplier, cap=cap)
-    if not kernels.on_cpu():  # where it has a gradient of its own
-        kernel = kernels.differentiable(kernel, plain)
-    return kernel(q, k, v, positions)
-
-
-def _attend(q, k, v, positions, multiplier, cap):
     logits = _capped_logits(_group_heads(q, k.shape[1]), k, multiplier, cap)
     visible = _visible(jnp.arange(k.shape[2]), positions)
     weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(v.dtype)
@@ -54,8 +44,8 @@ def attend_to_cache(
     would be too little work. Without a gradient: the number of blocks is not known before.
     """
     slots, block = k.shape[2], CACHE_BLOCK
-    if slots <= block or q.shape[1] == 1 or kernels.attention_kernel(q, k, cap):
-        return attend(q, k, v, positions, multiplier, cap)
+    if slots <= block or q.shape[1] == 1 or attend.kernel(q, k, cap=cap):
+        return attend(q, k, v, positions, multiplier=multiplier, cap=cap)
     grouped = _group_heads(q, k.shape[1])
 
     def add_block(i, sums):
@@ -97,13 +87,11 @@ def _visible(slots, positions):  # [S], [B, T] -> [B, 1, 1, T, S]
     return slots <= positions[:, None, None, :, None]
 
 
+@kernels.accelerated("write_slots")
 def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     """A cache [B, K, S, H] with new rows [B, T, K, H] at slots int32 [B, T]; others are dropped."""
 
     def row(cache, new, slots):  # [K, S, H], [T, K, H], [T]
         return cache.at[:, slots].set(new.swapaxes(0, 1), mode="drop")
 
-    write = jax.vmap(row)
-    if kernels.on_cpu():
-        write = kernels.differentiable(kernels.write_slots, write)
-    return write(cache, new.astype(cache.dtype), slots)
+    return jax.vmap(row)(cache, new.astype(cache.dtype), slots)

@@ -1,6 +1,6 @@
 """The mixture of experts: tokens sorted by the experts they chose, their products, gated sums.
 
-Shape letters as in `model.py`. Kernels of `kernels.py` do the work where there are any.
+Shape letters as in `model.py`. Kernels of `kernels/` do the work where there are any.
 """
 
 import functools
@@ -85,10 +85,13 @@ def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
 @jax.custom_vjp
 def gated_sums(rows: jax.Array, gates: jax.Array, blocks: ExpertBlocks) -> jax.Array:
     """Each token's rows of [R, D], times its gates [T, A], summed: float32 [T, D]."""
-    if kernels.on_cpu():
-        return kernels.gated_sums(rows, gates, blocks.row_of_pair)
-    chosen = rows.at[blocks.row_of_pair].get(mode="clip")  # [T, A, D]
-    used = jnp.where(blocks.row_of_pair < len(rows), gates, 0)
+    return _gated_sums(rows, gates, blocks.row_of_pair)
+
+
+@kernels.accelerated("gated_sums")
+def _gated_sums(rows, gates, index):
+    chosen = rows.at[index].get(mode="clip")  # [T, A, D]
+    used = jnp.where(index < len(rows), gates, 0)
     return jnp.sum(chosen.astype(jnp.float32) * used[..., None], axis=1)
 
 

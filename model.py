@@ -319,17 +319,14 @@ MEMORY_AXES = ("batch", "heads", None, None)  # of KVMemory's arrays
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """scale * x / rms(x) of x [..., D], in float32, back in its dtype. (Zhang and Sennrich 2019)"""
+    return _norm_of_rows(x.reshape(-1, x.shape[-1]), scale, eps=eps).reshape(x.shape)
 
-    def plain(x, scale):
-        wide = x.astype(jnp.float32)
-        rms = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-        return (scale * wide * rms).astype(x.dtype)
 
-    kernel = kernels.norm_kernel()
-    if kernel is None:
-        return plain(x, scale)
-    fast = kernels.differentiable(functools.partial(kernel, eps=eps), plain)
-    return fast(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape)
+@kernels.accelerated("rms_norm")
+def _norm_of_rows(x, scale, *, eps):
+    wide = x.astype(jnp.float32)
+    rms = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (scale * wide * rms).astype(x.dtype)
 
 
 def rotary_embedding(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
@@ -339,16 +336,16 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, base: float) -> jax.Arr
     """
     half = x.shape[-1] // 2
     frequencies = jnp.asarray(np.float32(base) ** (np.arange(half, dtype=np.float32) / -half))
+    return _rotate(x, positions, frequencies)
 
-    def plain(x, positions, frequencies):
-        angles = positions[:, :, None, None] * frequencies  # [B, T, 1, H/2]
-        sin, cos = jnp.sin(angles), jnp.cos(angles)
-        sin, cos = jnp.concatenate([-sin, sin], -1), jnp.concatenate([cos, cos], -1)
-        wide = x.astype(jnp.float32)
-        return (wide * cos + jnp.roll(wide, half, axis=-1) * sin).astype(x.dtype)
 
-    rotate = kernels.differentiable(kernels.rotate, plain) if kernels.on_cpu() else plain
-    return rotate(x, positions, frequencies)
+@kernels.accelerated("rotate")
+def _rotate(x, positions, frequencies):
+    angles = positions[:, :, None, None] * frequencies  # [B, T, 1, H/2]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    sin, cos = jnp.concatenate([-sin, sin], -1), jnp.concatenate([cos, cos], -1)
+    wide = x.astype(jnp.float32)
+    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
 
 
 def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVMemory:

@@ -234,20 +234,29 @@ def quantize_rows(
     """
     levels, dtype = (127, jnp.int8) if activations == "int8" else (127 * 128, jnp.int16)
     whole = axis_name is None or lax.axis_size(axis_name) == 1
-    x, kernel = lax.stop_gradient(x), kernels.rounding_kernel()
-    if kernel is not None and whole:
-        return kernel(x, levels, dtype)
-    native = kernels.on_cpu() and x.dtype in (jnp.float32, jnp.bfloat16)
-    if native:  # XLA would make x again for each of the two loops, not always to the last bit
-        largest = kernels.row_maxima(x)
-    else:
-        x = x.astype(jnp.float32)
-        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    if not whole:
+    split = {} if whole else {"axis_name": axis_name}
+    return _rounded_rows(lax.stop_gradient(x), levels=levels, dtype=dtype, **split)
+
+
+@kernels.accelerated("quantize_rows")
+def _rounded_rows(x, *, levels, dtype, axis_name=None):
+    largest = _row_maxima(x)
+    if axis_name is not None:
         largest = lax.pmax(largest, axis_name)
     step = in_this_order(jnp.maximum(largest, 1e-30) / levels)
-    rounded = kernels.round_rows(x, step, dtype) if native else jnp.round(x / step).astype(dtype)
-    return rounded, step
+    return _divided(x, step, dtype=dtype), step
+
+
+# The kernels of these two read x from memory, once it is there. XLA makes it again in each of its
+# own two loops, on a CPU not always to the same last bit.
+@kernels.accelerated("row_maxima")
+def _row_maxima(x):
+    return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+
+
+@kernels.accelerated("round_rows")
+def _divided(x, step, *, dtype):
+    return jnp.round(x.astype(jnp.float32) / step).astype(dtype)
 
 
 def in_this_order(x: jax.Array) -> jax.Array:
@@ -387,14 +396,19 @@ def _block_products(x, w, experts, scale_last):
     if isinstance(w, jax.Array):
         # One batched product: gradients through a loop cost twice as much.
         return _matmul(x, _of_blocks(w, experts).astype(x.dtype), BATCHED)
-    packed = isinstance(w, PackedWeight)
-    if packed and x.dtype == jnp.int8:
-        kernel = kernels.ternary_kernel(x, w.packed, w.block, w.padding, w.multipliers)
-        if kernel is not None:
-            return kernel(x, w.packed, experts, w.block, w.multipliers)
-    product = _packed_product
-    if not packed:
-        product = functools.partial(_codes_product, scale_last=scale_last)
+    if isinstance(w, PackedWeight):
+        return packed_products(x, w, experts)
+    return _each_product(functools.partial(_codes_product, scale_last=scale_last), x, w, experts)
+
+
+@kernels.accelerated("ternary_sums")
+def packed_products(x: jax.Array, w: PackedWeight, experts: jax.Array) -> jax.Array:
+    """x [blocks, R, I] times the codes of each block's expert, [blocks, R, O]."""
+    return _each_product(_packed_product, x, w, experts)
+
+
+def _each_product(product, x, w, experts):
+    """`product` of each block's rows, the weights and its expert; zeros for one that is skipped."""
     if len(experts) == 1:
         return jnp.where(experts < 0, 0, product(x[0], w, experts[0])[None])
 
@@ -437,7 +451,17 @@ def _integer_products_backward(kept, dy):
     x, trits = kept
     dy = dy.astype(jnp.bfloat16)
     dx = _matmul(dy, trits, (((2,), (2,)), ((0,), (0,))))
-    return dx, _matmul(kernels.transposed(x), dy, BATCHED)
+    return dx, _matmul(_transposed(x), dy, BATCHED)
+
+
+@kernels.accelerated("transposed")
+def _transposed(x):
+    """[..., R, C] as [..., C, R], for a product that contracts R.
+
+    The kernel really moves bfloat16: XLA would fold a transposition of its own into the product,
+    which on a CPU is then one for float32, eight times as slow.
+    """
+    return x.swapaxes(-1, -2)
 
 
 _integer_products.defvjp(_integer_products_forward, _integer_products_backward)
@@ -567,18 +591,17 @@ def table_dot(x: jax.Array, table: jax.Array | QuantizedWeight) -> jax.Array:
     On a CPU the order of the sums does not depend on R or V.
     """
     if isinstance(table, QuantizedWeight):
-        return table_dot(x, table.codes) * table.scales[:, 0]
+        return _table_dot(x, table.codes) * table.scales[:, 0]
+    return _table_dot(x, table)
 
-    def plain(x, table):
-        table = table.astype(x.dtype) if table.dtype == jnp.int8 else table
-        # XLA:TPU gives a single row to the vector unit, which takes 2.6 times as long as two rows.
-        alone = len(x) == 1 and jax.default_backend() == "tpu"
-        rows = jnp.pad(x, [(0, 1), (0, 0)]) if alone else x
-        return _matmul(rows.astype(table.dtype), table, (((1,), (1,)), ((), ())))[: len(x)]
 
-    if kernels.takes_table(table):
-        return kernels.differentiable(kernels.table_dot, plain)(x.astype(jnp.float32), table)
-    return plain(x, table)
+@kernels.accelerated("table_dot")
+def _table_dot(x, table):
+    table = table.astype(x.dtype) if table.dtype == jnp.int8 else table
+    # XLA:TPU gives a single row to the vector unit, which takes 2.6 times as long as two rows.
+    alone = len(x) == 1 and jax.default_backend() == "tpu"
+    rows = jnp.pad(x, [(0, 1), (0, 0)]) if alone else x
+    return _matmul(rows.astype(table.dtype), table, (((1,), (1,)), ((), ())))[: len(x)]
 
 
 # --- Tables of choices ----------------------------------------------------------------------------

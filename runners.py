@@ -890,7 +890,7 @@ def logit_bytes(
             (batch, kv_heads, sequence_len, config.key_size),
         )
     )
-    if kernels.attention_kernel(q, k, config.attn_logit_cap):
+    if attention.attend.kernel(q, k, cap=config.attn_logit_cap):
         return 0
     seen = sequence_len if tokens == 1 else min(attention.CACHE_BLOCK, sequence_len)
     return 3 * 4 * batch * tokens * heads * seen
@@ -901,7 +901,7 @@ def plain_bytes(config: LanguageModelConfig, local: dict, count: int) -> int:
     up, (rows, blocks) = expert_weight(config, local), expert_rows(config, count)
     backend = jax.default_backend()
     total = 0
-    if backend == "cpu" and kernels.library() is None:  # the table in float32
+    if backend == "cpu" and not kernels.on_cpu():  # the table in float32
         total += 4 * math.prod(local[EMBEDDINGS]["embeddings"].shape)
     if isinstance(up, jax.ShapeDtypeStruct):  # a copy of the matrix for each block, then rounded
         rounded = 2 if config.fprop_dtype == "bfloat16" else 0
@@ -922,13 +922,16 @@ def loop_bytes(config: LanguageModelConfig, local: dict, count: int, rows: int) 
     XLA makes the sums that they fill before anything else, those of all layers. Then there are the
     tiles that they unpack, and the planes of int15 by themselves.
     """
-    native, sums = kernels.library() is not None, sum_bytes(config)
-    types = (quantize.QuantizedWeight, quantize.PackedWeight)
-    types = types[:1] if native and config.activations != "float" else types
+    sums = sum_bytes(config)
+
+    def loops(w) -> bool:
+        quantized = isinstance(w, quantize.QuantizedWeight | quantize.PackedWeight)
+        return quantized and not _has_kernel(w, config.activations)
+
     matrices = {
         module: entries["w"]
         for module, entries in local.items()
-        if module.startswith(f"{LAYER}/") and isinstance(entries.get("w"), types)
+        if module.startswith(f"{LAYER}/") and loops(entries.get("w"))
     }
     if not matrices:
         return 0
@@ -937,7 +940,7 @@ def loop_bytes(config: LanguageModelConfig, local: dict, count: int, rows: int) 
         for module, w in matrices.items()
     )
     up = expert_weight(config, local)
-    counted = 2 * sums * rows * up.shape[-1] if isinstance(up, types) else 0  # in `step_bytes`
+    counted = 2 * sums * rows * up.shape[-1] if loops(up) else 0  # in `step_bytes`
     tile = min(quantize.TILE, max(math.prod(w.shape[-2:]) for w in matrices.values()))
     planes = 0 if sums == 4 else 4 * rows * up.shape[-1]
     return config.num_layers * filled - counted + planes + 10 * tile
@@ -988,13 +991,5 @@ def _has_kernel(w, activations: str) -> bool:
         return False
     if len(w.shape) == 2:
         w = jax.tree.map(lambda x: x.update(shape=(1, *x.shape)), w)
-    return all(
-        kernels.ternary_kernel(
-            jax.ShapeDtypeStruct((1, rows, w.shape[-2]), jnp.int8),
-            w.packed,
-            w.block,
-            w.padding,
-            w.multipliers,
-        )
-        for rows in (1, PAD_SIZES[-1])
-    )
+    rows = (jax.ShapeDtypeStruct((1, n, w.shape[-2]), jnp.int8) for n in (1, PAD_SIZES[-1]))
+    return all(quantize.packed_products.kernel(x, w) for x in rows)

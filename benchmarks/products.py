@@ -26,16 +26,6 @@ def random_ternary(shape: tuple[int, ...], seed: int = 0) -> PackedWeight:
     return PackedWeight(jnp.asarray(digits[numbers]), jnp.asarray(gamma), block)
 
 
-@contextlib.contextmanager
-def plain_jax():
-    """Without the native kernels; what was compiled before must not be used inside."""
-    kept, kernels.on_cpu = kernels.on_cpu, lambda: False
-    try:
-        yield
-    finally:
-        kernels.on_cpu = kept
-
-
 # --- Products -------------------------------------------------------------------------------------
 
 
@@ -98,7 +88,7 @@ def products(report, limits) -> None:
         for rows in ROWS:
             values = random.standard_normal((rows, inputs))
             for name, multiply, weights, dtype, read in forms:
-                plain = plain_jax() if "plain" in name else contextlib.nullcontext()
+                plain = kernels.disabled() if "plain" in name else contextlib.nullcontext()
                 with plain:
                     seconds = product_seconds(multiply, jnp.asarray(values, dtype), weights)
                 limit = max(size / 4 / limits["bytes"], 2 * rows * size / limits["int8"])

@@ -1,13 +1,15 @@
 """Fast products, norms and attention, and what each takes; large pages.
 
 On a CPU they are the C++ beside this file, compiled on first use and kept, see `building.py`. On an
-NVIDIA GPU they are those of `gpu.py`. Without a compiler, or for other shapes and devices, plain
-JAX beside each call does the same, to the same integers, slower.
+NVIDIA GPU they are those of `gpu.py`. A function that has kernels is plain JAX, and `accelerated`
+by the name under which `KERNELS` lists them. Without a compiler, or for other shapes and devices,
+it runs as it is written, to the same integers, slower.
 
 The C++ checks all arrays that it is given: what does not fit is an error of JAX that starts with
 INVALID_ARGUMENT and shows the sizes.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -75,18 +77,59 @@ def _load() -> ctypes.CDLL | None:
 
 
 def on_cpu() -> bool:
-    """Whether computations run on a CPU by default, and the compiled kernels are there."""
-    return jax.default_backend() == "cpu" and library() is not None
+    """Whether computations run on a CPU by default, and use the compiled kernels."""
+    return jax.default_backend() == "cpu" and _enabled and library() is not None
 
 
-def differentiable(fast: Callable, plain: Callable) -> Callable:
-    """`fast`, with the derivative of `plain`, a slower function of the same arrays.
+# --- Where a kernel is used -----------------------------------------------------------------------
 
-    Where a derivative is taken, only `plain` is computed.
+_enabled = True
+
+
+@contextlib.contextmanager
+def disabled():
+    """Inside, all is plain JAX; what was compiled before must not be used there."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def accelerated(name: str) -> Callable:
+    """Decorates a plain function: a kernel of this name computes it, where one takes the arguments.
+
+    Arrays, or trees of them, are passed by position, and everything else by keyword. The derivative
+    is that of the plain function, which alone is computed where one is taken; or the kernel's own.
+
+    The function's `kernel` gives the kernel that such arguments have on this backend, or None. It
+    takes shapes for arrays, and needs only those arguments that the kernel's predicate asks for.
     """
-    f = jax.custom_jvp(fast)
-    f.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
-    return f
+
+    def decorate(plain: Callable) -> Callable:
+        @functools.wraps(plain)
+        def function(*arrays, **options):
+            kernel = _kernel(name, *arrays, **options)
+            if kernel is None:
+                return plain(*arrays, **options)
+            fast, slow = (functools.partial(f, **options) for f in (kernel, plain))
+            if not isinstance(kernel, jax.custom_vjp):
+                fast = jax.custom_jvp(fast)
+                fast.defjvp(lambda primals, tangents: jax.jvp(slow, primals, tangents))
+            return fast(*arrays)
+
+        function.kernel = functools.partial(_kernel, name)
+        return function
+
+    return decorate
+
+
+def _kernel(name: str, *arrays, **options) -> Callable | None:
+    backend = jax.default_backend()
+    there = on_cpu() if backend == "cpu" else _enabled
+    kernel, *takes = KERNELS[name].get(backend, [None]) if there else [None]
+    return kernel if all(f(*arrays, **options) for f in takes) else None
 
 
 def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
@@ -188,24 +231,6 @@ def fit_int8(codes: np.ndarray, scales: np.ndarray, groups: int, planes: int, bl
 # --- Products -------------------------------------------------------------------------------------
 
 
-def ternary_kernel(
-    x: jax.Array, packed: jax.Array, block: int, padding: int, multipliers: jax.Array | None
-) -> Callable | None:
-    """The kernel for exact sums of such arrays on this backend, as `ternary_sums`; None: plain JAX.
-
-    padding: of the inputs, see `quantize.PackedWeight`
-    """
-    if on_cpu():
-        return ternary_sums
-    if jax.default_backend() == "gpu" and not padding:
-        from kernels import gpu  # here, because Pallas takes a while to import
-
-        of_multipliers = None if multipliers is None else multipliers.shape
-        if gpu.takes(x.shape, packed.shape, block, of_multipliers):
-            return gpu.ternary_sums
-    return None
-
-
 def ternary_sums(
     x: jax.Array,
     packed: jax.Array,
@@ -232,41 +257,16 @@ def ternary_sums(
     return call(x, packed, experts, multipliers, **attributes)
 
 
-def takes_table(table: jax.Array) -> bool:
-    """Whether `table_dot` is for such a table."""
-    return on_cpu() and table.dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
-
-
 def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
-    """x float32 [R, D] times a table [V, D], float32, bfloat16 or int8: float32 [R, V].
+    """x [R, D], as float32, times a table [V, D], float32, bfloat16 or int8: float32 [R, V].
 
-    The order of the sums depends on D only. Needs `takes_table`.
+    The order of the sums depends on D only. Needs `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct((*x.shape[:1], *table.shape[:1]), jnp.float32)
-    return jax.ffi.ffi_call("ternary_grok_TableDot", out)(x, table)
+    return jax.ffi.ffi_call("ternary_grok_TableDot", out)(x.astype(jnp.float32), table)
 
 
-# --- Norm and rounding ----------------------------------------------------------------------------
-
-
-def norm_kernel() -> Callable | None:
-    """The kernel of a norm on this backend, with the arguments of `rms_norm`; None: plain JAX."""
-    if on_cpu():
-        return rms_norm
-    if jax.default_backend() == "gpu":
-        from kernels import gpu
-
-        return gpu.rms_norm
-    return None
-
-
-def rounding_kernel() -> Callable | None:
-    """The kernel that rounds rows to integers on this backend: `gpu.quantize_rows`."""
-    if jax.default_backend() == "gpu":
-        from kernels import gpu
-
-        return gpu.quantize_rows
-    return None
+# --- Norm -----------------------------------------------------------------------------------------
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -323,22 +323,6 @@ def round_rows(x: jax.Array, steps: jax.Array, dtype) -> jax.Array:
 # --- Attention ------------------------------------------------------------------------------------
 
 
-def attention_kernel(q: jax.Array, k: jax.Array, cap: float) -> Callable | None:
-    """The kernel for such queries and keys, with the arguments of `attend`; None: plain JAX."""
-    if k.dtype != q.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
-        return None
-    if not 0 < cap <= LARGEST_CAP:
-        return None
-    if on_cpu():
-        return attend
-    if jax.default_backend() == "gpu" and q.shape[1] == 1:
-        from kernels import gpu
-
-        if gpu.takes_attention((q.shape[0], *q.shape[2:]), k.shape):
-            return gpu.attend
-    return None
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
     """`attention.attend`, reading the cache only as far as each query sees it.
@@ -373,19 +357,68 @@ def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array
     """
     out = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
     call = jax.ffi.ffi_call("ternary_grok_WriteSlots", out, input_output_aliases={0: 0})
-    return call(cache, new, slots)
+    return call(cache, new.astype(cache.dtype), slots)
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """[..., R, C] as [..., C, R], for a product that contracts R.
-
-    On a CPU bfloat16 is really moved: XLA would fold a transposition of its own into the product,
-    which is then one for float32, eight times as slow.
-    """
-    if not on_cpu() or x.dtype != jnp.bfloat16:
-        return x.swapaxes(-1, -2)
+    """bfloat16 [..., R, C] as [..., C, R]. Needs `on_cpu()`."""
     *lead, rows, columns = x.shape
     batch = math.prod(lead)
     out = jax.ShapeDtypeStruct((batch, columns, rows), x.dtype)
     turned = jax.ffi.ffi_call("ternary_grok_Transpose", out)(x.reshape(batch, rows, columns))
     return turned.reshape(*lead, columns, rows)
+
+
+# --- Which kernels there are ----------------------------------------------------------------------
+
+
+def _gpu(name: str) -> Callable:
+    """A function of `gpu.py`, which is imported when it is called: Pallas takes a while."""
+
+    def call(*arrays, **options):
+        from kernels import gpu
+
+        return getattr(gpu, name)(*arrays, **options)
+
+    return call
+
+
+FLOATS = (jnp.float32, jnp.bfloat16)
+
+
+def _takes_cap(q, k, *_, cap: float, **__) -> bool:
+    return k.dtype == q.dtype and q.dtype in FLOATS and 0 < cap <= LARGEST_CAP
+
+
+def _takes_floats(x, *_, **__) -> bool:
+    return x.dtype in FLOATS
+
+
+def _takes_table(x, table) -> bool:
+    return table.dtype in (*FLOATS, jnp.int8)
+
+
+def _of_weight(sums: Callable) -> Callable:
+    """`ternary_sums` as a function of x, a `quantize.PackedWeight` and experts."""
+    return lambda x, w, experts: sums(x, w.packed, experts, w.block, w.multipliers)
+
+
+KERNELS = {  # of each name on each backend: the kernel, and what says which arguments it takes
+    "attend": {
+        "cpu": (attend, _takes_cap),
+        "gpu": (_gpu("attend"), _takes_cap, _gpu("takes_attend")),
+    },
+    "gated_sums": {"cpu": (gated_sums,)},
+    "quantize_rows": {"gpu": (_gpu("quantize_rows"), lambda x, axis_name=None, **_: not axis_name)},
+    "rms_norm": {"cpu": (rms_norm,), "gpu": (_gpu("rms_norm"),)},
+    "rotate": {"cpu": (rotate,)},
+    "round_rows": {"cpu": (round_rows, _takes_floats)},
+    "row_maxima": {"cpu": (row_maxima, _takes_floats)},
+    "table_dot": {"cpu": (table_dot, _takes_table)},
+    "ternary_sums": {
+        "cpu": (_of_weight(ternary_sums), lambda x, *_: x.dtype == jnp.int8),
+        "gpu": (_of_weight(_gpu("ternary_sums")), _gpu("takes_weight")),
+    },
+    "transposed": {"cpu": (transposed, lambda x: x.dtype == jnp.bfloat16)},
+    "write_slots": {"cpu": (write_slots,)},
+}

@@ -81,6 +81,13 @@ def takes(
     )
 
 
+def takes_weight(x, w, *_) -> bool:
+    """Whether `ternary_sums` has a kernel for x and a `quantize.PackedWeight` [E, I, O]."""
+    multipliers_shape = None if w.multipliers is None else w.multipliers.shape
+    fits = takes(x.shape, w.packed.shape, w.block, multipliers_shape)
+    return fits and x.dtype == jnp.int8 and not w.padding
+
+
 def tile_for(rows: int, multipliers: bool = False) -> Tile:
     """The tile for blocks of R rows, of weights with multipliers or without."""
     if rows > FEW_ROWS.rows:
@@ -358,6 +365,11 @@ def decode_attention(
     weights = jnp.sum(weights, axis=2)
     y = jnp.sum(sums, axis=2) / jnp.where(weights > 0, weights, 1)
     return y.reshape(q.shape).astype(q.dtype)
+
+
+def takes_attend(q, k, *_, **__) -> bool:
+    """Whether `attend` has a kernel for q [B, T, N, H] and a cache [B, K, S, H]."""
+    return q.shape[1] == 1 and takes_attention((q.shape[0], *q.shape[2:]), k.shape)
 
 
 def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:

@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, so that meshes can be tried on any machine; and what is
 compiled is kept for the next run, which takes half the time."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,15 @@ os.environ["XLA_FLAGS"] = (
 )
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import kernels  # noqa: E402  the environment and the path come first
+import pytest  # noqa: E402  the environment and the path come first
+
+import kernels  # noqa: E402
 
 kernels.keep_compilations()
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def kernels_or_plain(request):
+    """A test that uses this runs twice: with kernels, where there are any, and without."""
+    with kernels.disabled() if request.param == "plain" else contextlib.nullcontext():
+        yield

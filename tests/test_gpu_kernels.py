@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-import kernels
+import attention
 import model
 import quantize
 import runners
@@ -268,9 +268,11 @@ def test_attention_has_a_kernel_up_to_the_largest_cap(monkeypatch):
     """exp(-2 cap) must be a float32: with 50 it would be none."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     q, k = jnp.zeros((2, 1, 4, 16)), jnp.zeros((2, 2, 64, 16))
-    assert kernels.attention_kernel(q, k, 40.0) is gpu.attend
+    assert attention.attend.kernel(q, k, cap=40.0)
+    assert not attention.attend.kernel(jnp.zeros((2, 2, 4, 16)), k, cap=40.0), "two queries"
+    assert not attention.attend.kernel(q.astype(jnp.bfloat16), k, cap=40.0), "two dtypes"
     for cap in (0.0, -1.0, 40.1, 50.0, float("nan")):
-        assert kernels.attention_kernel(q, k, cap) is None
+        assert not attention.attend.kernel(q, k, cap=cap)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,8 @@ def test_rounding(dtype, activations, monkeypatch):
     x = random_norm(dtype)[0].at[2].set(0)
     plain = quantize.quantize_rows(x, None, activations)
     interpreted = functools.partial(gpu.quantize_rows, interpret=True)
-    monkeypatch.setattr(kernels, "rounding_kernel", lambda: interpreted)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(gpu, "quantize_rows", interpreted)
     integers, step = quantize.quantize_rows(x, None, activations)
     assert integers.dtype == plain[0].dtype
     np.testing.assert_array_equal(integers, plain[0])

@@ -184,7 +184,7 @@ def test_activations_that_do_not_fit_are_an_error():
 @native
 @pytest.mark.parametrize("activations", ["int8", "int15"])
 @pytest.mark.parametrize("planes", [0, 1, 2])
-def test_products_are_those_of_plain_jax(planes, activations, monkeypatch):
+def test_products_are_those_of_plain_jax(planes, activations):
     """To the last bit: the integers are the same, and what follows them is."""
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((12, 320)), jnp.float32)
@@ -199,8 +199,8 @@ def test_products_are_those_of_plain_jax(planes, activations, monkeypatch):
         return np.asarray(call(x)), "ffi_call" in text
 
     found, is_native = product()
-    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
-    plain, is_plain_native = product()
+    with kernels.disabled():
+        plain, is_plain_native = product()
     assert is_native and not is_plain_native
     np.testing.assert_array_equal(found, plain)
     assert (found[6:9] == 0).all() and (found[:6] != 0).all()
@@ -209,42 +209,50 @@ def test_products_are_those_of_plain_jax(planes, activations, monkeypatch):
 # --- Which kernel ---------------------------------------------------------------------------------
 
 
-def gpu_problem():
+def gpu_problem(*multipliers):
+    """x, a weight with multipliers of so many groups and planes, or none, and experts."""
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((4, 2048)), jnp.float32)
-    trits = random.integers(-1, 2, (3, 2048, 128)).astype(np.int8)
-    w = quantize.pack(trits, random.random((3, 1, 1), np.float32))
+    trits = random.integers(-1, 2, (3, *multipliers[1:], 2048, 128)).astype(np.int8)
+    if multipliers:
+        multipliers = [random.integers(0, 64, (3, 128, *multipliers), np.int8)]
+    w = quantize.pack(trits, random.random((3, 1, 1), np.float32), *multipliers)
     return x, jax.tree.map(jnp.asarray, w), jnp.array([2, -1])
 
 
+@pytest.mark.parametrize("multipliers", [(), (8, 1), (32, 2)])
 @pytest.mark.parametrize("activations", ["int8", "int15"])
-def test_gpu_kernels_give_the_products_of_plain_jax(activations, monkeypatch):
+def test_gpu_kernels_give_the_products_of_plain_jax(activations, multipliers, monkeypatch):
     """Interpreted: to the last bit, through the same `grouped_dot`."""
-    x, w, experts = gpu_problem()
+    x, w, experts = gpu_problem(*multipliers)
     call = functools.partial(quantize.grouped_dot, activations=activations)
-    monkeypatch.setattr(kernels, "ternary_kernel", lambda *_: None)
-    plain = jax.jit(lambda x: call(x, w, experts))(x)
-    interpreted = functools.partial(gpu.ternary_sums, interpret=True)
-    monkeypatch.setattr(kernels, "ternary_kernel", lambda *_: interpreted)
+    with kernels.disabled():
+        plain = jax.jit(lambda x: call(x, w, experts))(x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setitem(kernels.KERNELS, "quantize_rows", {})  # that divides less exactly
+    monkeypatch.setattr(gpu, "ternary_sums", functools.partial(gpu.ternary_sums, interpret=True))
     text = str(jax.make_jaxpr(lambda x: call(x, w, experts))(x))
     assert "pallas_call" in text
     np.testing.assert_array_equal(jax.jit(lambda x: call(x, w, experts))(x), plain)
 
 
 def test_the_kernel_is_that_of_the_device(monkeypatch):
-    x, w, _ = gpu_problem()
-    rows = jax.ShapeDtypeStruct((2, 2, x.shape[1]), jnp.int8)
-    if kernels.on_cpu():
-        assert kernels.ternary_kernel(rows, w.packed, w.block, 0, None) is kernels.ternary_sums
+    """Asked for abstract rows."""
+    rows, w = jax.ShapeDtypeStruct((2, 2, 2048), jnp.int8), gpu_problem()[1]
+    kernel, change = quantize.packed_products.kernel, functools.partial(dataclasses.replace, w)
+    assert (kernel(rows, w) is None) != kernels.on_cpu()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert kernels.ternary_kernel(rows, w.packed, w.block, 0, None) is gpu.ternary_sums
-    assert kernels.ternary_kernel(rows, w.packed, w.block, 3, None) is None
-    assert kernels.ternary_kernel(rows, w.packed, 32, 0, None) is None
-    for groups, kernel in ((1, gpu.ternary_sums), (8, gpu.ternary_sums), (4, None)):
+    assert kernel(rows, w)
+    assert not kernel(rows.update(dtype=jnp.float32), w)
+    assert not kernel(rows, change(padding=3)) and not kernel(rows, change(block=32))
+    for groups, taken in ((1, True), (8, True), (4, False)):
         multipliers = jax.ShapeDtypeStruct((3, 128, groups, 1), jnp.int8)
-        assert kernels.ternary_kernel(rows, w.packed, w.block, 0, multipliers) is kernel
+        assert bool(kernel(rows, change(multipliers=multipliers))) == taken
+    with kernels.disabled():
+        assert kernel(rows, w) is None
+    assert kernel(rows, w)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert kernels.ternary_kernel(rows, w.packed, w.block, 0, None) is None
+    assert kernel(rows, w) is None
 
 
 # --- The output head ------------------------------------------------------------------------------
@@ -275,12 +283,15 @@ def test_logits_of_a_row_do_not_depend_on_other_rows_or_on_the_shard(dtype):
     np.testing.assert_array_equal(call(x, table[32:64]), whole[:, 32:64])
 
 
+@native
 def test_other_dtypes_are_not_for_the_kernel():
-    assert not kernels.takes_table(jnp.zeros((3, 4), jnp.float16))
+    x, table = jnp.zeros((1, 4)), jnp.zeros((3, 4))
+    assert "TableDot" in str(jax.make_jaxpr(quantize.table_dot)(x, table))
+    assert "TableDot" not in str(jax.make_jaxpr(quantize.table_dot)(x, table.astype(jnp.float16)))
 
 
 @native
-def test_the_derivative_is_that_of_plain_jax(monkeypatch):
+def test_the_derivative_is_that_of_plain_jax():
     random = np.random.default_rng(0)
     x, table = (
         jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((3, 5), (7, 5))
@@ -291,8 +302,9 @@ def test_the_derivative_is_that_of_plain_jax(monkeypatch):
         return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, table)
 
     found = gradients()
-    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
-    for one, other in zip(found, gradients(), strict=True):
+    with kernels.disabled():
+        expected = gradients()
+    for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)  # float32 sums of 7
 
 
@@ -320,36 +332,37 @@ SHAPES = [
 @native
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention(shape, dtype, error, monkeypatch):
+def test_attention(shape, dtype, error):
     """float32 sums; bfloat16 is that of the result, up to 3 here. The cap is felt."""
     q, k, v, positions = attention_problem(*shape, dtype)
     multiplier, cap = 2 * shape[-1] ** -0.5, 5.0
     found = jax.jit(kernels.attend, static_argnums=(4, 5))(q, k, v, positions, multiplier, cap)
     assert found.dtype == q.dtype
-    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     wide = (x.astype(jnp.float32) for x in (q, k, v))
-    expected = attention.attend(*wide, positions, multiplier, cap)
+    with kernels.disabled():
+        expected = attention.attend(*wide, positions, multiplier=multiplier, cap=cap)
     assert np.abs(np.asarray(found, np.float32) - expected).max() < error
 
 
 @native
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("shape", SHAPES[1:])
-def test_the_gradient_of_attention(shape, dtype, error, monkeypatch):
+def test_the_gradient_of_attention(shape, dtype, error):
     """Relative to its norm; bfloat16 rounds the output and each gradient, not what is between."""
     q, k, v, positions = attention_problem(*shape, dtype)
     dy = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), dtype)
 
     def gradients(q, k, v, dy):
         def f(q, k, v):
-            return attention.attend(q, k, v, positions, 2 * shape[-1] ** -0.5, 5.0)
+            scale = 2 * shape[-1] ** -0.5
+            return attention.attend(q, k, v, positions, multiplier=scale, cap=5.0)
 
         return jax.jit(lambda *args: jax.vjp(f, *args)[1](dy))(q, k, v)
 
     assert "AttendGradient" in str(jax.make_jaxpr(gradients)(q, k, v, dy))
     found = gradients(q, k, v, dy)
-    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
-    expected = gradients(*(x.astype(jnp.float32) for x in (q, k, v, dy)))
+    with kernels.disabled():
+        expected = gradients(*(x.astype(jnp.float32) for x in (q, k, v, dy)))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == q.dtype
         assert np.linalg.norm(one.astype(jnp.float32) - other) < error * np.linalg.norm(other)
@@ -418,15 +431,15 @@ def test_rms_norm(dtype):
 
 @native
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_writing_slots_of_a_cache(dtype, monkeypatch):
+def test_writing_slots_of_a_cache(dtype):
     random = np.random.default_rng(0)
     cache = jnp.asarray(random.standard_normal((2, 3, 7, 4)), dtype)
     new = jnp.asarray(random.standard_normal((2, 5, 3, 4)), dtype)
     slots = jnp.array([[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]], jnp.int32)  # the last two are dropped
     found = jax.jit(kernels.write_slots)(cache, new, slots)
-    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
-    memory = model.KVMemory(cache, cache)
-    np.testing.assert_array_equal(found, model.write_memory(memory, new, new, slots).k)
+    with kernels.disabled():
+        plain = model.write_memory(model.KVMemory(cache, cache), new, new, slots).k
+    np.testing.assert_array_equal(found, plain)
     np.testing.assert_array_equal(found[1, :, 4], new[1, 0])
 
 
@@ -499,7 +512,7 @@ def test_large_pages_change_no_value():
 @native
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("activations, levels", [("int8", 127), ("int15", 127 * 128)])
-def test_rows_are_rounded_as_in_plain_jax(dtype, activations, levels, monkeypatch):
+def test_rows_are_rounded_as_in_plain_jax(dtype, activations, levels):
     random = np.random.default_rng(0)
     x = random.standard_normal((9, 70)) * np.exp(8 * random.standard_normal((9, 1)))
     x[1], x[2, 3], x[3, 5], x[4] = 0, np.nan, np.inf, np.arange(70) - 35.5  # halves, too
@@ -507,8 +520,8 @@ def test_rows_are_rounded_as_in_plain_jax(dtype, activations, levels, monkeypatc
     found, step = jax.jit(lambda x: quantize.quantize_rows(x, None, activations))(x)
     largest = np.abs(np.asarray(x, np.float32)).max(axis=1, keepdims=True)
     np.testing.assert_array_equal(kernels.row_maxima(x), largest)
-    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
-    expected, plain_step = quantize.quantize_rows(x, None, activations)
+    with kernels.disabled():
+        expected, plain_step = quantize.quantize_rows(x, None, activations)
     np.testing.assert_allclose(step, plain_step, rtol=1e-7)  # divided, or times the reciprocal
     rows = np.array([0, 1, 4, 5, 6, 7, 8])
     exact = np.rint(np.asarray(x, np.float32)[rows] / np.asarray(step)[rows])

@@ -225,17 +225,17 @@ def test_rotary_embedding_far_out():
 
 @pytest.mark.parametrize("slots", [5, 8, 16, 19, 23])
 @pytest.mark.parametrize("dtype, error", [("float32", 2e-6), ("bfloat16", 2e-2)])
+@kernels.disabled()
 def test_attention_in_blocks_of_the_cache(slots, dtype, error, monkeypatch):
     """Every number of blocks, the last one cut short or not; what is behind is not even read."""
     monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
-    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     random = np.random.default_rng(0)
     q = jnp.asarray(3 * random.standard_normal((3, 2, 6, 4)), dtype)
     k, v = (jnp.asarray(random.standard_normal((3, 2, slots, 4)), dtype) for _ in range(2))
     blocks = jax.jit(attention.attend_to_cache, static_argnums=(4, 5))
     for last in range(1, slots + 2):  # one more than there are: padding may lie behind the cache
         positions = jnp.array([[last - 1, last], [0, 0], [last // 2, last // 2 + 1]])
-        expected = attention.attend(q, k, v, positions, 0.7, 5.0)
+        expected = attention.attend(q, k, v, positions, multiplier=0.7, cap=5.0)
         behind = (min(last, slots - 1) // 8 + 1) * 8 if slots > 8 else slots
         hidden = [x.at[:, :, min(behind, slots - 8) + 8 :].set(jnp.nan) for x in (k, v)]
         found = blocks(q, *(hidden if slots > 8 else (k, v)), positions, 0.7, 5.0)
@@ -380,16 +380,12 @@ def test_memory_has_the_compute_dtype():
 # --- Gradients ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.usefixtures("kernels_or_plain")
 @pytest.mark.parametrize("activations", ["int8", "int15"])
 @pytest.mark.parametrize("weights", ["ternary", "int8", "ternary-experts"])
-def test_the_gradient_of_a_loaded_model_is_that_of_its_matrices(
-    weights, activations, native, monkeypatch
-):
+def test_the_gradient_of_a_loaded_model_is_that_of_its_matrices(weights, activations):
     """To scales, norms, routers and the table, here of int8 rows: as if the packed weights were the
     floats that they stand for, with the same rounded activations."""
-    if not native:
-        monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     config = dataclasses.replace(CONFIG, num_layers=1, activations=activations, embeddings="int8")
     tokens = factories.random_tokens(config, 2, 8)
     leaves, tree = jax.tree.flatten(

@@ -311,16 +311,12 @@ def test_gradients_go_straight_through():
             assert np.linalg.norm(found - wanted) < error * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.usefixtures("kernels_or_plain")
 @pytest.mark.parametrize("activations", quantize.ACTIVATIONS)
 @pytest.mark.parametrize("form", FORMATS)
-def test_gradients_through_any_format_are_those_of_its_matrices(
-    form, activations, native, monkeypatch
-):
+def test_gradients_through_any_format_are_those_of_its_matrices(form, activations):
     """To x and to the scales, forwards and backwards, from blocks of three experts and a skipped
     one: those of the product of the rounded rows with the dequantized matrices."""
-    if not native:
-        monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     w = weight_in(form, random_floats(3, 77, 13))
     x, weight = random_floats(10, 77, seed=1), random_floats(10, 13, seed=2)
     experts = jnp.array([2, 0, -1, 0, 1])
@@ -415,8 +411,8 @@ def test_the_largest_sums_of_int15_fit(multipliers):
 
 
 @pytest.mark.parametrize("form, count", [("int8", 1), ("ternary", 4)])  # one for each bit position
-def test_int8_activations_multiply_as_integers(form, count, monkeypatch):
-    monkeypatch.setattr(quantize.kernels, "on_cpu", lambda: False)
+@kernels.disabled()
+def test_int8_activations_multiply_as_integers(form, count):
     w = weight_in(form, random_floats(77, 13))
     f = functools.partial(quantize.dot, activations="int8")
     jaxpr = jax.make_jaxpr(f)(jnp.ones((3, 77)), w)
