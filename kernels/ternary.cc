@@ -116,7 +116,7 @@ constexpr int64_t kStep = 32;           // bytes of a vector
 constexpr int64_t kSteps = 16;          // of a chunk: 64 pairs of at most 2 * 2 * 127 fit 16 bits
 constexpr int64_t kPart = 32 * kSteps;  // packed bytes of a plane in a chunk
 constexpr int64_t kTile = 8;            // outputs whose codes of a chunk are unpacked, to L1
-constexpr int64_t kTileRows = 12;       // from here on codes are unpacked first
+constexpr int64_t kTileRows = 16;       // from here on codes are unpacked first
 constexpr int64_t kFewActivations = 1 << 17;
 
 INLINE int64_t StepsOf(int64_t bytes, int64_t begin) {
@@ -302,49 +302,56 @@ struct Codes {  // of kTile outputs and a chunk
 // without multipliers, -1 for codes with a sign.
 template <int M, int C, int kBlock>
 AVX2 INLINE void Multiply(const Problem& p, const Codes& codes, const Activations* const* x, int n,
-                          int64_t steps, __m256i (*sums)[4]) {
+                          int64_t steps, __m256i (&out)[M][4]) {
   constexpr int V = C > 0 && kBlock == 64 ? 2 : 1;  // vectors with the same multipliers
   const __m256i one = _mm256_set1_epi16(1);
-  for (int m = 0; m < M; ++m)
-    for (int i = 0; i < 4; ++i) sums[m][i] = _mm256_setzero_si256();
+  __m256i sums[M][4];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm256_setzero_si256();
   // Not unrolled: gcc would add up the products of several steps first, for want of registers.
 #pragma GCC unroll 1
-  for (int64_t t = 0; t < (C > 0 ? 0 : 4 * steps); ++t)
+  for (int64_t t = 0; t < (C > 0 ? 0 : 4 * steps); ++t) {
+    __m256i slabs[M];
+    for (int m = 0; m < M; ++m) slabs[m] = Load(x[m]->slabs[t]);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const __m256i code = Load(codes.codes[n + i][t]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const __m256i slab = Load(x[m]->slabs[t]);
         if (C == 0) {
-          sums[m][i] = _mm256_add_epi16(sums[m][i], _mm256_maddubs_epi16(code, slab));
+          sums[m][i] = _mm256_add_epi16(sums[m][i], _mm256_maddubs_epi16(code, slabs[m]));
         } else {  // |x| <= 128 times twice 127 fits 16 bits
           const __m256i two =
-              _mm256_maddubs_epi16(_mm256_abs_epi8(slab), _mm256_sign_epi8(code, slab));
+              _mm256_maddubs_epi16(_mm256_abs_epi8(slabs[m]), _mm256_sign_epi8(code, slabs[m]));
           sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(two, one));
         }
       }
     }
-  for (int64_t s = 0; s < (C > 0 ? steps : 0); s += V) {
+  }
 #pragma GCC unroll 1
-    for (int c = 0; c < C; ++c)
+  for (int64_t t = 0; t < (C > 0 ? steps / V * std::max(C, 1) : 0);
+       ++t) {  // a group, or what of it is in a step
+    const int64_t s = t / std::max(C, 1) * V, c = t % std::max(C, 1),
+                  first = 4 * s + c * (4 / std::max(C, 1));
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int32_t* at = codes.multipliers[n + i] + s * kStep / std::max(1, kBlock) * C + c;
-        const __m256i by = Broadcast<kBlock>(at, at + C);
-#pragma GCC unroll 2
+    for (int i = 0; i < 4; ++i) {
+      __m256i few[M];
+#pragma GCC unroll 8
+      for (int u = 0; u < V * 4 / C; ++u) {
+        const int64_t at = first + u / (4 / C) * 4 + u % (4 / C);
+        const __m256i code = Load(codes.codes[n + i][at]);
+#pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          __m256i few = _mm256_setzero_si256();
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v)
-#pragma GCC unroll 4
-            for (int r = c * 4 / C; r < (c + 1) * 4 / C; ++r)
-              few = _mm256_add_epi16(few,
-                                     _mm256_maddubs_epi16(Load(codes.codes[n + i][4 * (s + v) + r]),
-                                                          Load(x[m]->slabs[4 * (s + v) + r])));
-          sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(few, by));
+          const __m256i product = _mm256_maddubs_epi16(code, Load(x[m]->slabs[at]));
+          few[m] = u ? _mm256_add_epi16(few[m], product) : product;
         }
       }
+      const int32_t* at = codes.multipliers[n + i] + s * kStep / std::max(kBlock, 1) * C + c;
+      const __m256i by = Broadcast<kBlock>(at, at + C);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m)
+        sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(few[m], by));
+    }
   }
   const int64_t part = C > 0 ? GroupsOfChunk(p) : 0;
   for (int m = 0; m < M; ++m)
@@ -354,6 +361,7 @@ AVX2 INLINE void Multiply(const Problem& p, const Codes& codes, const Activation
         const __m256i by = Load(codes.multipliers[n + i] + g);
         sums[m][i] = _mm256_sub_epi32(sums[m][i], _mm256_madd_epi16(by, Load(x[m]->sums + g)));
       }
+      out[m][i] = sums[m][i];
     }
 }
 
