@@ -395,14 +395,14 @@ def test_norm_and_rounding_lower_for_cuda():
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_the_decode_step_lowers_for_cuda(rows, monkeypatch):
+@pytest.mark.parametrize("rows, weights", [(1, "ternary"), (4, "ternary-fit"), (2, "ternary2-64")])
+def test_the_decode_step_lowers_for_cuda(rows, weights, monkeypatch):
     """Kernels of a layer: seven products and what rounds their rows, four norms, attention."""
     config = model.LanguageModelConfig(
         vocab_size=512, emb_size=2048, num_layers=2, num_q_heads=32, num_kv_heads=4, key_size=64,
         sequence_len=256, widening_factor=3, activations="int8",
     )  # fmt: skip
-    params = runners.abstract_weights(config, model.PRECISIONS["ternary"])
+    params = runners.abstract_weights(config, model.PRECISIONS[weights])
     slots = jax.eval_shape(lambda: runners.empty_slots(config, rows, config.sequence_len))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     step = functools.partial(runners.decode_step, model.make_model(config), eos=2)

@@ -255,6 +255,40 @@ def test_the_kernel_is_that_of_the_device(monkeypatch):
     assert kernel(rows, w) is None
 
 
+@kernels.accelerated("twice")
+def twice(x, *, factor):
+    return 2 * factor * x
+
+
+def test_a_kernel_where_one_takes_the_arguments_with_the_derivative_of_the_plain_function(
+    monkeypatch,
+):
+    kernel = lambda x, factor: jnp.round(2 * factor * x)  # noqa: E731
+    takes = (lambda x, **_: x.ndim == 1), (lambda x, factor=1: factor > 0)
+    monkeypatch.setitem(kernels.KERNELS, "twice", {"gpu": (kernel, *takes)})
+    x = jnp.array([0.4, 1.3])
+    np.testing.assert_array_equal(twice(x, factor=1), 2 * x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(twice(x, factor=1), [1, 3])
+    gradient = jax.grad(lambda x: jnp.sum(twice(x, factor=3)))
+    np.testing.assert_array_equal(gradient(x), [6, 6])
+    np.testing.assert_array_equal(twice(x[None], factor=1), [2 * x])
+    np.testing.assert_array_equal(twice(x, factor=-1), -2 * x)
+    assert twice.kernel(jax.ShapeDtypeStruct((2,), x.dtype)) is kernel
+    with pytest.raises(ZeroDivisionError), kernels.disabled(), kernels.disabled():
+        np.testing.assert_array_equal(twice(x, factor=1), 2 * x)
+        1 / 0  # noqa: B018
+    np.testing.assert_array_equal(twice(x, factor=1), [1, 3])
+
+
+def test_a_kernel_may_have_a_derivative_of_its_own(monkeypatch):
+    kernel = jax.custom_vjp(lambda x, factor: 2 * factor * x, nondiff_argnums=(1,))
+    kernel.defvjp(lambda x, factor: (2 * factor * x, None), lambda factor, _, dy: (5 * dy,))
+    monkeypatch.setitem(kernels.KERNELS, "twice", {"gpu": (kernel,)})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert jax.grad(lambda x: twice(x, factor=1.0))(3.0) == 5
+
+
 # --- The output head ------------------------------------------------------------------------------
 
 
