@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 import checkpoint
 import conversion
 import formats
+import model
 import quantize
 import sharding
 import tensor_file
@@ -128,7 +129,7 @@ def test_golden_int8_and_floats(case):
     assert len(jax.tree.leaves(golden_template(case))) == i + 1
 
 
-@pytest.mark.parametrize("rules", [TERNARY, INT8])
+@pytest.mark.parametrize("rules", [TERNARY, INT8, model.PRECISIONS["ternary2-experts-64"]])
 @pytest.mark.parametrize("mesh", [(1, 8), (4, 2), (2, 4)])
 def test_every_mesh_restores_the_same_bits(rules, mesh):
     args = GOLDEN / "released_layout", golden_template("released_layout"), rules

@@ -83,12 +83,15 @@ def test_restoring_either_gives_the_same_bits(tmp_path, case, weights, packing):
     assert_same(checkpoint.restore(folder, template, rules), before)
 
 
-@pytest.mark.parametrize("packing", shards.PACKINGS)
+@pytest.mark.parametrize(
+    "weights, packing", [("ternary", "base3"), ("ternary", "2bit"), ("ternary2-64", "base3")]
+)
 @pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (8, 1)])
-def test_every_mesh_restores_the_same_bits(tmp_path, mesh, packing):
-    folder = converted(GOLDEN / "released_layout", tmp_path / "out", "--packing", packing)
+def test_every_mesh_restores_the_same_bits(tmp_path, mesh, weights, packing):
+    options = "--weights", weights, "--packing", packing
+    folder = converted(GOLDEN / "released_layout", tmp_path / "out", *options)
     template = model.abstract_params(golden_config("released_layout"))
-    args = template, model.PRECISIONS["ternary"]
+    args = template, model.PRECISIONS[weights]
     shardings = functools.partial(sharding.parameter_shardings, sharding.make_mesh(*mesh))
     found = checkpoint.restore(folder, *args, shardings)
     assert_same(found, checkpoint.restore(GOLDEN / "released_layout", *args))
