@@ -65,17 +65,24 @@ def template(params):
     )
 
 
+def rules_of(params):
+    """Those of RULES that match one of the parameters first."""
+    first = (
+        next(rule for rule in RULES if re.search(rule[0], f"/{n}"))
+        for p in params.values()
+        for n in p
+    )
+    return sorted(set(first), key=RULES.index)
+
+
 def save(folder, params, packing="base3", **options):
-    paths = [f"/{name}" for leaves in params.values() for name in leaves]
-    rules = [rule for rule in RULES if rule[0] and any(re.search(rule[0], p) for p in paths)]
-    rules += [("", "float32")] if "/f" in paths else []
-    config = checkpoint.quantization("mixed", rules, packing)
+    config = checkpoint.quantization("mixed", rules_of(params), packing)
     checkpoint.save_converted(folder, params, config, **options)
     return folder
 
 
 def restore(folder, params):
-    return checkpoint.restore(folder, template(params), RULES)
+    return checkpoint.restore(folder, template(params), rules_of(params))
 
 
 def assert_same(a, b):
