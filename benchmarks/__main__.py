@@ -25,6 +25,7 @@ COLUMNS = {  # key of a row: head and format
     "ms": ("ms", "10.2f"),
     "GB_per_s": ("GB/s", "7.1f"),
     "of_limit": ("of limit", "9.2f"),
+    "of_ternary": ("x ternary", "10.2f"),
     "tokens_per_s": ("tokens/s", "9.1f"),
     "resident_MB": ("MB", "7.0f"),
     "peak_MB": ("peak MB", "8.0f"),

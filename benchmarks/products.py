@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import formats
 import kernels
 import quantize
 from benchmarks import timer
@@ -13,17 +14,24 @@ from quantize import PackedWeight
 
 SHAPES = ((6144, 32768), (32768, 6144), (1536, 8192))
 ROWS = (1, 8, 128, 512)
+PACKED = ("ternary", "ternary-fit-128", "ternary2-128")  # formats, in turns
 
 
-def random_ternary(shape: tuple[int, ...], seed: int = 0) -> PackedWeight:
-    """A packed weight of logical shape [..., I, O], every code as likely."""
-    *lead, inputs, outputs = shape
+def random_ternary(shape: tuple[int, ...], seed: int = 0, name: str = "ternary") -> PackedWeight:
+    """A packed weight of logical shape [..., I, O] and a format, every trit as likely.
+
+    Multipliers are up to 63, so that two are 126 at most. I is a multiple of 4
+    """
+    abstract = formats.shapes(name, shape)
     random = np.random.default_rng(seed)
-    numbers = random.integers(0, 81, (*lead, outputs, inputs // 4), np.uint8)
+    numbers = random.integers(0, 81, abstract.packed.shape, np.uint8)
     digits = np.array([sum(n // 3**k % 3 << 2 * k for k in range(4)) for n in range(81)], np.uint8)
-    gamma = np.full((*lead, 1, 1), inputs**-0.5, np.float32)
-    block = quantize.packing_block(inputs)
-    return PackedWeight(jnp.asarray(digits[numbers]), jnp.asarray(gamma), block)
+    scales = np.full(abstract.scales.shape, shape[-2] ** -0.5, np.float32)
+    multipliers = abstract.multipliers
+    if multipliers is not None:
+        multipliers = jnp.asarray(random.integers(0, 64, multipliers.shape, np.int8))
+    packed, scales = jnp.asarray(digits[numbers]), jnp.asarray(scales)
+    return PackedWeight(packed, scales, abstract.block, multipliers=multipliers)
 
 
 # --- Products -------------------------------------------------------------------------------------
@@ -31,6 +39,12 @@ def random_ternary(shape: tuple[int, ...], seed: int = 0) -> PackedWeight:
 
 def product_seconds(multiply, x, weights) -> float:
     """Seconds of one product, in a compiled loop over several weights that no cache holds."""
+    loop, count = product_loop(multiply, x, weights)
+    return timer.median(loop, 5) / count
+
+
+def product_loop(multiply, x, weights):
+    """That loop, to be called without arguments, and how many products it computes."""
     stacked = jax.tree.leaves(weights)[0].shape[0]
     count = stacked if x.shape[0] < 64 else min(stacked, 4)
     kernels.use_large_pages(weights)
@@ -43,7 +57,7 @@ def product_seconds(multiply, x, weights) -> float:
 
         return jax.lax.scan(body, jnp.float32(0), jnp.arange(count))[0]
 
-    return timer.median(lambda: loop(x, weights), 5) / count
+    return lambda: loop(x, weights), count
 
 
 def ternary_product(activations):
@@ -98,3 +112,30 @@ def products(report, limits) -> None:
                     GB_per_s=read / seconds / 1e9,
                     of_limit=limit / seconds,
                 )
+        for rows in (1, 128):
+            packed_formats(report, limits, inputs, outputs, rows)
+
+
+def packed_formats(report, limits, inputs: int, outputs: int, rows: int) -> None:
+    """Weights of each packed format times int8 rows, taking turns."""
+    size = inputs * outputs
+    shape = (max(2, (1 << 29) // size), inputs, outputs)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, inputs)), jnp.float32)
+    weights = {name: random_ternary(shape, name=name) for name in PACKED}
+
+    def measure(name):
+        loop, count = product_loop(ternary_product("int8"), x, weights[name])
+        return lambda: timer.median(loop, 1) / count
+
+    found = timer.alternate({name: measure(name) for name in PACKED})
+    for name, seconds in found.items():
+        read = sum(leaf.nbytes for leaf in jax.tree.leaves(weights[name])) / shape[0]
+        limit = max(read / limits["bytes"], 2 * rows * size / limits["int8"])
+        middle = np.median(seconds)
+        report(
+            case=f"{inputs} x {outputs}, {rows} rows, {name}",
+            ms=middle * 1e3,
+            GB_per_s=read / middle / 1e9,
+            of_limit=limit / middle,
+            of_ternary=np.median(seconds / found["ternary"]),
+        )

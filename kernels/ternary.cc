@@ -6,8 +6,10 @@
 //
 //     sum over slabs r and bytes j of (byte[j] >> 2 r & 3) * slab[r][j]  -  sum of all activations
 //
-// in exact int32. Paths, chosen by what the processor has: AMX tiles for many rows, AVX-512 VNNI,
-// AVX2, and C++ that any compiler takes. All give the same integers.
+// in exact int32. Where groups of activations have multipliers, and several planes of trits add up
+// (their bytes lie side by side, a block of each in turn), codes are sums of trits times
+// multipliers, within int8. Paths, chosen by what the processor has: AMX tiles for many rows,
+// AVX-512 VNNI, AVX2, and C++ that any compiler takes. All give the same integers.
 
 #include <vector>
 
@@ -34,6 +36,24 @@ struct Problem {
   int64_t rows, bytes, width, outputs, begin, end;
   int64_t planes, groups, block;  // P, G and the bytes of a packing block of one plane
   int64_t record, records;        // AVX2: bytes of a row in a chunk, and how many rows there are
+};
+
+// Groups in a block; also if all of them are one.
+inline int64_t GroupsOfBlock(const Problem& p) {
+  return std::max<int64_t>(1, p.groups * p.block / p.bytes);
+}
+
+// --- How AVX2 has its activations ----------------------------------------------------------------
+
+constexpr int64_t kStep = 32;           // bytes of a vector
+constexpr int64_t kSteps = 16;          // of a chunk: 64 pairs of at most 2 * 2 * 127 fit 16 bits
+constexpr int64_t kPart = 32 * kSteps;  // packed bytes of a plane in a chunk
+
+inline int64_t GroupsOfChunk(const Problem& p) { return kPart / p.block * GroupsOfBlock(p); }
+
+struct Activations {  // a row's, of a chunk
+  int8_t slabs[4 * kSteps][kStep];
+  int32_t sums[];  // of each group, in the lower 16 bits
 };
 
 // --- C++ of any compiler -------------------------------------------------------------------------
@@ -82,11 +102,6 @@ INLINE int32_t Formed(int32_t m) {
                            : 0x7f7f7f + m * 0xffff;
 }
 
-// Groups in a block; also if all of them are one.
-INLINE int64_t GroupsOfBlock(const Problem& p) {
-  return std::max<int64_t>(1, p.groups * p.block / p.bytes);
-}
-
 // The multipliers of plane q for n groups from the first on, and zeros behind the last group.
 template <Form form>
 void Multipliers(const Problem& p, int64_t o, int64_t q, int64_t first, int64_t n, int32_t* to) {
@@ -112,23 +127,13 @@ void Multipliers(const Problem& p, int64_t o, int64_t q, int64_t first, int64_t 
 
 #define AVX2 __attribute__((target("avx2")))
 
-constexpr int64_t kStep = 32;           // bytes of a vector
-constexpr int64_t kSteps = 16;          // of a chunk: 64 pairs of at most 2 * 2 * 127 fit 16 bits
-constexpr int64_t kPart = 32 * kSteps;  // packed bytes of a plane in a chunk
-constexpr int64_t kTile = 8;            // outputs whose codes of a chunk are unpacked, to L1
-constexpr int64_t kTileRows = 16;       // from here on codes are unpacked first
-constexpr int64_t kFewActivations = 1 << 17;
+constexpr int64_t kTile = 8;                  // outputs whose codes of a chunk are unpacked, to L1
+constexpr int64_t kTileRows = 16;             // from here on codes are unpacked first
+constexpr int64_t kFewActivations = 1 << 17;  // bytes of all rows
 
 INLINE int64_t StepsOf(int64_t bytes, int64_t begin) {
   return std::min(kSteps, (bytes - begin + kStep - 1) / kStep);
 }
-INLINE int64_t GroupsOfChunk(const Problem& p) { return kPart / p.block * GroupsOfBlock(p); }
-
-struct Activations {  // a row's, of a chunk
-  int8_t slabs[4 * kSteps][kStep];
-  int32_t sums[];  // of each group, in the lower 16 bits
-};
-
 AVX2 INLINE const Activations* RowOf(const Problem& p, int64_t chunk, int64_t m) {
   return reinterpret_cast<const Activations*>(p.slabs + (chunk * p.records + m) * p.record);
 }
@@ -206,25 +211,17 @@ AVX2 void TritsOfRow(const Problem& p, int64_t o, int64_t m) {
 // The multipliers of all planes of an output, `stride` apart, as pairs; zeros behind.
 AVX2 void Pairs(const Problem& p, int64_t o, int64_t stride, int32_t* to) {
   const int8_t* from = p.multipliers + o * p.groups * p.planes;
-  auto* vectors = reinterpret_cast<__m256i*>(to);
-  const __m256i even = _mm256_set1_epi64x(0x0504050401000100),
-                odd = _mm256_set1_epi64x(0x0706070603020302);
-  const __m256i to_next =
-      _mm256_setr_epi32(0, 0, 0x08080808, 0x08080808, 0, 0, 0x08080808, 0x08080808);
   int64_t done = 0;
   for (; p.groups > 1 && done + 8 <= p.groups; done += 8) {
-    if (p.planes == 1) {
-      const auto* eight = reinterpret_cast<const __m128i*>(from + done);
-      const __m256i v = _mm256_cvtepi8_epi32(_mm_loadl_epi64(eight));
-      _mm256_storeu_si256(vectors + done / 8, _mm256_or_si256(v, _mm256_slli_epi32(v, 16)));
-    } else {
-      const auto* pairs = reinterpret_cast<const __m128i*>(from + 2 * done);
-      const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128(pairs));
-      _mm256_storeu_si256(vectors + done / 8,
-                          _mm256_shuffle_epi8(v, _mm256_add_epi8(even, to_next)));
-      _mm256_storeu_si256(vectors + (stride + done) / 8,
-                          _mm256_shuffle_epi8(v, _mm256_add_epi8(odd, to_next)));
-    }
+    const auto* eight = reinterpret_cast<const __m128i*>(from + done * p.planes);
+    auto* first = reinterpret_cast<__m256i*>(to + done);
+    auto* second = reinterpret_cast<__m256i*>(to + stride + done);
+    // In the lower 16 bits of each lane is the first plane's multiplier, above it the second's.
+    const __m256i v = p.planes == 1 ? _mm256_cvtepi8_epi32(_mm_loadl_epi64(eight))
+                                    : _mm256_cvtepi8_epi16(_mm_loadu_si128(eight));
+    _mm256_storeu_si256(first, _mm256_blend_epi16(v, _mm256_slli_epi32(v, 16), 0xaa));
+    if (p.planes == 2)
+      _mm256_storeu_si256(second, _mm256_blend_epi16(_mm256_srli_epi32(v, 16), v, 0xaa));
   }
   for (int64_t q = 0; q < p.planes; ++q)
     Multipliers<kPair>(p, o, q, done, stride - done, to + q * stride + done);
@@ -300,17 +297,18 @@ struct Codes {  // of kTile outputs and a chunk
 
 // Sums of M rows times four outputs from n on, of a chunk. C: groups in a block; 0 for trits
 // without multipliers, -1 for codes with a sign.
-template <int M, int C, int kBlock>
-AVX2 INLINE void Multiply(const Problem& p, const Codes& codes, const Activations* const* x, int n,
-                          int64_t steps, __m256i (&out)[M][4]) {
-  constexpr int V = C > 0 && kBlock == 64 ? 2 : 1;  // vectors with the same multipliers
+//
+// Loops over vectors are not unrolled: gcc would add up the products of several steps first, for
+// want of registers.
+template <int M, int C>
+AVX2 INLINE void MultiplyCodes(const Codes& codes, const Activations* const* x, int n,
+                               int64_t steps, __m256i (&out)[M][4]) {
   const __m256i one = _mm256_set1_epi16(1);
   __m256i sums[M][4];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm256_setzero_si256();
-  // Not unrolled: gcc would add up the products of several steps first, for want of registers.
 #pragma GCC unroll 1
-  for (int64_t t = 0; t < (C > 0 ? 0 : 4 * steps); ++t) {
+  for (int64_t t = 0; t < 4 * steps; ++t) {
     __m256i slabs[M];
     for (int m = 0; m < M; ++m) slabs[m] = Load(x[m]->slabs[t]);
 #pragma GCC unroll 4
@@ -328,17 +326,27 @@ AVX2 INLINE void Multiply(const Problem& p, const Codes& codes, const Activation
       }
     }
   }
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < 4; ++i)
+      out[m][i] = C == 0 ? _mm256_madd_epi16(sums[m][i], one) : sums[m][i];
+}
+
+template <int M, int C, int kBlock>
+AVX2 INLINE void MultiplyGroups(const Problem& p, const Codes& codes, const Activations* const* x,
+                                int n, int64_t steps, __m256i (&out)[M][4]) {
+  constexpr int V = kBlock == 64 ? 2 : 1, S = 4 / C;  // vectors and slabs with one multiplier
+  __m256i sums[M][4];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm256_setzero_si256();
 #pragma GCC unroll 1
-  for (int64_t t = 0; t < (C > 0 ? steps / V * std::max(C, 1) : 0);
-       ++t) {  // a group, or what of it is in a step
-    const int64_t s = t / std::max(C, 1) * V, c = t % std::max(C, 1),
-                  first = 4 * s + c * (4 / std::max(C, 1));
+  for (int64_t t = 0; t < steps / V * C; ++t) {
+    const int64_t s = t / C * V, c = t % C;
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       __m256i few[M];
 #pragma GCC unroll 8
-      for (int u = 0; u < V * 4 / C; ++u) {
-        const int64_t at = first + u / (4 / C) * 4 + u % (4 / C);
+      for (int u = 0; u < V * S; ++u) {
+        const int64_t at = 4 * (s + u / S) + c * S + u % S;
         const __m256i code = Load(codes.codes[n + i][at]);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
@@ -346,17 +354,16 @@ AVX2 INLINE void Multiply(const Problem& p, const Codes& codes, const Activation
           few[m] = u ? _mm256_add_epi16(few[m], product) : product;
         }
       }
-      const int32_t* at = codes.multipliers[n + i] + s * kStep / std::max(kBlock, 1) * C + c;
+      const int32_t* at = codes.multipliers[n + i] + s * kStep / kBlock * C + c;
       const __m256i by = Broadcast<kBlock>(at, at + C);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
         sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(few[m], by));
     }
   }
-  const int64_t part = C > 0 ? GroupsOfChunk(p) : 0;
+  const int64_t part = GroupsOfChunk(p);
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < 4; ++i) {
-      if (C == 0) sums[m][i] = _mm256_madd_epi16(sums[m][i], one);
       for (int64_t g = 0; g < part; g += 8) {
         const __m256i by = Load(codes.multipliers[n + i] + g);
         sums[m][i] = _mm256_sub_epi32(sums[m][i], _mm256_madd_epi16(by, Load(x[m]->sums + g)));
@@ -372,7 +379,12 @@ AVX2 void MultiplyRows(const Problem& p, const Codes& codes, int64_t chunk, int6
   for (int m = 0; m < M; ++m) x[m] = RowOf(p, chunk, m0 + m);
   for (int n = 0; n < kTile && o0 + n < p.end; n += 4) {
     __m256i sums[M][4];
-    Multiply<M, C, kBlock>(p, codes, x, n, StepsOf(p.bytes, chunk * kPart), sums);
+    const int64_t steps = StepsOf(p.bytes, chunk * kPart);
+    if constexpr (C > 0) {
+      MultiplyGroups<M, C, kBlock>(p, codes, x, n, steps, sums);
+    } else {
+      MultiplyCodes<M, C>(codes, x, n, steps, sums);
+    }
     for (int m = 0; m < M; ++m) {
       alignas(16) int32_t totals[4];
       const __m128i all = Totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
@@ -564,7 +576,7 @@ AVX512 void Prepare(const Problem& p, int64_t o, int64_t begin, int64_t bytes, T
 AVX512 INLINE __mmask64 First(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
 
 // The codes of 64 bytes of each plane from byte j on, a vector for each slab.
-// of: the tables of the first group there
+// group: the first one there, in the tables
 template <int P>
 AVX512 INLINE void CodesOf(const Problem& p, const uint8_t* w, int64_t j, const Tables& tables,
                            int64_t group, __m512i* codes) {
