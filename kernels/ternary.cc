@@ -58,32 +58,50 @@ struct Activations {  // a row's, of a chunk
 
 // --- C++ of any compiler -------------------------------------------------------------------------
 
-// The codes of output o, int8 [4, width].
-void Unpack(const Problem& p, int64_t o, int8_t* codes) {
-  const uint8_t* w = p.packed + o * p.planes * p.bytes;
-  const int64_t blocks = p.bytes / p.block;
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int r = 0; r < 4; ++r)
-      for (int64_t q = 0; q < p.planes; ++q) {
-        const int64_t group = (4 * b + r) * p.groups / (4 * blocks);
-        const int8_t by = p.multipliers ? p.multipliers[(o * p.groups + group) * p.planes + q] : 1;
-        const uint8_t* from = w + (b * p.planes + q) * p.block;
-        int8_t* to = codes + r * p.width + b * p.block;
-        for (int64_t i = 0; i < p.block; ++i)
-          to[i] = (q ? to[i] : 0) + ((from[i] >> 2 * r & 3) - 1) * by;
-      }
-}
-
-void PlainPanel(const Problem& p) {
-  static thread_local Aligned kept(0);
-  auto* codes = reinterpret_cast<int8_t*>(Kept(kept, 4 * p.width));
-  for (int64_t o = p.begin; o < p.end; ++o) {
-    Unpack(p, o, codes);
+void PlainTrits(const Problem& p) {
+  for (int64_t o = p.begin; o < p.end; ++o)
     for (int64_t m = 0; m < p.rows; ++m) {
+      const uint8_t* w = p.packed + o * p.bytes;
       const int8_t* x = p.slabs + m * 4 * p.width;
       int32_t sum = 0;
       for (int r = 0; r < 4; ++r)
-        for (int64_t j = r * p.width; j < r * p.width + p.bytes; ++j) sum += codes[j] * x[j];
+        for (int64_t j = 0; j < p.bytes; ++j) sum += (w[j] >> 2 * r & 3) * x[r * p.width + j];
+      p.out[m * p.outputs + o] = sum - p.sums[m];
+    }
+}
+
+// Adds a plane's trits of slab r, of a block, times their multiplier to codes.
+template <int r>
+void AddTrits(const uint8_t* from, int64_t block, int8_t by, int8_t* __restrict to) {
+  for (int64_t i = 0; i < block; ++i) to[i] += static_cast<int8_t>((from[i] >> 2 * r & 3) - 1) * by;
+}
+
+// The codes of output o, int8 [4, width].
+void Unpack(const Problem& p, int64_t o, int8_t* codes) {
+  constexpr decltype(&AddTrits<0>) add[] = {AddTrits<0>, AddTrits<1>, AddTrits<2>, AddTrits<3>};
+  const uint8_t* w = p.packed + o * p.planes * p.bytes;
+  const int8_t* multipliers = p.multipliers + o * p.groups * p.planes;
+  const int64_t blocks = p.bytes / p.block, of_block = GroupsOfBlock(p);
+  std::memset(codes, 0, 4 * p.width);
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int r = 0; r < 4; ++r) {
+      const int64_t group = p.groups == 1 ? 0 : b * of_block + r * of_block / 4;
+      for (int64_t q = 0; q < p.planes; ++q)
+        add[r](w + (b * p.planes + q) * p.block, p.block, multipliers[group * p.planes + q],
+               codes + r * p.width + b * p.block);
+    }
+}
+
+void PlainPanel(const Problem& p) {
+  if (!p.multipliers) return PlainTrits(p);
+  static thread_local Aligned kept(0);
+  auto* codes = reinterpret_cast<int8_t*>(Kept(kept, 4 * p.width));
+  for (int64_t o = p.begin; o < p.end; ++o) {
+    if (p.bytes) Unpack(p, o, codes);
+    for (int64_t m = 0; m < p.rows; ++m) {
+      const int8_t* x = p.slabs + m * 4 * p.width;
+      int32_t sum = 0;
+      for (int64_t j = 0; j < 4 * p.width; ++j) sum += codes[j] * x[j];
       p.out[m * p.outputs + o] = sum;
     }
   }
