@@ -352,27 +352,25 @@ AVX2 INLINE void MultiplyCodes(const Codes& codes, const Activations* const* x, 
 template <int M, int C, int kBlock>
 AVX2 INLINE void MultiplyGroups(const Problem& p, const Codes& codes, const Activations* const* x,
                                 int n, int64_t steps, __m256i (&out)[M][4]) {
-  constexpr int V = kBlock == 64 ? 2 : 1, S = 4 / C;  // vectors and slabs with one multiplier
+  constexpr int S = 4 / C;  // slabs with one multiplier
   __m256i sums[M][4];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm256_setzero_si256();
 #pragma GCC unroll 1
-  for (int64_t t = 0; t < steps / V * C; ++t) {
-    const int64_t s = t / C * V, c = t % C;
+  for (int64_t t = 0; t < steps * C; ++t) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       __m256i few[M];
-#pragma GCC unroll 8
-      for (int u = 0; u < V * S; ++u) {
-        const int64_t at = 4 * (s + u / S) + c * S + u % S;
-        const __m256i code = Load(codes.codes[n + i][at]);
+#pragma GCC unroll 4
+      for (int r = 0; r < S; ++r) {
+        const __m256i code = Load(codes.codes[n + i][t * S + r]);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const __m256i product = _mm256_maddubs_epi16(code, Load(x[m]->slabs[at]));
-          few[m] = u ? _mm256_add_epi16(few[m], product) : product;
+          const __m256i product = _mm256_maddubs_epi16(code, Load(x[m]->slabs[t * S + r]));
+          few[m] = r ? _mm256_add_epi16(few[m], product) : product;
         }
       }
-      const int32_t* at = codes.multipliers[n + i] + s * kStep / kBlock * C + c;
+      const int32_t* at = codes.multipliers[n + i] + t / C * kStep / kBlock * C + t % C;
       const __m256i by = Broadcast<kBlock>(at, at + C);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
