@@ -58,32 +58,50 @@ struct Activations {  // a row's, of a chunk
 
 // --- C++ of any compiler -------------------------------------------------------------------------
 
-// The codes of output o, int8 [4, width].
-void Unpack(const Problem& p, int64_t o, int8_t* codes) {
-  const uint8_t* w = p.packed + o * p.planes * p.bytes;
-  const int64_t blocks = p.bytes / p.block;
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int r = 0; r < 4; ++r)
-      for (int64_t q = 0; q < p.planes; ++q) {
-        const int64_t group = (4 * b + r) * p.groups / (4 * blocks);
-        const int8_t by = p.multipliers ? p.multipliers[(o * p.groups + group) * p.planes + q] : 1;
-        const uint8_t* from = w + (b * p.planes + q) * p.block;
-        int8_t* to = codes + r * p.width + b * p.block;
-        for (int64_t i = 0; i < p.block; ++i)
-          to[i] = (q ? to[i] : 0) + ((from[i] >> 2 * r & 3) - 1) * by;
-      }
-}
-
-void PlainPanel(const Problem& p) {
-  static thread_local Aligned kept(0);
-  auto* codes = reinterpret_cast<int8_t*>(Kept(kept, 4 * p.width));
-  for (int64_t o = p.begin; o < p.end; ++o) {
-    Unpack(p, o, codes);
+void PlainTrits(const Problem& p) {
+  for (int64_t o = p.begin; o < p.end; ++o)
     for (int64_t m = 0; m < p.rows; ++m) {
+      const uint8_t* w = p.packed + o * p.bytes;
       const int8_t* x = p.slabs + m * 4 * p.width;
       int32_t sum = 0;
       for (int r = 0; r < 4; ++r)
-        for (int64_t j = r * p.width; j < r * p.width + p.bytes; ++j) sum += codes[j] * x[j];
+        for (int64_t j = 0; j < p.bytes; ++j) sum += (w[j] >> 2 * r & 3) * x[r * p.width + j];
+      p.out[m * p.outputs + o] = sum - p.sums[m];
+    }
+}
+
+// Adds a plane's trits of slab r, of a block, times their multiplier to codes.
+template <int r>
+void AddTrits(const uint8_t* from, int64_t block, int8_t by, int8_t* __restrict to) {
+  for (int64_t i = 0; i < block; ++i) to[i] += static_cast<int8_t>((from[i] >> 2 * r & 3) - 1) * by;
+}
+
+// The codes of output o, int8 [4, width].
+void Unpack(const Problem& p, int64_t o, int8_t* codes) {
+  constexpr decltype(&AddTrits<0>) add[] = {AddTrits<0>, AddTrits<1>, AddTrits<2>, AddTrits<3>};
+  const uint8_t* w = p.packed + o * p.planes * p.bytes;
+  const int8_t* multipliers = p.multipliers + o * p.groups * p.planes;
+  const int64_t blocks = p.bytes / p.block, of_block = GroupsOfBlock(p);
+  std::memset(codes, 0, 4 * p.width);
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int r = 0; r < 4; ++r) {
+      const int64_t group = p.groups == 1 ? 0 : b * of_block + r * of_block / 4;
+      for (int64_t q = 0; q < p.planes; ++q)
+        add[r](w + (b * p.planes + q) * p.block, p.block, multipliers[group * p.planes + q],
+               codes + r * p.width + b * p.block);
+    }
+}
+
+void PlainPanel(const Problem& p) {
+  if (!p.multipliers) return PlainTrits(p);
+  static thread_local Aligned kept(0);
+  auto* codes = reinterpret_cast<int8_t*>(Kept(kept, 4 * p.width));
+  for (int64_t o = p.begin; o < p.end; ++o) {
+    if (p.bytes) Unpack(p, o, codes);
+    for (int64_t m = 0; m < p.rows; ++m) {
+      const int8_t* x = p.slabs + m * 4 * p.width;
+      int32_t sum = 0;
+      for (int64_t j = 0; j < 4 * p.width; ++j) sum += codes[j] * x[j];
       p.out[m * p.outputs + o] = sum;
     }
   }
@@ -334,27 +352,25 @@ AVX2 INLINE void MultiplyCodes(const Codes& codes, const Activations* const* x, 
 template <int M, int C, int kBlock>
 AVX2 INLINE void MultiplyGroups(const Problem& p, const Codes& codes, const Activations* const* x,
                                 int n, int64_t steps, __m256i (&out)[M][4]) {
-  constexpr int V = kBlock == 64 ? 2 : 1, S = 4 / C;  // vectors and slabs with one multiplier
+  constexpr int S = 4 / C;  // slabs with one multiplier
   __m256i sums[M][4];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm256_setzero_si256();
 #pragma GCC unroll 1
-  for (int64_t t = 0; t < steps / V * C; ++t) {
-    const int64_t s = t / C * V, c = t % C;
+  for (int64_t t = 0; t < steps * C; ++t) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       __m256i few[M];
-#pragma GCC unroll 8
-      for (int u = 0; u < V * S; ++u) {
-        const int64_t at = 4 * (s + u / S) + c * S + u % S;
-        const __m256i code = Load(codes.codes[n + i][at]);
+#pragma GCC unroll 4
+      for (int r = 0; r < S; ++r) {
+        const __m256i code = Load(codes.codes[n + i][t * S + r]);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const __m256i product = _mm256_maddubs_epi16(code, Load(x[m]->slabs[at]));
-          few[m] = u ? _mm256_add_epi16(few[m], product) : product;
+          const __m256i product = _mm256_maddubs_epi16(code, Load(x[m]->slabs[t * S + r]));
+          few[m] = r ? _mm256_add_epi16(few[m], product) : product;
         }
       }
-      const int32_t* at = codes.multipliers[n + i] + s * kStep / kBlock * C + c;
+      const int32_t* at = codes.multipliers[n + i] + t / C * kStep / kBlock * C + t % C;
       const __m256i by = Broadcast<kBlock>(at, at + C);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
