@@ -29,14 +29,13 @@ import formats
 import quantize
 import shards
 import tensor_file
-from conversion import aligned_empty, check_scales, slices
+from conversion import aligned_empty, check_finite, check_scales, slices
 from quantize import PackedWeight, QuantizedWeight
 from shards import StoredTrits
 from tensor_file import CheckpointError, check_writable, read_tensor, write_tensor
 
 FOLDER = files.RELEASED
 PIECE = 1 << 20  # bytes that a thread copies or decodes at a time
-CHECK = 1 << 18  # floats that are checked at a time: these, too, stay in the cache
 
 Params = dict[str, dict[str, Any]]
 
@@ -467,16 +466,6 @@ def _restore_one(entry: Entry, where, pool, check: bool):
     for array in shards.parts("", tensor).values():
         tensor_file.release(array)
     return restored
-
-
-def check_finite(array: np.ndarray, title: str) -> None:
-    """CheckpointError for a NaN or an infinity among floats; one of them ruins every text."""
-    flat = array.reshape(-1)
-    for piece in slices(0, flat.size, CHECK):
-        if not np.isfinite(flat[piece]).all():
-            raise CheckpointError(
-                f"{title}: NaN or infinite numbers; copy or download the file again"
-            )
 
 
 def _read(array, index: tuple[slice, ...], pool) -> np.ndarray:

@@ -25,6 +25,7 @@ from quantize import PackedWeight, QuantizedWeight
 
 CHUNK = 1 << 21  # bytes of a weight, whole rows, that a thread takes at a time
 COLUMNS = 2048  # columns of these converted at a time: with 256 rows, they stay in a core's cache
+CHECK = 1 << 18  # floats that are checked at a time: these, too, stay in the cache
 MAGNITUDES = 129  # of int8, 0 to 128
 MAGNITUDES_DOWN = np.arange(MAGNITUDES - 1.0, -1, -1)[:, None]
 OUTPUTS = 64  # that are fitted at a time: a line of the cache from each row of int8
@@ -50,7 +51,7 @@ def converter(tensor, name: str, title: str, pool) -> Callable[[Index], quantize
 
     tensor: float32 [..., I, O] or QuantizedWeight, int8; mapped
     name: of a format of formats.FORMATS
-    title: of the tensor, for errors; CheckpointError for scales that are none
+    title: of the tensor, for errors; CheckpointError for scales or floats that are no numbers
 
     It takes slices of [E, O, B], the last of whole packing blocks and used by packed formats only,
     and returns these parts of the arrays, with the axis of experts. A format whose scale is of the
@@ -61,12 +62,19 @@ def converter(tensor, name: str, title: str, pool) -> Callable[[Index], quantize
     stack, format = stacked(tensor), formats.format_named(name)
     if name == "ternary":
         scales, codes = _absmean(stack, pool)
+        check_finite(scales, title)  # the sum of all magnitudes
         return functools.partial(_by_rows, stack.shape, scales, codes, pool)
     to = format.quantize
     if format.fit:
         planes, group = format.fit
         to = functools.partial(fit_tile, planes=planes, group=group)
-    return functools.partial(_by_outputs, stack, formats.shapes(name, stack.shape), to, pool)
+
+    def checked(tile):
+        if not isinstance(tile, QuantizedWeight):
+            check_finite(tile, title)
+        return to(tile)
+
+    return functools.partial(_by_outputs, stack, formats.shapes(name, stack.shape), checked, pool)
 
 
 def check_scales(scales: np.ndarray, title: str) -> None:
@@ -76,6 +84,16 @@ def check_scales(scales: np.ndarray, title: str) -> None:
         raise CheckpointError(
             f"{title}: negative or non-finite scales; copy or download the file again"
         )
+
+
+def check_finite(array: np.ndarray, title: str) -> None:
+    """CheckpointError for a NaN or an infinity among floats; one of them ruins every text."""
+    flat = array.reshape(-1)
+    for piece in slices(0, flat.size, CHECK):
+        if not np.isfinite(flat[piece]).all():
+            raise CheckpointError(
+                f"{title}: NaN or infinite numbers; copy or download the file again"
+            )
 
 
 def aligned_empty(shape: Sequence[int], dtype) -> np.ndarray:

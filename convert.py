@@ -152,7 +152,7 @@ def _copy(source, out, title: str, update) -> None:
     for piece in slices(0, len(source), rows):
         values = source[piece]
         if values.dtype == np.float32:
-            checkpoint.check_finite(values, title)
+            conversion.check_finite(values, title)
         out[piece] = values
         release(source)
         release(out)

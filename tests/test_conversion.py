@@ -258,3 +258,16 @@ def test_counts_of_magnitudes():
     assert counts[0, 0].tolist() == [1, 0] and counts[0, 1].tolist() == [1, 0]
     assert counts[0, 127:].tolist() == [[0, 1], [0, 1]]
     assert counts[1, 127:].tolist() == [[2, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["ternary", "ternary-fit", "ternary2-64", "int8"])
+def test_floats_that_are_no_numbers_become_no_trits(name, value):
+    w = np.random.default_rng(0).standard_normal((64, 5)).astype(np.float32)
+    w[3, 2] = value
+    with (
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+        pytest.raises(conversion.CheckpointError, match="here: NaN or infinite numbers"),
+    ):
+        make = conversion.converter(w, name, "here", pool)
+        make((slice(0, 1), slice(0, 5), slice(0, 16)))
