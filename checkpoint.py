@@ -31,7 +31,6 @@ import shards
 import tensor_file
 from conversion import aligned_empty, check_finite, check_scales, slices
 from quantize import PackedWeight, QuantizedWeight
-from shards import StoredTrits
 from tensor_file import CheckpointError, check_writable, read_tensor, write_tensor
 
 FOLDER = files.RELEASED
@@ -161,7 +160,7 @@ def save_converted(
 
 def arrays_of(w) -> list:
     """The arrays of a stored weight; trits as `StoredTrits`."""
-    return jax.tree.leaves(w, is_leaf=lambda x: isinstance(x, StoredTrits))
+    return jax.tree.leaves(w, is_leaf=shards.is_trits)
 
 
 def quantization(weights: str, precision: quantize.Rules, packing: str = "base3") -> dict:
@@ -392,12 +391,10 @@ def restored_shapes(tensor, shape: tuple[int, ...], format: str):
             raise CheckpointError(f"an array {list(shape)} is no matrix, and cannot be {format}")
         return formats.shapes(format, shape)
     return jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tensor, is_leaf=_is_trits
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype),
+        tensor,
+        is_leaf=shards.is_trits,
     )
-
-
-def _is_trits(x) -> bool:
-    return isinstance(x, StoredTrits)
 
 
 def _describe(tensor) -> str:
@@ -449,7 +446,7 @@ def _restore_one(entry: Entry, where, pool, check: bool):
     if entry.format == format_of(tensor):
 
         def place(array, sharding):
-            if isinstance(array, StoredTrits):
+            if shards.is_trits(array):
                 array = dataclasses.replace(array, check=check)
             return _place(array.shape, sharding, functools.partial(read, array))
 
@@ -460,7 +457,7 @@ def _restore_one(entry: Entry, where, pool, check: bool):
                 check_finite(copy, entry.title)
             return copy
 
-        restored = jax.tree.map(place, tensor, where, is_leaf=_is_trits)
+        restored = jax.tree.map(place, tensor, where, is_leaf=shards.is_trits)
     else:
         restored = _restore_converted(entry, tensor, where, pool)
     for array in shards.parts("", tensor).values():

@@ -43,7 +43,6 @@ import tokenizer
 from checkpoint import CheckpointError, readable_size
 from conversion import slices
 from quantize import PackedWeight, QuantizedWeight
-from shards import StoredTrits
 from tensor_file import read_tensor, release
 
 COPY = 1 << 25  # bytes that are copied at a time
@@ -313,7 +312,7 @@ def outputs_of(stack, expert: slice, outputs: slice):
         return array[tuple(index)]
 
     axes = conversion.output_axes(stack)
-    return jax.tree.map(part, stack, axes, is_leaf=lambda x: isinstance(x, StoredTrits))
+    return jax.tree.map(part, stack, axes, is_leaf=shards.is_trits)
 
 
 def inspect(folder: Path, source: Path | None, progress: bool) -> None:

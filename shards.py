@@ -133,6 +133,11 @@ class StoredTrits:
         self.stored[index] = to_base3(packed) if self.packing == "base3" else packed
 
 
+def is_trits(x) -> bool:
+    """For `jax.tree`, to which they are a leaf where they are read or set as one array."""
+    return isinstance(x, StoredTrits)
+
+
 def stored_form(format: str, shape: tuple[int, ...], packing: str) -> PackedWeight:
     """A packed weight of logical shape [..., I, O] as it is stored, in abstract form."""
     weight = formats.shapes(format, shape)
