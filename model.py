@@ -520,21 +520,30 @@ class DecoderLayer(hk.Module):
 
     def __call__(self, h, positions, valid, memory):
         """h [B, T, D], positions and valid [B, T] -> LayerOutput and the layer's cache."""
-        c = self.config
-        norm = functools.partial(RMSNorm, c.rms_norm_eps)
-        y, memory = MultiHeadAttention(c)(norm("rms_norm")(h), positions, memory)
-        h = h + norm("rms_norm_1")(y)
-        x = norm("rms_norm_2")(h)
-        logits = probs = index = None
-        if c.num_experts > 1:
-            logits, probs, gates, index = Router(c)(x)
-            y = MoELayer(c)(x, gates, index, valid)
-        else:
-            gate = jax.nn.gelu(Linear(c.ffn_size, c.activations, "linear")(x))
-            y = gate * Linear(c.ffn_size, c.activations, "linear_v")(x)
-            y = Linear(c.emb_size, c.activations, "linear_1")(y)
-        h = h + norm("rms_norm_3")(y)
-        return LayerOutput(h, logits, probs, index), memory
+        h, memory = add_attention(self.config, h, positions, memory)
+        return add_experts(self.config, h, valid), memory
+
+
+def add_attention(c: LanguageModelConfig, h, positions, memory):
+    """The first half of a layer: h [B, T, D] with its attention added, and the layer's cache."""
+    y = RMSNorm(c.rms_norm_eps, "rms_norm")(h)
+    y, memory = MultiHeadAttention(c)(y, positions, memory)
+    return h + RMSNorm(c.rms_norm_eps, "rms_norm_1")(y), memory
+
+
+def add_experts(c: LanguageModelConfig, h, valid) -> LayerOutput:
+    """The second half of a layer: h [B, T, D] with what its experts compute added."""
+    x = RMSNorm(c.rms_norm_eps, "rms_norm_2")(h)
+    logits = probs = index = None
+    if c.num_experts > 1:
+        logits, probs, gates, index = Router(c)(x)
+        y = MoELayer(c)(x, gates, index, valid)
+    else:
+        gate = jax.nn.gelu(Linear(c.ffn_size, c.activations, "linear")(x))
+        y = gate * Linear(c.ffn_size, c.activations, "linear_v")(x)
+        y = Linear(c.emb_size, c.activations, "linear_1")(y)
+    h = h + RMSNorm(c.rms_norm_eps, "rms_norm_3")(y)
+    return LayerOutput(h, logits, probs, index)
 
 
 @dataclasses.dataclass
