@@ -14,7 +14,9 @@ Run again after an interruption, each goes on where it stopped.
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -22,7 +24,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+import calibration
 import checkpoint
 import conversion
+import data
 import download
 import files
 import formats
@@ -48,6 +52,8 @@ from tensor_file import read_tensor, release
 COPY = 1 << 25  # bytes that are copied at a time
 TILE = 1 << 21  # weights that are compared with their source at a time
 GROUPS = 8  # scale groups of the release where it sharded the inputs, 8 ways
+
+REPORT = "calibration.json"  # of a calibrated checkpoint: how each matrix was converted
 
 byte_bar = functools.partial(tqdm.tqdm, unit="B", unit_scale=True)
 
@@ -66,6 +72,7 @@ def convert(
     shard_size: int = shards.SHARD_SIZE,
     threads: int | None = None,
     progress: bool = False,
+    calibrate: Callable[..., calibration.Calibration] | None = None,
     sealed: Callable[[shards.Shard], None] = lambda shard: None,
 ) -> None:
     """Writes a checkpoint's parameters to a converted one, one after the other; resumes.
@@ -75,6 +82,8 @@ def convert(
     packing: one of shards.PACKINGS
     threads: at work on a tensor; default: one for each core
     progress: a bar on stderr
+    calibrate: makes a `Calibration` that is to convert the layers, given who is told of its
+      progress; entries are then in the order of the layers, and each layer has its own shards
 
     Host memory in use is a few dozen megabytes for each thread; files are mapped both ways, and
     their pages given back as they are done with.
@@ -83,15 +92,34 @@ def convert(
     number = {path: i + 1 for i, path in enumerate(by_path)}
     leaves = {path: stored_form(entry, packing) for path, entry in by_path.items()}
     filled, written = set(), 0
+    begins = layer_begins(by_path) if calibrate else ()
     with (
         concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool,
         byte_bar(total=sum(e.bytes for e in entries), disable=not progress) as bar,
     ):
 
+        def advance(entry, weights):
+            bar.update(entry.bytes * weights // math.prod(entry.restored.shape))
+
+        work = calibrate(advance) if calibrate else None
+
         def fill(path, stored):
             nonlocal written
             bar.set_description(f"tensor {number[path]}/{len(number)}", refresh=False)
             entry = by_path[path]
+            if work and isinstance(stored, PackedWeight):
+                made = jax.tree.map(np.asarray, conversion.stacked(work.weight(path)))
+                targets = checkpoint.arrays_of(conversion.stacked(stored))
+                for array, out in zip(jax.tree.leaves(made), targets, strict=True):
+                    for expert, values in enumerate(array):
+                        _store(values, out, expert, pool)
+            else:
+                fill_alone(entry, stored)
+            filled.add(path)
+            written += shards.stored_bytes(stored)
+            bar.set_postfix_str(f"{readable_size(written)} written", refresh=False)
+
+        def fill_alone(entry, stored):
             tensor = entry.read()
             if entry.format == checkpoint.format_of(tensor):
                 if not isinstance(tensor, np.ndarray):
@@ -100,17 +128,31 @@ def convert(
                     _copy(array, out, entry.title, bar.update)
             else:
                 _fill_converted(entry, tensor, stored, pool, bar.update)
-            filled.add(path)
-            written += shards.stored_bytes(stored)
-            bar.set_postfix_str(f"{readable_size(written)} written", refresh=False)
 
         def done(shard):
             bar.update(sum(by_path[path].bytes for path in shard.leaves if path not in filled))
+            if work:
+                work.sealed(shard.leaves)
             sealed(shard)
 
         shards.write(
-            output, leaves, fill, config, extra, source=source, shard_size=shard_size, sealed=done
+            output,
+            leaves,
+            fill,
+            config,
+            extra | ({REPORT: lambda: files.json_bytes(work.report())} if work else {}),
+            source=source,
+            shard_size=shard_size,
+            begins=begins,
+            sealed=done,
         )
+        if work:
+            work.remove()
+
+
+def layer_begins(paths: Iterable[str]) -> list[str]:
+    """Of paths in the order of the layers, the first one of each layer, and of what follows."""
+    return [next(paths) for _, paths in itertools.groupby(paths, key=calibration.layer_of)]
 
 
 def stored_form(entry: checkpoint.Entry, packing: str):
@@ -164,13 +206,18 @@ def _copy(source, out, title: str, update) -> None:
 class Stream:
     """The release on the hub, a file at a time: fetched ahead, and deleted once it is stored."""
 
-    def __init__(self, folder: Path, repo: str, template: dict, precision):
-        """Files are kept in folder/ckpt-0 as long as they are needed."""
+    def __init__(self, folder: Path, repo: str, template: dict, precision, by_layer: bool = False):
+        """Files are kept in folder/ckpt-0 as long as they are needed.
+
+        by_layer: in the order of the layers, not of the files
+        """
         self.folder, self.repo = folder, repo
-        keys = checkpoint.sorted_keys(template)
+        keys = list(enumerate(checkpoint.sorted_keys(template)))
+        if by_layer:
+            keys.sort(key=lambda key: calibration.order(key[1][0]))
         self.files = {
             f"{module}/{name}": folder / checkpoint.FOLDER / checkpoint.file_name(i)
-            for i, (module, name) in enumerate(keys)
+            for i, (module, name) in keys
         }
         self.following = dict(itertools.pairwise(self.files.values()))
         self.ahead = concurrent.futures.ThreadPoolExecutor(1)
@@ -179,7 +226,7 @@ class Stream:
         named = quantize.match_rules(precision, self.files)
         self.entries = [
             self._entry(module, name, template[module][name].shape, named[f"{module}/{name}"])
-            for module, name in keys
+            for _, (module, name) in keys
         ]
 
     def _entry(self, module, name, shape, format) -> checkpoint.Entry:
@@ -417,6 +464,23 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help='the same as a table of one\'s own, JSON: [["/moe/", "ternary2-128"], ...]',
     )
     add(
+        "--calibrate",
+        metavar="TEXT",
+        help=f"round for the first nine tenths of a text file, or one of {sorted(data.SOURCES)}",
+    )
+    add(
+        "--calibration-tokens",
+        type=functools.partial(positive, int),
+        default=calibration.TOKENS,
+        metavar="N",
+        help="of the text, spread over it (%(default)s)",
+    )
+    add(
+        "--activations",
+        choices=quantize.ACTIVATIONS,
+        help="what the converted matrices are to be multiplied with (as the source says)",
+    )
+    add(
         "--packing",
         choices=shards.PACKINGS,
         default="base3",
@@ -515,26 +579,47 @@ def convert_command(args: argparse.Namespace) -> None:
     if source is not None:
         check_source(source)
     config = resolve_config(source, args.preset)
+    if args.activations:
+        config = dataclasses.replace(config, activations=args.activations)
     weights, precision = resolve_precision(args)
     template = model.abstract_params(config)
     named = model.formats_of(template, precision)
     about = model.config_to_dict(config)
     about |= checkpoint.quantization(weights, precision, args.packing)
+    text = None
+    if args.calibrate:
+        check_calibrated(named)
+        text = data.split(data.load_text(args.calibrate))[0]
+        about["quantization_config"]["calibration"] = {
+            "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "tokens": args.calibration_tokens,
+        }
     scratch = output.parent / f"{output.name}.download"
+    kept = output.parent / f"{output.name}.calibration"
     if output.exists():
         check_complete(output, about)
-        if args.stream:  # what an interruption after the last rename left
-            shutil.rmtree(scratch, ignore_errors=True)
+        for folder in (scratch, kept):  # what an interruption after the last rename left
+            shutil.rmtree(folder, ignore_errors=True)
         report(done=f"{output} is complete already; --verify compares it with its checksums")
         return
 
     stream = None
     if args.stream:
         fetch_tokenizer(scratch, config)
-        stream = Stream(scratch, args.repo, template, named)
+        stream = Stream(scratch, args.repo, template, named, by_layer=text is not None)
         entries = stream.entries
     else:
         entries = checkpoint.check_files(source, template, named)
+    calibrate = None
+    if text is not None:
+        entries = sorted(entries, key=lambda entry: calibration.order(entry.module))
+        processor = tokenizer.load(scratch if stream else source, config.vocab_size)
+        windows = calibration.choose_windows(
+            tokenizer.encode(processor, text),
+            min(config.sequence_len, calibration.LENGTH),
+            args.calibration_tokens,
+        )
+        calibrate = functools.partial(calibration.Calibration, config, entries, windows, kept)
     shard_size = round(args.shard_size * 1e9)
     check_space(output, entries, args.packing, shard_size, streamed=stream is not None)
     begin = time.perf_counter()
@@ -549,6 +634,7 @@ def convert_command(args: argparse.Namespace) -> None:
             shard_size=shard_size,
             threads=args.threads,
             progress=sys.stderr.isatty(),
+            calibrate=calibrate,
             sealed=stream.delete if stream else lambda shard: None,
         )
     finally:
@@ -564,6 +650,15 @@ def convert_command(args: argparse.Namespace) -> None:
         written=f"{readable_size(written)} to {output}",
         memory=f"{readable_size(peak_memory())} at the peak, mapped pages of files included",
     )
+
+
+def check_calibrated(named: dict[str, str]) -> None:
+    """ValueError unless a parameter is of a format that a text helps with."""
+    if not any(formats.FORMATS[format].packed for format in named.values()):
+        raise ValueError(
+            f"--calibrate is for ternary weights, and these are {sorted(set(named.values()))}; "
+            "choose others with --weights, or leave it out"
+        )
 
 
 def resolve_precision(args: argparse.Namespace) -> tuple[str, quantize.Rules]:

@@ -147,7 +147,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_bytes(path, json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """JSON to be read by people, too."""
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def replace_folder(part: Path, folder: Path) -> None:

@@ -157,7 +157,7 @@ def export(folder: Path, config, params, weights: str, form: str, processor, abo
     shutil.rmtree(part, ignore_errors=True)
     extra = {
         tokenizer.FILE: processor.serialized_model_proto(),
-        "training.json": (json.dumps(about, indent=2) + "\n").encode(),
+        "training.json": files.json_bytes(about),
     }
     write = _write_converted if form == "converted" else _write_released
     write(part, jax.device_get(params), weights, model.config_to_dict(config), extra)

@@ -24,7 +24,7 @@ import pathlib
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -261,13 +261,18 @@ class Shard:
         return len(self.header()) + sum(map(stored_bytes, self.leaves.values()))
 
 
-def plan(leaves: dict[str, Any], shard_size: int = SHARD_SIZE) -> list[Shard]:
-    """Abstract leaves, in order, dealt out to as many shards as they need."""
+def plan(
+    leaves: dict[str, Any], shard_size: int = SHARD_SIZE, begins: Collection[str] = ()
+) -> list[Shard]:
+    """Abstract leaves, in order, dealt out to as many shards as they need.
+
+    begins: paths of parameters that begin a shard in any case
+    """
     groups: list[dict[str, Any]] = []
     room = 0
     for path, leaf in leaves.items():
         needed = stored_bytes(leaf)
-        if not groups or needed > room:
+        if not groups or needed > room or path in begins:
             groups.append({})
             room = shard_size
         groups[-1][path] = leaf
@@ -459,10 +464,11 @@ def write(
     leaves: dict[str, Any],
     fill: Callable[[str, Any], None],
     config: dict,
-    extra: dict[str, bytes] | None = None,
+    extra: dict[str, bytes | Callable[[], bytes]] | None = None,
     *,
     source: str = "",
     shard_size: int = SHARD_SIZE,
+    begins: Collection[str] = (),
     sealed: Callable[[Shard], None] = lambda shard: None,
 ) -> None:
     """Writes a checkpoint, or goes on where an earlier call with the same arguments was stopped.
@@ -474,15 +480,16 @@ def write(
     leaves: abstract, {path: leaf}, in the order of the files
     fill: called with a path and its leaf, whose arrays, in the file, it is to set
     config: for config.json
-    extra: more files, {name: content}, such as the tokenizer
+    extra: more files, {name: content}, such as the tokenizer; a function is called at the end
     source: what it is made from; an unfinished folder made from something else is an error
+    begins: as in `plan`
     sealed: called for each shard once it is safe, also for those of an earlier call
     """
     folder, partial = pathlib.Path(folder), partial_folder(folder)
     extra = extra or {}
     if folder.exists():
         raise CheckpointError(f"{folder} exists; remove it, or choose another folder")
-    shards = plan(leaves, shard_size)
+    shards = plan(leaves, shard_size, begins)
     for shard in shards:  # what could not be read is not written
         parse_header(shard.header(), shard.size)
     names = {name: shard.name for shard in shards for name in shard.tensors}
@@ -496,10 +503,12 @@ def write(
         _note(partial / SOURCE, {"source": source})
         _note(partial / CONFIG, config)
         _note(partial / INDEX, index)
-        for name, content in extra.items():
-            files.write_bytes(partial / name, content)
-        sums = finished | {name: _sums(partial / name) for name in (CONFIG, INDEX, *extra)}
+        sums = finished | {name: _sums(partial / name) for name in (CONFIG, INDEX)}
         _write_shards(partial, shards, sums, fill, sealed)
+        for name, content in extra.items():
+            files.write_bytes(partial / name, content() if callable(content) else content)
+            sums[name] = _sums(partial / name)
+        _note_sums(partial, sums)
         (partial / SOURCE).unlink()
         files.sync(partial)
         partial.rename(folder)
@@ -530,16 +539,13 @@ def _begin_again(partial: pathlib.Path) -> None:
 def _write_shards(partial, shards, sums, fill, sealed) -> None:
     """sums: of the files that are finished, {name: sums}; those of the others are added"""
 
-    def note_sums():
-        files.write_json(partial / CHECKSUMS, dict(sorted(sums.items())))
-
     def seal(shard, part):
         """Sums a filled shard while the next one is filled."""
         with open(part, "rb") as file:
             sums[shard.name] = _shard_sums(_map(file, shard.header()))
         os.replace(part, partial / shard.name)
         files.sync(partial)
-        note_sums()
+        _note_sums(partial, sums)
         sealed(shard)
 
     with concurrent.futures.ThreadPoolExecutor(1) as background:
@@ -555,7 +561,10 @@ def _write_shards(partial, shards, sums, fill, sealed) -> None:
             pending = background.submit(seal, shard, part)
         if pending:
             pending.result()
-    note_sums()
+
+
+def _note_sums(partial: pathlib.Path, sums: dict[str, dict]) -> None:
+    files.write_json(partial / CHECKSUMS, dict(sorted(sums.items())))
 
 
 def _fill_shard(part: pathlib.Path, shard: Shard, fill) -> None:
