@@ -106,54 +106,81 @@ def round_matrix(w: jax.Array, plain: PackedWeight, format: str, seen: Moments, 
 def _round(w, plain, seen, held, damping, *, format):
     inputs, outputs = w.shape
     blocks, size, _ = seen.squares.shape
-    planes, group = formats.FORMATS[format].fit or (1, None)
+    fit = formats.FORMATS[format].fit
+    whole, (planes, group) = fit is None, fit or (1, None)
     groups = 1 if group is None else formats.number_of_groups(inputs, group) // blocks
-    whole = formats.FORMATS[format].fit is None
 
-    def split(w):
+    def split(w):  # [I, ...] -> [N, K, ...]
         padded = jnp.pad(w, [(0, blocks * size - inputs), (0, 0)])
-        return padded.reshape(blocks, size, outputs)
+        return padded.reshape(blocks, size, -1)
 
     with precisely():
         seen, held = (_normalised(m) for m in (seen, held))
         h = _damped(seen.squares, damping)
         factor = inverse_factor(h)  # [N, K, K]
-        split_w = split(w)
-        wanted = _product(seen.shifts, split_w)
-        moved = _product(factor.mT, _product(factor, wanted))
-        along = jnp.sum(moved * _product(held.shifts, split_w))
-        length = jnp.sum(moved * _product(held.squares, moved))
-        shift = jnp.clip(along / jnp.maximum(length, 1e-30), 0, 1)
-        target = split_w + shift * moved
+
+        def moves(w):
+            moved = _product(factor.mT, _product(factor, _product(seen.shifts, w)))
+            along = jnp.sum(moved * _product(held.shifts, w), axis=(0, 1))
+            return moved, along, jnp.sum(moved * _product(held.squares, moved), axis=(0, 1))
+
+        moved, along, length = over_outputs(moves, split(w))
+        shift = jnp.clip(along.sum() / jnp.maximum(length.sum(), 1e-30), 0, 1)
+        target = split(w) + shift * moved
 
         importance = 1 / jnp.square(jnp.diagonal(factor, axis1=1, axis2=2))  # [N, K]
         importance /= importance.min()
-        scales = None
-        if whole:
-            scales = _one_scale(target, importance)
-        elif group is None:
-            scales = _scales(target.reshape(1, -1, outputs), importance.reshape(1, -1), planes)
-        trits, scales = _sweep(target, factor, importance, scales, planes, groups)
-        again = _fit_again(target, h, trits, scales, groups, group is None, whole)
+        # [1, 1, O] of a matrix; else made below
+        scales = _one_scale(target, importance) if whole else jnp.zeros((1, 1, outputs))
 
-    def packed(scales):
-        scale, multipliers = scales[0, :, :1], None
-        if not whole:
-            scale, multipliers = formats.as_multiples(scales)
-        return _pack(trits[..., :inputs, :], scale, multipliers)
+        def sweep(target, scales):
+            if group is None and not whole:
+                flat = target.reshape(1, inputs + -inputs % 4, -1)
+                scales = _scales(flat, importance.reshape(1, -1), planes)
+            given = scales if group is None else None
+            trits, scales = _sweep(target, factor, importance, given, planes, groups)
+            equations = _equations(target, h, trits, groups, group is None)
+            if not whole:
+                return trits.astype(jnp.int8), scales, _solved(*equations, scales)
+            return trits.astype(jnp.int8), scales, *equations
 
-    ways = plain, packed(scales), packed(again)
-    with precisely():
-        energy = jnp.sum(split_w * _product(held.squares, split_w))
+        trits, scales, *again = over_outputs(sweep, target, scales)
+        if whole:  # one equation of all outputs
+            total = (jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape) for x in again)
+            again = [_solved(*total, scales)]
 
-        def loss(way):
-            off = split_w - split(quantize.dequantize(way))
-            changed = _product(held.squares, off) + 2 * _product(held.shifts, split_w)
-            return jnp.sum(off * changed) / jnp.maximum(energy, 1e-30)
+        def packed(scales):
+            scale, multipliers = scales[0, :, :1], None
+            if not whole:
+                scale, multipliers = formats.as_multiples(scales)
+            return _pack(trits[:, :inputs], scale, multipliers)
 
-        losses = jnp.stack([loss(way) for way in ways])
+        ways = plain, packed(scales), packed(*again)
+
+        def loss(w, off):
+            changed = _product(held.squares, off) + 2 * _product(held.shifts, w)
+            return jnp.sum(off * changed, axis=(0, 1)), jnp.sum(
+                w * _product(held.squares, w), (0, 1)
+            )
+
+        def relative(way):
+            lost, energy = over_outputs(loss, split(w), split(w - quantize.dequantize(way)))
+            return lost.sum() / jnp.maximum(energy.sum(), 1e-30)
+
+        losses = jnp.stack([relative(way) for way in ways])
     best = jnp.argmin(losses)
     return Rounded(jax.tree.map(lambda *x: lax.select_n(best, *x), *ways), shift, damping, losses)
+
+
+def over_outputs(f, *arrays):
+    """f of arrays [..., O], whose results are, too, for some of the outputs at a time."""
+    outputs = arrays[0].shape[-1]
+    size = max(n for n in range(1, min(outputs, OUTPUTS) + 1) if outputs % n == 0)
+    if size == outputs:
+        return f(*arrays)
+    tiles = [jnp.moveaxis(x.reshape(*x.shape[:-1], -1, size), -2, 0) for x in arrays]
+    done = lax.map(lambda tiles: f(*tiles), tuple(tiles))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1), done)
 
 
 _product = functools.partial(jnp.einsum, "nij,njo->nio")
@@ -276,50 +303,50 @@ def _within(rows, factor, scales):
 # --- Scales for given trits -----------------------------------------------------------------------
 
 
-def _fit_again(target, h, trits, scales, groups: int, of_columns: bool, whole: bool):
-    """The scales [P, G, O] with which given trits have the least error in what was seen.
+def _equations(target, h, trits, groups: int, of_columns: bool):
+    """Least squares for the scales of given trits [P, I, O], a scale for each plane and group.
 
-    Least squares with all of h between the groups of a diagonal block, and a ridge towards the
-    scales that there are.
+    With all of h between the groups of a diagonal block; of columns, those of all blocks are one.
+    Returns A [N, P g, P g, O] and b [N, P g, O], where g groups are in a block.
     """
     blocks, size, outputs = target.shape
     planes = len(trits)
-    n = size // groups
-    t = trits.reshape(planes, blocks, groups, n, outputs).transpose(1, 0, 2, 3, 4)
+    t = trits.reshape(planes, blocks, groups, -1, outputs).swapaxes(0, 1)
 
     def block(parts):
         h, target, t = parts  # [K, K], [K, O], [P, g, n, O]
 
-        def against(q, g):  # A of all groups with this one: [P, g, O]
-            columns = lax.dynamic_slice_in_dim(h, g * n, n, axis=1)
-            product = (columns @ t[q, g]).reshape(groups, n, outputs)
-            return jnp.einsum("pgno,gno->pgo", t, product)
+        def sums(x):  # of all trits with x [K, O]: [P g, O]
+            found = jnp.einsum("pgno,gno->pgo", t, x.reshape(groups, -1, outputs))
+            return found.reshape(planes * groups, outputs)
 
-        pairs = [(q, g) for q in range(planes) for g in range(groups)]
-        index = jnp.array(pairs)
-        a = lax.map(lambda at: against(*at), index)  # [Pg, P, g, O]
-        b = jnp.einsum("pgno,gno->pgo", t, (h @ target).reshape(groups, n, outputs))
-        return a.reshape(len(pairs), len(pairs), outputs), b.reshape(len(pairs), outputs)
+        def of_group(at):
+            plane, group = at
+            n = size // groups
+            columns = lax.dynamic_slice_in_dim(h, group * n, n, axis=1)
+            return sums(columns @ t[plane, group])
 
-    a, b = lax.map(block, (h, target, t))  # [N, Pg, Pg, O], [N, Pg, O]
-    old = scales.reshape(planes, -1, groups, outputs).swapaxes(0, 1)
-    if of_columns:
-        a, b = a.sum(0, keepdims=True), b.sum(0, keepdims=True)
-    if whole:
-        a, b = (jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape) for x in (a, b))
-    old = old.reshape(b.shape)
-    ridge = RIDGE * jnp.diagonal(a, axis1=1, axis2=2).swapaxes(1, 2) + 1e-6  # [N, Pg, O]
+        pairs = jnp.array([(p, g) for p in range(planes) for g in range(groups)])
+        return lax.map(of_group, pairs), sums(h @ target)
+
+    a, b = lax.map(block, (h, target, t))
+    return (a.sum(0, keepdims=True), b.sum(0, keepdims=True)) if of_columns else (a, b)
+
+
+def _solved(a, b, scales):
+    """The scales [P, G, O] that solve the equations, with a ridge towards those that there are."""
+    planes, outputs = len(scales), scales.shape[-1]
+    old = scales.reshape(planes, len(b), -1, outputs).swapaxes(0, 1).reshape(b.shape)
+    ridge = RIDGE * jnp.moveaxis(jnp.diagonal(a, axis1=1, axis2=2), -1, 1) + 1e-6  # [N, P g, O]
     a = jnp.moveaxis(a, -1, 1) + jnp.moveaxis(ridge, -1, 1)[..., None] * jnp.eye(a.shape[1])
-    b = jnp.moveaxis(b + ridge * old, -1, 1)
-    new = jnp.linalg.solve(a, b[..., None])[..., 0]  # [N, O, Pg]
-    new = jnp.moveaxis(new, 1, -1).reshape(-1, planes, groups, outputs).swapaxes(0, 1)
-    new = new.reshape(scales.shape)
+    new = jnp.linalg.solve(a, jnp.moveaxis(b + ridge * old, -1, 1)[..., None])[..., 0]
+    new = jnp.moveaxis(new, 1, -1).reshape(len(b), planes, -1, outputs)
+    new = new.swapaxes(0, 1).reshape(scales.shape)
     return jnp.where(new > 0, new, scales)
 
 
 def _pack(trits, scales, multipliers):
-    """The packed form of trits [P, I, O]; scales and multipliers as from `formats.as_multiples`."""
-    trits = trits.astype(jnp.int8)
+    """Trits int8 [P, I, O] packed; scales and multipliers as from `formats.as_multiples`."""
     if multipliers is None:
         return quantize.pack(trits[0], scales)
     return quantize.pack(trits, scales, jnp.moveaxis(multipliers, -1, -3).swapaxes(-1, -2))
