@@ -418,12 +418,9 @@ class Calibration:
                 self._streams(layer).unlink(missing_ok=True)
 
     def report(self) -> list[dict]:
-        """The choices of all layers."""
-        return [
-            choice
-            for i in range(self.config.num_layers)
-            for choice in files.read_json(self._choices(i))["matrices"]
-        ]
+        """The choices of all layers, a `Choice` each."""
+        layers = range(self.config.num_layers)
+        return [line for i in layers for line in files.read_json(self._choices(i))["matrices"]]
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

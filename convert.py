@@ -135,12 +135,15 @@ def convert(
                 work.sealed(shard.leaves)
             sealed(shard)
 
+        if work:
+            extra |= {REPORT: lambda: files.json_bytes({"matrices": work.report()})}
         shards.write(
             output,
             leaves,
             fill,
             config,
-            extra | ({REPORT: lambda: files.json_bytes(work.report())} if work else {}),
+            extra
+            | ({REPORT: lambda: files.json_bytes({"matrices": work.report()})} if work else {}),
             source=source,
             shard_size=shard_size,
             begins=begins,
