@@ -129,7 +129,7 @@ def compare(config: model.LanguageModelConfig, text: str, args: argparse.Namespa
     student = fidelity.Walker(args.checkpoint, config, precision, mesh)
     teacher = fidelity.open_teacher(args.against, mesh)
     length = min(config.sequence_len, teacher.config.sequence_len, MAX_LENGTH)
-    found = fidelity.compare(teacher, student, text, length, mesh, progress=True)
+    found = fidelity.compare(teacher, student, text, length, progress=True)
     print(report.table(found))
     if args.json:
         files.write_bytes(args.json, (json.dumps(found) + "\n").encode())

@@ -42,6 +42,8 @@ SAME = ("vocab_size", "num_layers", "emb_size", "num_q_heads", "num_kv_heads", "
 SAME += ("ffn_size", "num_experts", "num_selected_experts")
 NAMES = ("teacher", "student")
 
+_pairs = functools.partial(zip, strict=True)
+
 # --- A model, a layer at a time -------------------------------------------------------------------
 
 
@@ -55,7 +57,7 @@ class Walker:
 
     def __init__(self, folder: Path, config: model.LanguageModelConfig, precision, mesh):
         """Reads headers only; config and precision as `checkpoint.check_files` takes them."""
-        self.folder, self.config = folder, config
+        self.folder, self.config, self.mesh = folder, config, mesh
         self.entries = checkpoint.check_files(folder, model.abstract_params(config), precision)
         shardings = functools.partial(sharding.parameter_shardings, mesh)
         self.placement = checkpoint.placement_of(self.entries, shardings)
@@ -121,24 +123,16 @@ def open_teacher(folder: Path, mesh) -> Walker:
 
 def check_alike(teacher: Walker, student: Walker) -> None:
     """ValueError for two models that have other layers, or read a text as other tokens."""
-
-    def value(walker, name):
-        return getattr(walker.config, name)
-
-    differing = [
-        f"{name} is {value(teacher, name)} in {teacher.folder}, {value(student, name)} in "
-        f"{student.folder}"
-        for name in SAME
-        if value(teacher, name) != value(student, name)
-    ]
+    values = [[getattr(w.config, name) for name in SAME] for w in (teacher, student)]
+    differing = [f"{name} {b} instead of {a}" for name, a, b in _pairs(SAME, *values) if a != b]
     if not differing:
         pieces = [tokenizer.load(w.folder, w.config.vocab_size) for w in (teacher, student)]
         first, second = (processor.serialized_model_proto() for processor in pieces)
-        differing = ["their tokenizers are different"] * (first != second)
+        differing = ["another tokenizer"] * (first != second)
     if differing:
         raise ValueError(
-            f"{student.folder} was not made from {teacher.folder}, and cannot be compared with it: "
-            f"{'; '.join(differing)}"
+            f"{student.folder} cannot be compared with {teacher.folder}, it was not made from it: "
+            f"it has {', '.join(differing)}; give the folder that convert.py read"
         )
 
 
@@ -156,7 +150,7 @@ def _layer_sums(before, after, mask) -> dict:
         product = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
         return jnp.sum(a * b, axis=-1) / jnp.maximum(product, 1e-30)
 
-    x, h = (tuple(a.astype(jnp.float32) for a in arrays) for arrays in (before, _hidden(after)))
+    x, h = jax.tree.map(lambda a: a.astype(jnp.float32), (before, [y.hidden for y in after]))
     sums = {"cosine": cosine(*h), "delta_cosine": cosine(h[0] - x[0], h[1] - x[1])}
     probs, index = after[0].router_probs, [output.expert_index for output in after]
     if probs is not None:
@@ -170,10 +164,6 @@ def _layer_sums(before, after, mask) -> dict:
         experts = jnp.arange(probs.shape[-1])
         sums["load"] = jnp.stack([(i[..., None] == experts).sum(2) for i in index], axis=2)
     return jax.tree.map(summed, sums)
-
-
-def _hidden(outputs):
-    return tuple(output.hidden for output in outputs)
 
 
 @jax.jit
@@ -223,9 +213,11 @@ def trit_size(w: quantize.PackedWeight):
 
 
 def compare(
-    teacher: Walker, student: Walker, text: str, length: int, mesh, progress: bool = False
+    teacher: Walker, student: Walker, text: str, length: int, progress: bool = False
 ) -> dict:
     """Both models on a text, in windows of T = `length` tokens as in `evaluate.text_loss`.
+
+    Both are on one mesh; there, a matrix of one expert is in float32 besides.
 
     Returns what can be written as JSON:
 
@@ -256,14 +248,14 @@ def compare(
     processor = tokenizer.load(student.folder, student.config.vocab_size)
     windows = data.windows(tokenizer.encode(processor, text), length)
     tokens = int(windows.mask.sum())
-    rows = max(1, min(BATCH, LOGITS // (length * student.config.vocab_size)))
+    rows = min(BATCH, len(windows.inputs), LOGITS // (length * student.config.vocab_size)) or 1
     batches = [
         data.Windows(*(_padded(array[start : start + rows], rows) for array in windows))
         for start in range(0, len(windows.inputs), rows)
     ]
     layers, families = [], {}
     steps = tqdm.tqdm(range(student.config.num_layers), unit="layer", disable=not progress)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(student.mesh):
         params = [w.outer_params() for w in both]
         streams = [
             [np.asarray(w.embed(p, b.inputs)) for b in batches] for w, p in _pairs(both, params)
@@ -296,10 +288,6 @@ def compare(
     }
 
 
-def _pairs(*of_both):
-    return zip(*of_both, strict=True)
-
-
 def _padded(array, rows: int):
     """Fills the last batch up with rows that the mask leaves out, so that one shape compiles."""
     return np.pad(array, [(0, rows - len(array)), (0, 0)])
@@ -328,8 +316,8 @@ def _run_layer(both, params, streams, batches, tokens: int) -> dict:
             lambda x: np.asarray(x, np.float64), _layer_sums(before, after, batch.mask)
         )
         total = sums if total is None else jax.tree.map(np.add, total, sums)
-        for stream, h in _pairs(streams, _hidden(after)):
-            stream[j] = np.asarray(h)
+        for stream, output in _pairs(streams, after):
+            stream[j] = np.asarray(output.hidden)
     found = {name: _ratio(total[name], tokens) for name in ("cosine", "delta_cosine")}
     if "load" not in total:
         return found
@@ -343,7 +331,7 @@ def _run_layer(both, params, streams, batches, tokens: int) -> dict:
 def _compare_weights(params, families: dict) -> dict:
     """What `compare` tells of the matrices of a layer; adds to {family: its sums}."""
     here: dict[str, list] = {}
-    for module, entries in sorted(params[0].items(), key=lambda item: "attention" not in item[0]):
+    for module, entries in params[0].items():
         family = checkpoint.family_of(f"{module}/")
         if family in ("attention", "experts", "feed-forward"):
             pair = entries["w"], params[1][module]["w"]
