@@ -10,7 +10,7 @@ Shape letters as in `model.py`; W windows of T tokens. Of two things, the teache
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import haiku as hk
@@ -102,11 +102,7 @@ def _compiled(scope: str, f: Callable) -> Callable:
 
 
 def open_teacher(folder: Path, mesh) -> Walker:
-    """A checkpoint in the formats that it is stored in.
-
-    It runs as its config.json says, but "int8" activations are for weights trained with them, which
-    packed ones may be: int8 weights are multiplied with "int15" instead, floats with "float".
-    """
+    """A checkpoint as it is stored, with `teacher_activations`."""
     checkpoint.check_folder(folder)
     config = model.config_from_dict(checkpoint.read_config(folder))
     precision = checkpoint.stored_precision(folder)
@@ -114,11 +110,19 @@ def open_teacher(folder: Path, mesh) -> Walker:
         template = model.abstract_params(config)
         entries = checkpoint.check_files(folder, template, model.PRECISIONS["int8"])
         precision = {entry.path: checkpoint.format_of(entry.read()) for entry in entries}
-    formats = set(precision.values())
-    if config.activations == "int8" and formats <= {"int8", "float32"}:
-        finer = "int15" if "int8" in formats else "float"
-        config = dataclasses.replace(config, activations=finer)
-    return Walker(folder, config, precision, mesh)
+    activations = teacher_activations(config.activations, precision.values())
+    return Walker(folder, dataclasses.replace(config, activations=activations), precision, mesh)
+
+
+def teacher_activations(configured: str, formats: Collection[str]) -> str:
+    """What a teacher's matrices are multiplied with: what its config.json says, but not "int8".
+
+    That is for weights that were trained with it, which packed ones may be. Other weights are
+    multiplied with "int15", if they are int8, and with "float" if they are floats.
+    """
+    if configured != "int8" or not {*formats} <= {"int8", "float32"}:
+        return configured
+    return "int15" if "int8" in formats else "float"
 
 
 def check_alike(teacher: Walker, student: Walker) -> None:
@@ -378,13 +382,15 @@ def _described(targets, kl, likeliest, processor) -> list[dict]:
     """Tokens [N] for `compare`'s sample; likeliest: of both, probabilities and indices [N, 3]."""
 
     def piece(token):
-        return processor.id_to_piece(int(token)).replace("\u2581", " ")
+        byte = processor.decode([token]) if processor.is_byte(token) else "\ufffd"
+        whole = processor.id_to_piece(token).replace("\u2581", " ")
+        return whole if byte == "\ufffd" else byte
 
     def predicted(probs, index):
-        return [[piece(i), float(p)] for p, i in _pairs(probs, index)]
+        return [[piece(int(i)), float(p)] for p, i in _pairs(probs, index)]
 
     return [
-        {"text": piece(target), "kl": float(kl[n])}
+        {"text": piece(int(target)), "kl": float(kl[n])}
         | {name: predicted(*(x[n] for x in found)) for name, found in _pairs(NAMES, likeliest)}
         for n, target in enumerate(targets)
     ]

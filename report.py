@@ -123,7 +123,8 @@ def loads(layers: Sequence[dict], name: str) -> str:
             parts.append(
                 f'<rect class="{"over" if above > 0 else "under"}" x="{left + i * wide:.1f}" '
                 f'y="{e * high}" width="{wide:.1f}" height="{high}" '
-                f'fill-opacity="{abs(above):.2f}"><title>layer {i}, expert {e}: {share:.4f}</title></rect>'
+                f'fill-opacity="{abs(above):.2f}"><title>layer {i}, expert {e}: {share:.4f}'
+                "</title></rect>"
             )
     return _svg(WIDTH, high * experts + 8, parts)
 
