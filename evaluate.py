@@ -72,18 +72,13 @@ def text_loss(
     logits: int32 [B, T] -> float32 [B, T, V]
     """
     windows = data.windows(tokenizer.encode(processor, text), length)
+    batches = data.batches(windows, BATCH)
     cross_entropy = jax.jit(learning.cross_entropy)
     nats = 0.0
-    for start in tqdm(range(0, len(windows.inputs), BATCH), disable=not progress, unit="batch"):
-        inputs, targets, mask = (_padded(array[start : start + BATCH]) for array in windows)
+    for inputs, targets, mask in tqdm(batches, disable=not progress, unit="batch"):
         losses = cross_entropy(logits(inputs), targets)
         nats += float(np.sum(np.asarray(losses, np.float64), where=mask))
     return Loss(nats, int(windows.mask.sum()), len(text))
-
-
-def _padded(array):
-    """Fills the last batch up with rows that the mask leaves out, so that one shape compiles."""
-    return np.pad(array, [(0, BATCH - len(array)), (0, 0)])
 
 
 def evaluate_text(runner: runners.ModelRunner, folder: Path, text: str, length: int) -> None:

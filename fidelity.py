@@ -64,7 +64,7 @@ class Walker:
 
         def layer(h):
             valid = jnp.ones(h.shape[:2], bool)
-            positions = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+            positions = jnp.broadcast_to(jnp.arange(h.shape[1]), valid.shape)
             return model.DecoderLayer(config, "decoder_layer_0")(h, positions, valid, None)[0]
 
         def head(h):
@@ -115,14 +115,16 @@ def open_teacher(folder: Path, mesh) -> Walker:
 
 
 def teacher_activations(configured: str, formats: Collection[str]) -> str:
-    """What a teacher's matrices are multiplied with: what its config.json says, but not "int8".
+    """What a teacher's matrices are multiplied with, whatever else its config.json says.
 
-    That is for weights that were trained with it, which packed ones may be. Other weights are
-    multiplied with "int15", if they are int8, and with "float" if they are floats.
+    Floats are multiplied with floats; a runner of this configuration would round these first. Codes
+    of int8 are not multiplied with "int8", which is for weights that were trained with it, but with
+    "int15". Packed weights may have been: they run as configured.
     """
-    if configured != "int8" or not {*formats} <= {"int8", "float32"}:
-        return configured
-    return "int15" if "int8" in formats else "float"
+    if {*formats} == {"float32"}:
+        return "float"
+    plain = {*formats} <= {"int8", "float32"}
+    return "int15" if plain and configured == "int8" else configured
 
 
 def check_alike(teacher: Walker, student: Walker) -> None:
@@ -253,10 +255,7 @@ def compare(
     windows = data.windows(tokenizer.encode(processor, text), length)
     tokens = int(windows.mask.sum())
     rows = min(BATCH, len(windows.inputs), LOGITS // (length * student.config.vocab_size)) or 1
-    batches = [
-        data.Windows(*(_padded(array[start : start + rows], rows) for array in windows))
-        for start in range(0, len(windows.inputs), rows)
-    ]
+    batches = data.batches(windows, rows)
     layers, families = [], {}
     steps = tqdm.tqdm(range(student.config.num_layers), unit="layer", disable=not progress)
     with jax.set_mesh(student.mesh):
@@ -292,34 +291,23 @@ def compare(
     }
 
 
-def _padded(array, rows: int):
-    """Fills the last batch up with rows that the mask leaves out, so that one shape compiles."""
-    return np.pad(array, [(0, rows - len(array)), (0, 0)])
-
-
 def _ratio(part, whole) -> float:
     return float(part / max(whole, 1e-30))
 
 
 def _loss(nats: float, tokens: int, characters: int) -> dict:
-    each = float(nats / tokens)
-    return {
-        "loss_per_token": each,
-        "loss_per_character": float(nats / characters),
-        "perplexity": float(np.exp(each)),
-    }
+    found = {"loss_per_token": nats / tokens, "loss_per_character": nats / characters}
+    return {name: float(x) for name, x in found.items()} | {"perplexity": math.exp(nats / tokens)}
 
 
 def _run_layer(both, params, streams, batches, tokens: int) -> dict:
     """Moves both streams on by a layer; what `compare` tells of it, but for weights."""
-    total = None
+    total = {}
     for j, batch in enumerate(batches):
         before = tuple(stream[j] for stream in streams)
         after = tuple(w.layer(p, h) for w, p, h in _pairs(both, params, before))
-        sums = jax.tree.map(
-            lambda x: np.asarray(x, np.float64), _layer_sums(before, after, batch.mask)
-        )
-        total = sums if total is None else jax.tree.map(np.add, total, sums)
+        sums = jax.device_get(_layer_sums(before, after, batch.mask))
+        total = {name: total.get(name, np.float64(0)) + x for name, x in sums.items()}
         for stream, output in _pairs(streams, after):
             stream[j] = np.asarray(output.hidden)
     found = {name: _ratio(total[name], tokens) for name in ("cosine", "delta_cosine")}
