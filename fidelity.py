@@ -297,7 +297,9 @@ def _ratio(part, whole) -> float:
 
 def _loss(nats: float, tokens: int, characters: int) -> dict:
     found = {"loss_per_token": nats / tokens, "loss_per_character": nats / characters}
-    return {name: float(x) for name, x in found.items()} | {"perplexity": math.exp(nats / tokens)}
+    return {name: float(x) for name, x in found.items()} | {
+        "perplexity": float(np.exp(nats / tokens))
+    }
 
 
 def _run_layer(both, params, streams, batches, tokens: int) -> dict:

@@ -31,7 +31,7 @@ def table(found: dict) -> str:
     teacher, student, layers = found["teacher"], found["student"], found["layers"]
     row = "{:<22}{:>12}{:>12}".format
     lines = [row("", "teacher", "student")]
-    lines += [row(t, f"{teacher[k]:.4f}", f"{student[k]:.4f}") for t, k in LOSSES.items()]
+    lines += [row(t, _loss(teacher[k]), _loss(student[k])) for t, k in LOSSES.items()]
     lines += [row("activations", teacher["activations"], student["activations"])]
     lines += [row("KL(teacher||student)", "", f"{found['kl']:.4f}") + " nats per token"]
     lines += [row("same likeliest token", "", f"{found['agreement']:.4f}")]
@@ -49,6 +49,10 @@ def table(found: dict) -> str:
     for name, family in found["families"].items():
         lines.append(f"{name:<14}{family['weights']:>18,}{family['error']:>10.4f}")
     return "\n".join(lines)
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if value < 1e5 else f"{value:.4g}"
 
 
 def moved(load: dict) -> float:
@@ -243,7 +247,9 @@ def _summary(found: dict) -> str:
     cards = {
         "KL(teacher ‖ student), nats per token": f"{found['kl']:.4f}",
         "same likeliest token": f"{100 * found['agreement']:.1f} %",
-        **{title: f"{teacher[key]:.4f} → {student[key]:.4f}" for title, key in LOSSES.items()},
+        **{
+            title: f"{_loss(teacher[key])} → {_loss(student[key])}" for title, key in LOSSES.items()
+        },
     }
     cards = (f"<div><b>{value}</b><small>{title}</small></div>" for title, value in cards.items())
     teacher, student = (
