@@ -148,7 +148,7 @@ def histogram(title: str, counts: Sequence[int], trits: bool, reach: float) -> s
     parts = [f'<path class="bars" d="{"".join(bars)}"/>']
     parts += [_line(x(t), 0, x(t), height, "mark") for t in ((-0.5, 0.5) if trits else ())]
     parts += [_text(x(v), height + 12, str(v)) for v in (-3, -2, -1, 0, 1, 2, 3)]
-    caption = f"{title}, in {'trits' if trits else 'root mean squares'}"
+    caption = f"{title}, in {'trits' if trits else 'rms'}"
     return f"<div><small>{html.escape(caption)}</small>{_svg(width, height + 14, parts)}</div>"
 
 
