@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -120,6 +120,22 @@ def file_name(index: int) -> str:
 def sorted_keys(tree: Params) -> list[tuple[str, str]]:
     """(module, name) of each parameter in the order of the files, that of `jax.tree.leaves`."""
     return [(module, name) for module in sorted(tree) for name in sorted(tree[module])]
+
+
+# Of parameters, by path; first match wins.
+FAMILIES = (
+    (r"/multi_head_attention/", "attention"),
+    (r"/moe/", "experts"),
+    (r"/linear", "feed-forward"),
+    (r"/router/", "router"),
+    (r"norm", "norms"),
+    (r"", "embeddings"),
+)
+
+
+def family_of(path: str) -> str:
+    """What a table of FAMILIES counts the parameter "module/name" as."""
+    return next(name for pattern, name in FAMILIES if re.search(pattern, path))
 
 
 # --- Converted checkpoints ------------------------------------------------------------------------
@@ -253,14 +269,36 @@ def restore(
     later for what `check` finds.
     """
     entries = check_files(pathlib.Path(folder), template, precision)
-    abstract: Params = {module: {} for module in template}
+    placement = placement_of(entries, shardings)
+    return restore_entries(entries, placement, threads=threads, progress=progress, check=check)
+
+
+def placement_of(
+    entries: Sequence["Entry"], shardings: Callable[[Params], Params] | None = None
+) -> Params:
+    """The sharding of every array of all parameters, from `check_files`; see `restore`."""
+    abstract: Params = {}
     for entry in entries:
-        abstract[entry.module][entry.name] = entry.restored
+        abstract.setdefault(entry.module, {})[entry.name] = entry.restored
     default = jnp.zeros(()).sharding
     placement = shardings(abstract) if shardings else jax.tree.map(lambda _: default, abstract)
     _check_placement(entries, placement)
+    return placement
 
-    params: Params = {module: {} for module in template}
+
+def restore_entries(
+    entries: Sequence["Entry"],
+    placement: Params,
+    *,
+    threads: int | None = None,
+    progress: bool = False,
+    check: bool = True,
+) -> Params:
+    """What `restore` gives of some parameters: of those of a layer, for models that do not fit.
+
+    entries: some of those of `check_files`; placement: of all of them, from `placement_of`
+    """
+    params: Params = {}
     total = sum(entry.bytes for entry in entries)
     quiet = not progress or jax.process_index() != 0
     with (
@@ -271,7 +309,7 @@ def restore(
             bar.set_description(f"tensor {i + 1}/{len(entries)}", refresh=False)
             where = placement[entry.module][entry.name]
             leaf = jax.block_until_ready(_restore_one(entry, where, pool, check))
-            params[entry.module][entry.name] = leaf
+            params.setdefault(entry.module, {})[entry.name] = leaf
             bar.update(entry.bytes)
     return params
 

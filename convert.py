@@ -289,15 +289,6 @@ def _released_form(module: str, shape: tuple[int, ...], format: str):
 
 # --- Inspecting -----------------------------------------------------------------------------------
 
-FAMILIES = (  # of parameters, by path; first match wins
-    (r"/multi_head_attention/", "attention"),
-    (r"/moe/", "experts"),
-    (r"/linear", "feed-forward"),
-    (r"/router/", "router"),
-    (r"norm", "norms"),
-    (r"", "embeddings"),
-)
-
 
 class Measure(NamedTuple):
     """What `inspect` tells of a parameter, and in sums of a family.
@@ -399,8 +390,7 @@ def inspect(folder: Path, source: Path | None, progress: bool) -> None:
             size = f"{found.bytes:,}"
             line = row(*described, found.density, scale, size, found.relative_error)
             bar.write(line, file=sys.stdout)
-            family = next(name for pattern, name in FAMILIES if re.search(pattern, path))
-            families.setdefault(family, []).append(found)
+            families.setdefault(checkpoint.family_of(path), []).append(found)
     row = "{:12} {:>16} {:>17} {:>12} {:>8} {:>7}".format
     print("\n" + row("family", "weights", "bytes", "bits/weight", "density", "error"))
     total = [found for group in families.values() for found in group]

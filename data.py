@@ -205,3 +205,14 @@ def windows(tokens: np.ndarray, length: int, bos: int = 1, stride: int | None = 
     padded[0], padded[1 : 1 + len(tokens)] = bos, tokens
     mask = (positions >= counted[:, None]) & (positions < len(tokens))
     return Windows(padded[positions], padded[positions + 1], mask)
+
+
+def batches(windows: Windows, size: int) -> list[Windows]:
+    """The windows, so many at a time; the last ones with windows of zeros in which nothing counts,
+    so that one shape compiles."""
+    missing = -len(windows.mask) % size
+    whole = [np.pad(array, [(0, missing), (0, 0)]) for array in windows]
+    return [
+        Windows(*(array[start : start + size] for array in whole))
+        for start in range(0, len(whole[0]), size)
+    ]

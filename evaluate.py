@@ -2,13 +2,16 @@
 
     python evaluate.py checkpoints/demo --data tinyshakespeare
     python evaluate.py checkpoints/demo --tokens tokens.npy --save-logits logits.npy
+    python evaluate.py STUDENT --against TEACHER --data tinyshakespeare --html report.html
 
 The first prints the loss of the loaded weights on the last tenth of a text, which training never
-sees; the second reads integers [B, T] and writes float32 [B, T, V].
+sees; the second reads integers [B, T] and writes float32 [B, T, V]; the third compares a converted
+model with the one that it was made from, layer by layer (`fidelity.py`).
 """
 
 import argparse
 import dataclasses
+import json
 import sys
 import zipfile
 from collections.abc import Callable
@@ -21,11 +24,13 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import fidelity
 import files
 import kernels
 import learning
 import model
 import quantize
+import report
 import runners
 import sharding
 import tokenizer
@@ -67,18 +72,13 @@ def text_loss(
     logits: int32 [B, T] -> float32 [B, T, V]
     """
     windows = data.windows(tokenizer.encode(processor, text), length)
+    batches = data.batches(windows, BATCH)
     cross_entropy = jax.jit(learning.cross_entropy)
     nats = 0.0
-    for start in tqdm(range(0, len(windows.inputs), BATCH), disable=not progress, unit="batch"):
-        inputs, targets, mask = (_padded(array[start : start + BATCH]) for array in windows)
+    for inputs, targets, mask in tqdm(batches, disable=not progress, unit="batch"):
         losses = cross_entropy(logits(inputs), targets)
         nats += float(np.sum(np.asarray(losses, np.float64), where=mask))
     return Loss(nats, int(windows.mask.sum()), len(text))
-
-
-def _padded(array):
-    """Fills the last batch up with rows that the mask leaves out, so that one shape compiles."""
-    return np.pad(array, [(0, BATCH - len(array)), (0, 0)])
 
 
 def evaluate_text(runner: runners.ModelRunner, folder: Path, text: str, length: int) -> None:
@@ -116,6 +116,22 @@ def save_logits(runner: runners.ModelRunner, tokens: np.ndarray, target: Path) -
     print(f"{target}: float32 {(*tokens.shape, runner.config.vocab_size)}")
 
 
+def compare(config: model.LanguageModelConfig, text: str, args: argparse.Namespace) -> None:
+    """Prints what a student lost against its teacher, and writes it where `args` say."""
+    mesh = sharding.parse_mesh(args.mesh)
+    template = model.abstract_params(config)
+    precision = runners.precision_of(args.checkpoint, template, args.weights)
+    student = fidelity.Walker(args.checkpoint, config, precision, mesh)
+    teacher = fidelity.open_teacher(args.against, mesh)
+    length = min(config.sequence_len, teacher.config.sequence_len, MAX_LENGTH)
+    found = fidelity.compare(teacher, student, text, length, progress=True)
+    print(report.table(found))
+    if args.json:
+        files.write_bytes(args.json, (json.dumps(found) + "\n").encode())
+    if args.html:
+        files.write_bytes(args.html, report.page(found).encode())
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", type=Path, help="folder with ckpt-0/, and config.json if any")
@@ -123,6 +139,11 @@ def main(argv=None):
     what.add_argument("--data", help=f"text file, or one of {sorted(data.SOURCES)}")
     what.add_argument("--tokens", type=Path, help="integers [B, T] as .npy")
     parser.add_argument("--save-logits", type=Path, help="where to write those of --tokens (.npy)")
+    parser.add_argument(
+        "--against", type=Path, metavar="TEACHER", help="compare with the folder it was made from"
+    )
+    parser.add_argument("--json", type=Path, help="where to write the comparison, all of it")
+    parser.add_argument("--html", type=Path, help="where to write it as a page, with plots")
     parser.add_argument(
         "--split",
         choices=("validation", "all"),
@@ -147,6 +168,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.tokens is None) != (args.save_logits is None):
         parser.error("--tokens and --save-logits go together")
+    if args.against and args.tokens:
+        parser.error(
+            "--against takes a text, --data: of token ids that nobody wrote, predictions and "
+            "routing are near their thresholds, and agreement says little"
+        )
+    if (args.json or args.html) and not args.against:
+        parser.error("--json and --html are of a comparison, --against TEACHER")
     kernels.keep_compilations()
     try:
         checkpoint.check_folder(args.checkpoint)
@@ -156,12 +184,15 @@ def main(argv=None):
         config = dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})
         text = args.data and data.load_text(args.data)
         tokens = args.tokens and read_tokens(args.tokens, config.vocab_size)
+        part = data.split(text)[1] if text and args.split == "validation" else text
+        if args.against:
+            compare(config, part, args)
+            return
         runner = runners.ModelRunner(config, sharding.parse_mesh(args.mesh))
         runner.load(args.checkpoint, args.weights, progress=True)
         if text is None:
             save_logits(runner, tokens, args.save_logits)
         else:
-            part = text if args.split == "all" else data.split(text)[1]
             evaluate_text(runner, args.checkpoint, part, min(config.sequence_len, MAX_LENGTH))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

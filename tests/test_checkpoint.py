@@ -142,6 +142,24 @@ def test_every_mesh_restores_the_same_bits(rules, mesh):
     assert leaf.sharding.mesh.devices.shape == mesh
 
 
+def test_some_parameters_are_those_of_all():
+    """A layer alone, on a mesh, as from `restore`; nothing else is read."""
+    args = GOLDEN / "released_layout", golden_template("released_layout"), TERNARY
+    prefix = "transformer/decoder_layer_1/"
+    entries = checkpoint.check_files(*args)
+    placement = checkpoint.placement_of(entries, mesh_shardings(2, 4))
+    others = [entry for entry in entries if not entry.module.startswith(prefix)]
+    for entry in others:
+        object.__setattr__(entry, "read", None)
+    some = [entry for entry in entries if entry not in others]
+    found = checkpoint.restore_entries(some, placement)
+    whole = checkpoint.restore(*args)
+    expected = {module: whole[module] for module in whole if module.startswith(prefix)}
+    assert_same(expected, found)
+    leaf = found[f"{prefix}multi_head_attention/query"]["w"]
+    assert leaf.packed.sharding.mesh.devices.shape == (2, 4)
+
+
 def test_files_are_in_the_order_of_jax_trees():
     template = {f"layer_{i}/linear": {"w": i, "b": -i} for i in range(12)}
     keys = checkpoint.sorted_keys(template)

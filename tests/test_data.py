@@ -210,6 +210,15 @@ def test_windows_pad_a_short_text_on_the_right():
     np.testing.assert_array_equal(found.mask, [[1, 1, 0, 0]])
 
 
+def test_batches_are_all_windows_in_order():
+    windows = data.windows(np.arange(5, 26), length=3)
+    first, second = data.batches(windows, 4)
+    assert first.inputs.shape == second.inputs.shape == (4, 3)
+    for all_of_it, *parts in zip(windows, first, second, strict=True):
+        np.testing.assert_array_equal(np.concatenate(parts)[:7], all_of_it)
+        assert not parts[1][3].any()
+
+
 def test_windows_refuse_nothing_and_gaps():
     with pytest.raises(ValueError, match="has no tokens"):
         data.windows([], 7)
