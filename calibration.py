@@ -14,7 +14,7 @@ import functools
 import itertools
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import checkpoint
 import conversion
 import data
 import files
@@ -121,6 +122,19 @@ def hidden_rows(x, linear, linear_v, *, config):
     return jax.nn.gelu(dot(x, linear)) * dot(x, linear_v)
 
 
+def teacher_activations(configured: str, formats: Collection[str]) -> str:
+    """What a teacher's matrices are multiplied with, whatever else its config.json says.
+
+    Floats are multiplied with floats; a runner of this configuration would round these first. Codes
+    of int8 are not multiplied with "int8", which is for weights that were trained with it, but with
+    "int15". Packed weights may have been: they run as configured.
+    """
+    if {*formats} == {"float32"}:
+        return "float"
+    plain = {*formats} <= {"int8", "float32"}
+    return "int15" if plain and configured == "int8" else configured
+
+
 # --- A layer --------------------------------------------------------------------------------------
 
 
@@ -143,8 +157,8 @@ class Layer:
         """
         self.config, self.entries, self.streams, self.advance = config, entries, streams, advance
         self.tensors = {at: entry.read() for at, entry in entries.items()}
-        quantized = any(not isinstance(x, np.ndarray) for x in self.tensors.values())
-        activations = "float" if not quantized or config.activations == "float" else "int15"
+        stored = {checkpoint.format_of(tensor) for tensor in self.tensors.values()}
+        activations = teacher_activations(config.activations, stored)
         self.of_teacher = dataclasses.replace(config, activations=activations)
         self.teacher = tree(
             {at: jax.tree.map(jnp.asarray, tensor) for at, tensor in self.tensors.items()}
@@ -152,7 +166,7 @@ class Layer:
         self.plain = {
             at: conversion.converter(self.tensors[at], entry.format, entry.title, pool)
             for at, entry in entries.items()
-            if is_made(entry, self.tensors[at])
+            if entry.format != checkpoint.format_of(self.tensors[at])
         }
         # The teacher's, where the weights are still to be made; they are not looked at until then.
         self.student = {module: dict(weights) for module, weights in self.teacher.items()}
@@ -344,12 +358,6 @@ def tree(weights: dict[tuple[str, str], Any]) -> Params:
     for (module, name), weight in weights.items():
         params.setdefault(module, {})[name] = weight
     return params
-
-
-def is_made(entry, tensor) -> bool:
-    """Whether a parameter becomes another format than its file's."""
-    stored = "int8" if isinstance(tensor, quantize.QuantizedWeight) else "float32"
-    return entry.format != stored
 
 
 # --- All layers -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ Shape letters as in `model.py`; W windows of T tokens. Of two things, the teache
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 import haiku as hk
@@ -20,6 +20,7 @@ import numpy as np
 import tqdm
 from jax import lax
 
+import calibration
 import checkpoint
 import conversion
 import data
@@ -102,7 +103,7 @@ def _compiled(scope: str, f: Callable) -> Callable:
 
 
 def open_teacher(folder: Path, mesh) -> Walker:
-    """A checkpoint as it is stored, with `teacher_activations`."""
+    """A checkpoint as it is stored, with `calibration.teacher_activations`."""
     checkpoint.check_folder(folder)
     config = model.config_from_dict(checkpoint.read_config(folder))
     precision = checkpoint.stored_precision(folder)
@@ -110,21 +111,8 @@ def open_teacher(folder: Path, mesh) -> Walker:
         template = model.abstract_params(config)
         entries = checkpoint.check_files(folder, template, model.PRECISIONS["int8"])
         precision = {entry.path: checkpoint.format_of(entry.read()) for entry in entries}
-    activations = teacher_activations(config.activations, precision.values())
+    activations = calibration.teacher_activations(config.activations, precision.values())
     return Walker(folder, dataclasses.replace(config, activations=activations), precision, mesh)
-
-
-def teacher_activations(configured: str, formats: Collection[str]) -> str:
-    """What a teacher's matrices are multiplied with, whatever else its config.json says.
-
-    Floats are multiplied with floats; a runner of this configuration would round these first. Codes
-    of int8 are not multiplied with "int8", which is for weights that were trained with it, but with
-    "int15". Packed weights may have been: they run as configured.
-    """
-    if {*formats} == {"float32"}:
-        return "float"
-    plain = {*formats} <= {"int8", "float32"}
-    return "int15" if plain and configured == "int8" else configured
 
 
 def check_alike(teacher: Walker, student: Walker) -> None:

@@ -183,7 +183,7 @@ def test_activations_of_8_bits_are_for_weights_trained_with_them(tmp_path, weigh
         files.write_json(folder / "config.json", model.config_to_dict(config))
         teacher = fidelity.open_teacher(folder, sharding.make_mesh())
         assert teacher.config.activations == runs
-    assert fidelity.teacher_activations("int8", ["int8", "ternary", "float32"]) == "int8"
+    assert calibration.teacher_activations("int8", ["int8", "ternary", "float32"]) == "int8"
 
 
 def test_agreement_counts_by_the_margin_of_the_teacher():
