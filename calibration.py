@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -139,7 +140,13 @@ def teacher_activations(configured: str, formats: Collection[str]) -> str:
 
 
 class Layer:
-    """One layer of both models; `convert` makes the second from the first."""
+    """One layer of both models; `convert` makes the second from the first.
+
+    models: whose streams go through it; the inputs of the first are those that matrices are made
+      for, the outputs of the last those that are wanted
+    """
+
+    models: tuple[str, ...] = ("student", "teacher")
 
     def __init__(
         self,
@@ -156,6 +163,7 @@ class Layer:
         advance: as of `Calibration`
         """
         self.config, self.entries, self.streams, self.advance = config, entries, streams, advance
+        self.seen = streams.seen
         self.tensors = {at: entry.read() for at, entry in entries.items()}
         stored = {checkpoint.format_of(tensor) for tensor in self.tensors.values()}
         activations = teacher_activations(config.activations, stored)
@@ -213,7 +221,7 @@ class Layer:
         return run(getattr(self, whose), h, config=config, half=half, want=want)
 
     def _move_on(self, half: str) -> None:
-        for whose in Streams._fields:
+        for whose in self.models:
             stream = getattr(self.streams, whose)
             for batch, there in self._batches(slice(0, len(stream))):
                 h = self._run(whose, batch, len(there), half, "h")
@@ -225,21 +233,17 @@ class Layer:
         keys = [at for at in keys if self._is_calibrated(at)]
         if not keys:
             return
-        windows, seen = len(self.streams.teacher), self.streams.seen
-        parts = []
-        for part in (slice(0, seen), slice(seen, windows)):
+        windows, parts = len(self.streams.teacher), []
+        for part in (slice(0, self.seen), slice(self.seen, windows)):
             moments = gptq.Moments.zeros(self.tensors[keys[0]].shape[-2])
             for batch, there in self._batches(part):
-                x, other = (
-                    self._run(whose, batch, len(there), half, want)[0]
-                    for whose in ("student", "teacher")
-                )
-                weights = jnp.repeat(jnp.asarray(there, jnp.float32), x.shape[1])
-                x, other = (y.reshape(-1, y.shape[-1]) for y in (x, other))
+                met = [self._run(w, batch, len(there), half, want)[0] for w in self.models]
+                weights = jnp.repeat(jnp.asarray(there, jnp.float32), met[0].shape[1])
+                x, other = (y.reshape(-1, y.shape[-1]) for y in (met[0], met[-1]))
                 x = as_multiplied(x, self.config.activations)
                 moments = gptq.add(moments, x, other, weights)
             parts.append(moments)
-        tokens = seen * self.streams.teacher.shape[1]
+        tokens = self.seen * self.streams.teacher.shape[1]
         for at in keys:
             weight = self._round(at, None, tokens, *parts)
             self._put(at, weight)
@@ -252,10 +256,7 @@ class Layer:
         """A matrix, [I, O], in its format, by its moments, and a line of the report."""
         entry, stack = self.entries[at], conversion.stacked(self.tensors[at])
         e = expert or 0
-        width = entry.restored.packed.shape[-1]
-        outputs = stack.shape[-1]
-        plain = self.plain[at]((slice(e, e + 1), slice(0, outputs), slice(0, width)))
-        plain = jax.tree.map(lambda x: jnp.asarray(x[0]), plain)
+        plain = one_matrix(self.plain[at], e, entry.restored)
         made = gptq.Rounded(plain, 0.0, 0.0, np.zeros(3))
         if tokens >= seen.squares.shape[-1]:
             w = jax.tree.map(lambda x: jnp.asarray(x[e]), stack)
@@ -264,7 +265,7 @@ class Layer:
         way = WAYS[int(np.argmin(losses))]
         numbers = float(made.shift), float(made.damping), tuple(map(float, losses))
         self.choices.append(Choice(entry.path, expert, entry.format, tokens, way, *numbers))
-        self.advance(entry, stack.shape[-2] * outputs)
+        self.advance(entry, math.prod(stack.shape[-2:]))
         return made.weight
 
     # Experts
@@ -304,7 +305,7 @@ class Layer:
         """The matrices of one expert, {key: weight}."""
         chosen = (index == expert).any(axis=-1)
         gate = np.where(index == expert, gates, 0).sum(axis=-1)
-        seen = np.arange(len(chosen)) < self.streams.seen
+        seen = np.arange(len(chosen)) < self.seen
         parts = [np.nonzero(chosen & part[:, None]) for part in (seen, ~seen)]
         size = self.config.emb_size
         tokens = len(parts[0][0])
@@ -318,11 +319,11 @@ class Layer:
                 weights = np.zeros(ROWS, np.float32)
                 weights[: len(at[0])] = np.square(gate[at])
                 x = []
-                for stream in (self.streams.student, self.streams.teacher):
+                for stream in (getattr(self.streams, whose) for whose in self.models):
                     h = np.zeros((ROWS, size), stream.dtype)
                     h[: len(at[0])] = stream[at]
                     x.append(model.rms_norm(jnp.asarray(h), norm, eps))
-                yield *x, jnp.asarray(weights)
+                yield x[0], x[-1], jnp.asarray(weights)
 
         def of_expert(params, at):
             return jax.tree.map(lambda x: x[expert], params[at[0]][at[1]])
@@ -350,6 +351,14 @@ class Layer:
                     moments[i] = gptq.add(moments[i], x, other, weights)
             made[down] = self._round(down, expert, tokens, *moments)
         return made
+
+
+def one_matrix(make: Callable[[conversion.Index], Any], expert: int, shapes: Any):
+    """What `conversion.converter` makes of one expert, [I, O], on the device; shapes: of all."""
+    packed = isinstance(shapes, quantize.PackedWeight)
+    width = shapes.packed.shape[-1] if packed else shapes.shape[-2]
+    made = make((slice(expert, expert + 1), slice(0, shapes.shape[-1]), slice(0, width)))
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), made)
 
 
 def tree(weights: dict[tuple[str, str], Any]) -> Params:
@@ -387,6 +396,8 @@ class Calibration:
 
     The folder has, before layer i, both streams as `streams-i.npy`, and after it the choices made.
     """
+
+    of_layer = Layer
 
     def __init__(
         self,
@@ -449,7 +460,7 @@ class Calibration:
             if layer_of(module) == layer
         }
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            work = Layer(self.config, own, streams, pool, self.advance)
+            work = self.of_layer(self.config, own, streams, pool, self.advance)
             made = work.convert(self.devices)
         if layer + 1 < self.config.num_layers:
             self._save(layer + 1, streams)

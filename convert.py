@@ -41,6 +41,7 @@ import download
 import files
 import formats
 import model
+import planning
 import quantize
 import shards
 import tokenizer
@@ -73,6 +74,7 @@ def convert(
     threads: int | None = None,
     progress: bool = False,
     calibrate: Callable[..., calibration.Calibration] | None = None,
+    noted: dict | None = None,
     sealed: Callable[[shards.Shard], None] = lambda shard: None,
 ) -> None:
     """Writes a checkpoint's parameters to a converted one, one after the other; resumes.
@@ -84,6 +86,7 @@ def convert(
     progress: a bar on stderr
     calibrate: makes a `Calibration` that is to convert the layers, given who is told of its
       progress; entries are then in the order of the layers, and each layer has its own shards
+    noted: what its report says besides
 
     Host memory in use is a few dozen megabytes for each thread; files are mapped both ways, and
     their pages given back as they are done with.
@@ -107,8 +110,10 @@ def convert(
             nonlocal written
             bar.set_description(f"tensor {number[path]}/{len(number)}", refresh=False)
             entry = by_path[path]
-            if work and isinstance(stored, PackedWeight):
-                made = jax.tree.map(np.asarray, conversion.stacked(work.weight(path)))
+            # Every layer, also one without packed weights: the next one needs its outputs.
+            made = work.weight(path) if work and calibration.layer_of(path) is not None else None
+            if made is not None and isinstance(stored, PackedWeight):
+                made = jax.tree.map(np.asarray, conversion.stacked(made))
                 targets = checkpoint.arrays_of(conversion.stacked(stored))
                 for array, out in zip(jax.tree.leaves(made), targets, strict=True):
                     for expert, values in enumerate(array):
@@ -136,14 +141,15 @@ def convert(
             sealed(shard)
 
         if work:
-            extra |= {REPORT: lambda: files.json_bytes({"matrices": work.report()})}
+            extra |= {
+                REPORT: lambda: files.json_bytes({"matrices": work.report(), **(noted or {})})
+            }
         shards.write(
             output,
             leaves,
             fill,
             config,
-            extra
-            | ({REPORT: lambda: files.json_bytes({"matrices": work.report()})} if work else {}),
+            extra,
             source=source,
             shard_size=shard_size,
             begins=begins,
@@ -429,6 +435,11 @@ def positive(kind: type, text: str) -> float:
     return value
 
 
+def budget(text: str) -> str:
+    """A number of GB, or one of planning.GPUS, in one way of writing."""
+    return text if text in planning.GPUS else f"{positive(float, text):g}"
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -455,6 +466,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help='the same as a table of one\'s own, JSON: [["/moe/", "ternary2-128"], ...]',
+    )
+    precision.add_argument(
+        "--budget",
+        type=budget,
+        metavar="GB",
+        help="of memory for the weights: each matrix gets the format that --calibrate's text calls "
+        f"for; or one of {sorted(planning.GPUS)}",
     )
     add(
         "--calibrate",
@@ -487,6 +505,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     chosen = args.download or args.stream or args.verify or args.inspect
     if len(args.folders) != (0 if chosen else 2):
         parser.error("give SOURCE and OUTPUT folders, or one of the flags with its own")
+    if args.budget and not args.calibrate:
+        parser.error("--budget chooses by a text; give one with --calibrate")
+    if args.budget and args.stream:
+        parser.error(
+            "--budget reads the release twice, and --stream would fetch it twice; --download it, "
+            "then convert the folder"
+        )
     return args
 
 
@@ -574,21 +599,26 @@ def convert_command(args: argparse.Namespace) -> None:
     config = resolve_config(source, args.preset)
     if args.activations:
         config = dataclasses.replace(config, activations=args.activations)
-    weights, precision = resolve_precision(args)
     template = model.abstract_params(config)
+    scratch = output.parent / f"{output.name}.download"
+    kept = output.parent / f"{output.name}.calibration"
+    text = noted = None
+    if args.calibrate:
+        text = data.split(data.load_text(args.calibrate))[0]
+    if args.budget:
+        noted = choose_formats(args, config, windows_of(source, config, text, args))
+        weights, precision = f"budget-{args.budget}", planning.rules(noted["budget"]["chosen"])
+    else:
+        weights, precision = resolve_precision(args)
     named = model.formats_of(template, precision)
     about = model.config_to_dict(config)
     about |= checkpoint.quantization(weights, precision, args.packing)
-    text = None
-    if args.calibrate:
+    if text is not None:
         check_calibrated(named)
-        text = data.split(data.load_text(args.calibrate))[0]
         about["quantization_config"]["calibration"] = {
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "tokens": args.calibration_tokens,
         }
-    scratch = output.parent / f"{output.name}.download"
-    kept = output.parent / f"{output.name}.calibration"
     if output.exists():
         check_complete(output, about)
         for folder in (scratch, kept):  # what an interruption after the last rename left
@@ -606,12 +636,7 @@ def convert_command(args: argparse.Namespace) -> None:
     calibrate = None
     if text is not None:
         entries = sorted(entries, key=lambda entry: calibration.order(entry.module))
-        processor = tokenizer.load(scratch if stream else source, config.vocab_size)
-        windows = calibration.choose_windows(
-            tokenizer.encode(processor, text),
-            min(config.sequence_len, calibration.LENGTH),
-            args.calibration_tokens,
-        )
+        windows = windows_of(scratch if stream else source, config, text, args)
         calibrate = functools.partial(calibration.Calibration, config, entries, windows, kept)
     shard_size = round(args.shard_size * 1e9)
     check_space(output, entries, args.packing, shard_size, streamed=stream is not None)
@@ -628,6 +653,7 @@ def convert_command(args: argparse.Namespace) -> None:
             threads=args.threads,
             progress=sys.stderr.isatty(),
             calibrate=calibrate,
+            noted=noted,
             sealed=stream.delete if stream else lambda shard: None,
         )
     finally:
@@ -643,6 +669,49 @@ def convert_command(args: argparse.Namespace) -> None:
         written=f"{readable_size(written)} to {output}",
         memory=f"{readable_size(peak_memory())} at the peak, mapped pages of files included",
     )
+
+
+def windows_of(folder: Path, config, text: str, args: argparse.Namespace) -> np.ndarray:
+    """The windows of a text to calibrate with, by the tokenizer of a folder."""
+    return calibration.choose_windows(
+        tokenizer.encode(tokenizer.load(folder, config.vocab_size), text),
+        min(config.sequence_len, calibration.LENGTH),
+        args.calibration_tokens,
+    )
+
+
+def choose_formats(args: argparse.Namespace, config, windows: np.ndarray) -> dict:
+    """What the report is to note of --budget: the errors measured, and the formats chosen.
+
+    Prints a table of these. A finished output is not measured again.
+    """
+    source, output = args.folders
+    entries = checkpoint.check_files(source, model.abstract_params(config), planning.CHEAPEST)
+    budget = planning.Budget(args.budget, config, entries)
+    if output.exists():
+        found = files.read_json(output / REPORT) if (output / REPORT).exists() else {}
+        if "budget" not in found:
+            raise CheckpointError(
+                f"{output} exists and is something else: it was not converted with --budget; "
+                "remove it, or choose another folder"
+            )
+        errors = found["budget"]["errors"]
+    else:
+        kept = output.parent / f"{output.name}.calibration"
+        total = sum(math.prod(entry.restored.shape) for entry in budget.matrices.values())
+        quiet = not sys.stderr.isatty()
+        with tqdm.tqdm(total=total, desc="measure", unit_scale=True, disable=quiet) as bar:
+            errors = planning.measure(
+                config,
+                entries,
+                windows,
+                str(source.resolve()),
+                kept,
+                lambda entry, weights: bar.update(weights),
+            )
+    chosen = budget.choose(errors)
+    print("\n".join(budget.table(errors, chosen)), file=sys.stderr)
+    return {"budget": {"errors": errors, "chosen": chosen}}
 
 
 def check_calibrated(named: dict[str, str]) -> None:

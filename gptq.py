@@ -72,6 +72,18 @@ def add(moments: Moments, x: jax.Array, other: jax.Array, weights: jax.Array) ->
         return Moments(moments.squares + products(x), moments.shifts + products(other - x))
 
 
+@jax.jit
+def energy(w: jax.Array, squares: jax.Array) -> jax.Array:
+    """Sum of the squared outputs of w [I, O] for rows with these moments [N, K, K]."""
+    blocks, size, _ = squares.shape
+    w = jnp.pad(w.astype(jnp.float32), [(0, blocks * size - w.shape[0]), (0, 0)])
+    with precisely():
+        of = over_outputs(
+            lambda w: jnp.sum(w * _product(squares, w), axis=(0, 1)), w.reshape(blocks, size, -1)
+        )
+    return of.sum()
+
+
 class Rounded(NamedTuple):
     """A matrix in trits, and how it was chosen.
 
