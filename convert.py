@@ -437,7 +437,7 @@ def positive(kind: type, text: str) -> float:
 
 def budget(text: str) -> str:
     """A number of GB, or one of planning.GPUS, in one way of writing."""
-    return text if text in planning.GPUS else f"{positive(float, text):g}"
+    return text if text in planning.GPUS else f"{positive(float, text):.12g}"
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

@@ -75,7 +75,7 @@ class MeasuredLayer(calibration.Layer):
         """The matrix as it is."""
         entry, stack, e = self.entries[at], conversion.stacked(self.tensors[at]), expert or 0
         weight = jax.tree.map(lambda x: jnp.asarray(x[e]), stack)
-        w, squares = quantize.dequantize(weight), held.squares
+        squares = held.squares
         met = bool(squares.any())
         if not met:
             squares = jnp.broadcast_to(jnp.eye(squares.shape[-1]), squares.shape)
@@ -83,11 +83,16 @@ class MeasuredLayer(calibration.Layer):
         for format in LADDER:
             if make := self.makers.get((at, format)):
                 made = calibration.one_matrix(make, e, formats.shapes(format, stack.shape))
-                lost[format] = float(gptq.energy(w - quantize.dequantize(made), squares))
-        energy = float(gptq.energy(w, squares))
+                lost[format] = float(_energy_lost(weight, made, squares))
+        energy = float(gptq.energy(quantize.dequantize(weight), squares))
         self.choices.append(Measured(entry.path, expert, met, energy, lost))
-        self.advance(entry, w.size)
+        self.advance(entry, math.prod(weight.shape))
         return weight
+
+
+@jax.jit
+def _energy_lost(weight, made, squares) -> jax.Array:
+    return gptq.energy(quantize.dequantize(weight) - quantize.dequantize(made), squares)
 
 
 class Measurement(calibration.Calibration):
@@ -218,9 +223,8 @@ class Budget:
             self.bytes = GPUS[text] - beside
         else:
             self.bytes = round(float(text) * 1e9)
-        least, most = (
-            self.rest + sum(pick(of.values()) for of in self.sizes.values()) for pick in (min, max)
-        )
+        least = self.rest + sum(min(of.values()) for of in self.sizes.values())
+        most = self.rest + sum(of[LADDER[-1]] for of in self.sizes.values())
         if least > self.bytes:
             fitting = f"--budget {_rounded_up(least / 1e9):g} or more"
             raise ValueError(
@@ -231,9 +235,9 @@ class Budget:
             )
         if most <= self.bytes:
             raise ValueError(
-                f"--budget {text}: int8 everywhere takes {readable_size(most)} in memory, and it "
-                f"has {readable_size(self.bytes)} for the weights{note}; convert with "
-                "--weights int8"
+                f"--budget {text}: {LADDER[-1]} everywhere takes {readable_size(most)} in memory, "
+                f"and it has {readable_size(self.bytes)} for the weights{note}; convert with "
+                f"--weights {LADDER[-1]}, and without --calibrate"
             )
 
     def choose(self, errors: Errors) -> dict[str, str]:
@@ -255,7 +259,7 @@ class Budget:
             lines.append(row(family, format, f"{count:,}", size, *(f"{x:.4f}" for x in means)))
         lines.append(row("the rest", "", "", readable_size(self.rest), "", ""))
         total = self.rest + sum(self.sizes[path][format] for path, format in chosen.items())
-        return [*lines, f"weights     {readable_size(total)} of {readable_size(self.bytes)}"]
+        return [*map(str.rstrip, lines), f"weights     {readable_size(total)} of {readable_size(self.bytes)}"]
 
 
 def _sizes(entry: checkpoint.Entry) -> dict[str, int]:
