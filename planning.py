@@ -259,7 +259,10 @@ class Budget:
             lines.append(row(family, format, f"{count:,}", size, *(f"{x:.4f}" for x in means)))
         lines.append(row("the rest", "", "", readable_size(self.rest), "", ""))
         total = self.rest + sum(self.sizes[path][format] for path, format in chosen.items())
-        return [*map(str.rstrip, lines), f"weights     {readable_size(total)} of {readable_size(self.bytes)}"]
+        return [
+            *map(str.rstrip, lines),
+            f"weights     {readable_size(total)} of {readable_size(self.bytes)}",
+        ]
 
 
 def _sizes(entry: checkpoint.Entry) -> dict[str, int]:

@@ -178,6 +178,19 @@ def test_what_is_measured_are_outputs_and_not_weights(errors):
     assert all(0.3 > e[low] > 2 * e[middle] > 2 * e[high] > 0 for e in others)
 
 
+def test_what_was_measured_is_kept_for_the_same_question_only(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning.Measurement, "errors", lambda self: self.folder)
+    windows = windows_of(folder)
+    seen, held = (windows + (np.arange(len(windows)) == i)[:, None] for i in (0, -1 % len(windows)))
+    other = dataclasses.replace(CONFIG, activations="int15")
+
+    def kept(config=CONFIG, windows=windows, source="a"):
+        return planning.measure(config, [], windows, source, tmp_path, None)
+
+    assert kept() == kept() == kept(windows=seen)
+    assert len({kept(), kept(other), kept(windows=held), kept(source="b")}) == 4
+
+
 def test_an_expert_without_tokens_counts_as_the_others_do():
     def line(expert, met, energy, lost):
         losses = dict.fromkeys(planning.LADDER, lost)
