@@ -606,7 +606,7 @@ def convert_command(args: argparse.Namespace) -> None:
     if args.calibrate:
         text = data.split(data.load_text(args.calibrate))[0]
     if args.budget:
-        noted = choose_formats(args, config, windows_of(source, config, text, args))
+        noted = choose_formats(args, config, template, windows_of(source, config, text, args))
         weights, precision = f"budget-{args.budget}", planning.rules(noted["budget"]["chosen"])
     else:
         weights, precision = resolve_precision(args)
@@ -680,13 +680,13 @@ def windows_of(folder: Path, config, text: str, args: argparse.Namespace) -> np.
     )
 
 
-def choose_formats(args: argparse.Namespace, config, windows: np.ndarray) -> dict:
+def choose_formats(args: argparse.Namespace, config, template: dict, windows: np.ndarray) -> dict:
     """What the report is to note of --budget: the errors measured, and the formats chosen.
 
     Prints a table of these. A finished output is not measured again.
     """
     source, output = args.folders
-    entries = checkpoint.check_files(source, model.abstract_params(config), planning.CHEAPEST)
+    entries = checkpoint.check_files(source, template, planning.CHEAPEST)
     budget = planning.Budget(args.budget, config, entries)
     if output.exists():
         found = files.read_json(output / REPORT) if (output / REPORT).exists() else {}
