@@ -35,7 +35,8 @@ struct Problem {
   int32_t* out;               // [R, O]
   int64_t rows, bytes, width, outputs, begin, end;
   int64_t planes, groups, block;  // P, G and the bytes of a packing block of one plane
-  int64_t record, records;        // AVX2: bytes of a row in a chunk, and how many rows there are
+  bool vnni;
+  int64_t record, records;  // AVX2: bytes of a row in a chunk, and how many rows there are
 };
 
 // Groups in a block; also if all of them are one.
@@ -145,15 +146,21 @@ void Multipliers(const Problem& p, int64_t o, int64_t q, int64_t first, int64_t 
 
 #define AVX2 __attribute__((target("avx2")))
 
-constexpr int64_t kTile = 8;                  // outputs whose codes of a chunk are unpacked, to L1
+constexpr int64_t kTile = 8;  // outputs whose codes of a chunk are unpacked, to L1
+constexpr int64_t kVnniRows = 2;
 constexpr int64_t kTileRows = 16;             // from here on codes are unpacked first
 constexpr int64_t kFewActivations = 1 << 17;  // bytes of all rows
+constexpr int64_t kAhead = 2048;              // packed bytes, to be prefetched
 
 INLINE int64_t StepsOf(int64_t bytes, int64_t begin) {
   return std::min(kSteps, (bytes - begin + kStep - 1) / kStep);
 }
 AVX2 INLINE const Activations* RowOf(const Problem& p, int64_t chunk, int64_t m) {
   return reinterpret_cast<const Activations*>(p.slabs + (chunk * p.records + m) * p.record);
+}
+
+INLINE void Prefetch(const uint8_t* from) {
+  _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
 }
 
 AVX2 INLINE __m256i Load(const void* from) {
@@ -215,8 +222,10 @@ AVX2 void TritsOfRow(const Problem& p, int64_t o, int64_t m) {
     const Activations& x = *RowOf(p, chunk, m);
     __m256i few = _mm256_setzero_si256();
     int64_t j = begin;
-    for (; j < std::min(whole, begin + kPart); j += kStep)
+    for (; j < std::min(whole, begin + kPart); j += kStep) {
       few = _mm256_add_epi16(few, TritsOfStep(Load(w + j), x.slabs + (j - begin) / kStep * 4));
+      Prefetch(w + j + kAhead);
+    }
     if (j < std::min(bytes, begin + kPart)) {
       const __m256i v = LoadPacked<1, 0>(w, j, 0, bytes);
       few = _mm256_add_epi16(few, TritsOfStep(v, x.slabs + (j - begin) / kStep * 4));
@@ -271,6 +280,7 @@ AVX2 void PlanesOfRow(const Problem& p, int64_t o, int64_t m, const int32_t* mul
         for (int v = 0; v < V; ++v) {
           const __m256i even = LoadPacked<P, kBlock>(w, begin + (s + v) * kStep, q, bytes);
           const __m256i odd = _mm256_srli_epi16(even, 2);
+          Prefetch(w + P * (begin + (s + v) * kStep) + q * kStep + kAhead);
 #pragma GCC unroll 4
           for (int r = 0; r < 4; ++r) {
             const __m256i codes = _mm256_and_si256(r % 2 ? odd : even, r < 2 ? low : high);
@@ -421,7 +431,8 @@ AVX2 void UnpackChunk(const Problem& p, int64_t o, int64_t chunk, Codes& all, in
   int32_t tables[2][kPart / 16 * 4];
   if (C > 0) Multipliers<kPair>(p, o, 0, chunk * part, part, all.multipliers[n]);
   for (int q = 0; q < (C < 0 ? P : 0); ++q)
-    Multipliers<kSigned>(p, o, q, chunk * part, part, tables[q]);
+    C == -2 && q == 0 ? Multipliers<kUnsigned>(p, o, q, chunk * part, part, tables[q])
+                      : Multipliers<kSigned>(p, o, q, chunk * part, part, tables[q]);
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t j = begin + s * kStep, first = s * kStep / std::max(1, kBlock) * of_block;
     __m256i codes[4];
@@ -438,15 +449,70 @@ AVX2 void UnpackChunk(const Problem& p, int64_t o, int64_t chunk, Codes& all, in
         codes[r] = q ? _mm256_add_epi8(codes[r], code) : code;
       }
     }
-    _mm_prefetch(reinterpret_cast<const char*>(w + P * (j + kPart)), _MM_HINT_T0);
+    for (int q = 0; q < P; ++q) Prefetch(w + P * (j + kPart) + q * kStep);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r)
       _mm256_store_si256(reinterpret_cast<__m256i*>(all.codes[n][4 * s + r]), codes[r]);
   }
 }
 
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
+
+// The sums of the lanes of four vectors.
+VNNI INLINE __m128i Totals(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i all =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// Not _mm512_dpbusd_epi32: gcc 12 copies each sum to another register before and after it.
+VNNI INLINE void AddDots(__m512i& sums, __m512i codes, __m512i x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "vm"(x));
+}
+
+// M rows times the outputs of a tile.
+template <int M, int C>
+VNNI void MultiplyWide(const Problem& p, const Codes& codes, int64_t chunk, int64_t m0, int64_t o) {
+  const int64_t vectors = 2 * StepsOf(p.bytes, chunk * kPart);
+  const __m512i* x[M];
+  for (int m = 0; m < M; ++m)
+    x[m] = reinterpret_cast<const __m512i*>(RowOf(p, chunk, m0 + m)->slabs);
+  for (int n = 0; n < kTile && o + n < p.end; n += 4) {
+    __m512i sums[M][4];
+    for (auto& row : sums)
+      for (auto& sum : row) sum = _mm512_setzero_si512();
+    const __m512i* c[4];
+    for (int i = 0; i < 4; ++i) c[i] = reinterpret_cast<const __m512i*>(codes.codes[n + i]);
+#pragma GCC unroll 1
+    for (int64_t t = 0; t < vectors; ++t) {
+      __m512i slabs[M];
+      for (int m = 0; m < M; ++m) slabs[m] = _mm512_load_si512(x[m] + t);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m512i code = _mm512_load_si512(c[i] + t);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) AddDots(sums[m][i], code, slabs[m]);
+      }
+    }
+    const __mmask16 there = (1 << std::min<int64_t>(4, p.end - o - n)) - 1;
+    for (int m = 0; m < M; ++m) {
+      int32_t* out = p.out + (m0 + m) * p.outputs + o + n;
+      const __m512i all =
+          _mm512_zextsi128_si512(Totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
+      const __m512i before = chunk ? _mm512_maskz_loadu_epi32(there, out)
+                                   : _mm512_set1_epi32((C ? -127u : -1u) * p.sums[m0 + m]);
+      _mm512_mask_storeu_epi32(out, there, _mm512_add_epi32(before, all));
+    }
+  }
+}
+
+// C as for `MultiplyCodes`, and -2 for codes with a sign plus 127, for VNNI
 template <int P, int C, int kBlock>
-AVX2 void Tiles(const Problem& p) {
+void Tiles(const Problem& p) {
   static thread_local Aligned kept(sizeof(Codes));
   Codes& codes = *reinterpret_cast<Codes*>(kept.data);
   const int64_t chunks = (p.bytes + kPart - 1) / kPart;
@@ -459,14 +525,23 @@ AVX2 void Tiles(const Problem& p) {
     for (int n = 0; n < kTile; ++n)
       UnpackChunk<P, C, kBlock>(p, std::min(o + n, p.end - 1), chunk, codes, n);
     int64_t m = 0;
-    for (; m + 2 <= p.rows; m += 2) MultiplyRows<2, C, kBlock>(p, codes, chunk, m, o);
-    if (m < p.rows) MultiplyRows<1, C, kBlock>(p, codes, chunk, m, o);
+    if (p.vnni) {
+      if constexpr (C <= 0) {
+        for (; m + 4 <= p.rows; m += 4) MultiplyWide<4, C>(p, codes, chunk, m, o);
+        for (; m + 2 <= p.rows; m += 2) MultiplyWide<2, C>(p, codes, chunk, m, o);
+        if (m < p.rows) MultiplyWide<1, C>(p, codes, chunk, m, o);
+      }
+    } else {
+      for (; m + 2 <= p.rows; m += 2) MultiplyRows<2, C, kBlock>(p, codes, chunk, m, o);
+      if (m < p.rows) MultiplyRows<1, C, kBlock>(p, codes, chunk, m, o);
+    }
   }
 }
 
 template <int P, int C, int kBlock>
 void Planes(const Problem& p) {
-  p.rows < kTileRows ? FewRows<P, C, kBlock>(p) : Tiles<P, P == 1 ? C : -1, kBlock>(p);
+  if (p.rows < (p.vnni ? kVnniRows : kTileRows)) return FewRows<P, C, kBlock>(p);
+  p.vnni ? Tiles<P, -2, kBlock>(p) : Tiles<P, P == 1 ? C : -1, kBlock>(p);
 }
 
 template <int P, int kBlock>
@@ -486,83 +561,9 @@ void PlanesPanel(const Problem& p) {
 
 void Avx2Panel(const Problem& p) {
   if (p.multipliers) return p.planes == 1 ? PlanesPanel<1>(p) : PlanesPanel<2>(p);
-  if (p.rows >= kTileRows) return Tiles<1, 0, 0>(p);
+  if (p.rows >= (p.vnni ? kVnniRows : kTileRows)) return Tiles<1, 0, 0>(p);
   for (int64_t o = p.begin; o < p.end; ++o)
     for (int64_t m = 0; m < p.rows; ++m) TritsOfRow(p, o, m);
-}
-
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
-
-// The sums of the lanes of four vectors.
-VNNI inline __m128i Totals(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  const __m512i all =
-      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-  const __m256i half =
-      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
-
-// M rows times N outputs at once, M * N = 4. The codes of slab r are masked but not shifted, so
-// they count 4^r times; each slab has a sum of its own, which is shifted back at the end, exactly.
-template <int M, int N>
-VNNI void VnniTile(const Problem& p, int64_t m0, int64_t o0) {
-  __m512i sums[N][M][4];
-  for (auto& a : sums)
-    for (auto& b : a)
-      for (auto& c : b) c = _mm512_setzero_si512();
-  const uint8_t* w = p.packed + o0 * p.bytes;
-  const int8_t* x = p.slabs + m0 * 4 * p.width;
-  // What to prefetch: short rows are those of the next outputs, which lie right behind.
-  const int64_t ahead = 2 * (p.bytes <= 2048 ? N * p.bytes : 1024);
-  for (int64_t j = 0; j < p.bytes; j += kVector) {
-    const int64_t left = p.bytes - j;
-    const __mmask64 mask = left >= kVector ? ~0ull : (1ull << left) - 1;
-    __m512i v[N];
-    for (int n = 0; n < N; ++n) {
-      const int64_t last = p.end - 1 - o0;  // the last output again, where there are no more
-      v[n] = _mm512_maskz_loadu_epi8(mask, w + std::min<int64_t>(n, last) * p.bytes + j);
-      _mm_prefetch(reinterpret_cast<const char*>(w + n * p.bytes + j + ahead), _MM_HINT_T0);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      __m512i slab[M];
-      for (int m = 0; m < M; ++m) slab[m] = _mm512_load_si512(x + (m * 4 + r) * p.width + j);
-      for (int n = 0; n < N; ++n) {
-        const __m512i codes = _mm512_and_si512(v[n], _mm512_set1_epi8(3 << 2 * r));
-        for (int m = 0; m < M; ++m)
-          sums[n][m][r] = _mm512_dpbusd_epi32(sums[n][m][r], codes, slab[m]);
-      }
-    }
-  }
-  __m512i total[4];
-  for (int n = 0; n < N; ++n)
-    for (int m = 0; m < M; ++m) {
-      __m512i sum = sums[n][m][0];
-      for (int r = 1; r < 4; ++r)
-        sum = _mm512_add_epi32(sum, _mm512_srai_epi32(sums[n][m][r], 2 * r));
-      total[m * N + n] = sum;
-    }
-  alignas(16) int32_t results[4];
-  _mm_store_si128(reinterpret_cast<__m128i*>(results),
-                  Totals(total[0], total[1], total[2], total[3]));
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n)
-      if (o0 + n < p.end)
-        p.out[(m0 + m) * p.outputs + o0 + n] = results[m * N + n] - p.sums[m0 + m];
-}
-
-template <int M>
-VNNI void VnniRows(const Problem& p, int64_t m0) {
-  constexpr int N = 4 / M;
-  for (int64_t o = p.begin; o < p.end; o += N) VnniTile<M, N>(p, m0, o);
-}
-
-VNNI void TritsPanel(const Problem& p) {
-  int64_t m = 0;
-  for (; m + 2 <= p.rows; m += 2) VnniRows<2>(p, m);
-  for (; m < p.rows; ++m) VnniRows<1>(p, m);
 }
 
 // --- AVX-512 with multipliers -------------------------------------------------------------------
@@ -615,71 +616,6 @@ AVX512 INLINE void CodesOf(const Problem& p, const uint8_t* w, int64_t j, const 
       const __m512i code = _mm512_shuffle_epi8(table, trits);
       codes[r] = q ? _mm512_add_epi8(codes[r], code) : code;
     }
-}
-
-struct WideCodes {  // of kTile outputs and a chunk
-  alignas(64) uint8_t codes[kTile][kPart / kVector][4][kVector];
-  Tables tables;
-};
-
-// M rows times four outputs from n on.
-template <int M>
-VNNI void MultiplyWide(const Problem& p, const WideCodes& codes, int64_t begin, int64_t m0,
-                       int64_t o, int n) {
-  __m512i sums[M][4];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_si512();
-  for (int64_t s = 0; s < kPart / kVector && begin + s * kVector < p.bytes; ++s)
-    for (int r = 0; r < 4; ++r) {
-      __m512i slab[M];
-      for (int m = 0; m < M; ++m)
-        slab[m] = _mm512_load_si512(p.slabs + ((m0 + m) * 4 + r) * p.width + begin + s * kVector);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m512i code = _mm512_load_si512(codes.codes[n + i][s][r]);
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) sums[m][i] = _mm512_dpbusd_epi32(sums[m][i], code, slab[m]);
-      }
-    }
-  for (int m = 0; m < M; ++m) {
-    alignas(16) uint32_t totals[4];
-    const __m128i all = Totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
-    _mm_store_si128(reinterpret_cast<__m128i*>(totals), all);
-    int32_t* out = p.out + (m0 + m) * p.outputs + o + n;
-    for (int i = 0; i < 4 && o + n + i < p.end; ++i)
-      out[i] = (begin ? out[i] : -127u * p.sums[m0 + m]) + totals[i];
-  }
-}
-
-template <int P>
-VNNI void VnniTiles(const Problem& p) {
-  static thread_local Aligned kept(sizeof(WideCodes));
-  WideCodes& codes = *reinterpret_cast<WideCodes*>(kept.data);
-  for (int64_t begin = 0; begin < p.bytes; begin += kPart)
-    for (int64_t o = p.begin; o < p.end; o += kTile) {
-      for (int n = 0; n < kTile; ++n) {
-        const int64_t output = std::min(o + n, p.end - 1);
-        const uint8_t* w = p.packed + output * P * p.bytes;
-        Prepare<P>(p, output, begin, kPart, codes.tables);
-        for (int64_t j = begin; j < std::min(p.bytes, begin + kPart); j += kVector) {
-          __m512i of_slabs[4];
-          CodesOf<P>(p, w, j, codes.tables, (j - begin) / p.block * GroupsOfBlock(p), of_slabs);
-          for (int r = 0; r < 4; ++r)
-            _mm512_store_si512(codes.codes[n][(j - begin) / kVector][r], of_slabs[r]);
-          _mm_prefetch(reinterpret_cast<const char*>(w + P * (j + kPart)), _MM_HINT_T0);
-        }
-      }
-      for (int n = 0; n < kTile && o + n < p.end; n += 4) {
-        int64_t m = 0;
-        for (; m + 4 <= p.rows; m += 4) MultiplyWide<4>(p, codes, begin, m, o, n);
-        for (; m < p.rows; ++m) MultiplyWide<1>(p, codes, begin, m, o, n);
-      }
-    }
-}
-
-void VnniPanel(const Problem& p) {
-  if (!p.multipliers) return TritsPanel(p);
-  p.planes == 1 ? VnniTiles<1>(p) : VnniTiles<2>(p);
 }
 
 // --- AMX: 16 outputs times 16 rows in a tile -----------------------------------------------------
@@ -876,12 +812,13 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
   problem.planes = planes, problem.groups = groups, problem.block = block;
   Layout layout{rows, bytes, width};
 #if defined(__x86_64__)
-  if (best == kAvx2) {
+  if (best >= kAvx2) {
     layout.step = kStep;
     layout.record = sizeof(Activations);
     if (groups) layout.record = RoundUp(layout.record + 4 * GroupsOfChunk(problem), kVector);
   }
 #endif
+  problem.vnni = best >= kVnni;
   problem.record = layout.record, problem.records = rows;
 
   Aligned slabs(blocks * layout.Size()), tiles(amx ? blocks * tiled * 64 * width : 0);
@@ -939,9 +876,7 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
     if (amx && p.rows >= kFewRows) {
       ConfigureTiles();
       AmxPanel(p, tile_data + b * tiled * 64 * width);
-    } else if (best >= kVnni) {
-      VnniPanel(p);
-    } else if (best == kAvx2) {
+    } else if (best >= kAvx2) {
       Avx2Panel(p);
     } else {
       PlainPanel(p);
