@@ -61,7 +61,7 @@ class Streams(NamedTuple):
 class Choice:
     """How a matrix was converted: what a line of the report says.
 
-    tokens: that it met; way: "plain", "swept" or "refitted"; shift, damping and losses as in
+    tokens: that it met; way: "plain", "swept" or "descended"; shift, damping and losses as in
     `gptq.Rounded`
     """
 
@@ -75,7 +75,7 @@ class Choice:
     losses: tuple[float, ...]
 
 
-WAYS = ("plain", "swept", "refitted")
+WAYS = ("plain", "swept", "descended")
 
 # --- Running half a layer -------------------------------------------------------------------------
 

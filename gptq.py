@@ -26,6 +26,7 @@ STEP = 128  # inputs, at most, whose errors are passed on together
 DAMPING = 0.05  # of the mean of the diagonal, added to it
 TRIES = 4  # of damping, each twice the one before, until the factor is finite
 RIDGE = 0.03  # towards the scales of the sweep, where they are fitted again
+DESCENTS = 4  # turns of scales and trits after the sweep
 ROUNDS = 10  # of the fit of one scale for a matrix
 OUTPUTS = 4096  # at a time
 
@@ -89,8 +90,8 @@ class Rounded(NamedTuple):
 
     shift: of the share of the difference between the models' inputs that is made up for, 0 to 1
     damping: that it took, infinite where all inputs were taken to be independent
-    losses: float32 [3], held-out squared error of the plain fit, of the sweep, and of the sweep
-      with scales fitted again, over the energy of the outputs; but for what no weight changes
+    losses: float32 [3], held-out squared error of the plain fit, of the sweep, and of what descent
+      makes of that, over the energy of the outputs; but for what no weight changes
     """
 
     weight: PackedWeight
@@ -151,29 +152,41 @@ def _round(w, plain, seen, held, damping, *, format):
                 scales = _scales(flat, importance.reshape(1, -1), planes)
             given = scales if group is None else None
             trits, scales = _sweep(target, factor, importance, given, planes, groups)
-            equations = _equations(target, h, trits, groups, group is None)
+            return trits.astype(jnp.int8), scales
+
+        def fit_again(trits, scales):
+            equations = functools.partial(_equations, h, groups=groups, of_columns=group is None)
             if not whole:
-                return trits.astype(jnp.int8), scales, _solved(*equations, scales)
-            return trits.astype(jnp.int8), scales, *equations
 
-        trits, scales, *again = over_outputs(sweep, target, scales)
-        if whole:  # one equation of all outputs
-            total = (jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape) for x in again)
-            again = [_solved(*total, scales)]
+                def solved(target, trits, scales):
+                    return _solved(*equations(target, trits), scales)
 
-        def packed(scales):
+                return over_outputs(solved, target, trits, scales)
+            a, b = over_outputs(equations, target, trits)  # one equation of all outputs
+            total = (jnp.broadcast_to(x.sum(-1, keepdims=True), x.shape) for x in (a, b))
+            return _solved(*total, scales)
+
+        def descend(_, found):
+            trits, scales = found
+            scales = fit_again(trits, scales)
+            return over_outputs(functools.partial(_descend, h), target, trits, scales), scales
+
+        swept = over_outputs(sweep, target, scales)
+        trits, scales = lax.fori_loop(0, DESCENTS, descend, swept)
+        descended = trits, fit_again(trits, scales)
+
+        def packed(trits, scales):
             scale, multipliers = scales[0, :, :1], None
             if not whole:
                 scale, multipliers = formats.as_multiples(scales)
             return _pack(trits[:, :inputs], scale, multipliers)
 
-        ways = plain, packed(scales), packed(*again)
+        ways = plain, packed(*swept), packed(*descended)
 
         def loss(w, off):
             changed = _product(held.squares, off) + 2 * _product(held.shifts, w)
-            return jnp.sum(off * changed, axis=(0, 1)), jnp.sum(
-                w * _product(held.squares, w), (0, 1)
-            )
+            energy = w * _product(held.squares, w)
+            return jnp.sum(off * changed, axis=(0, 1)), jnp.sum(energy, axis=(0, 1))
 
         def relative(way):
             lost, energy = over_outputs(loss, split(w), split(w - quantize.dequantize(way)))
@@ -312,10 +325,58 @@ def _within(rows, factor, scales):
     return trits.swapaxes(0, 1), errors
 
 
+# --- Descent --------------------------------------------------------------------------------------
+
+
+def _descend(h, target, trits, scales):
+    """Trits int8 [P, N K, O], each in its turn the best one as all others are.
+
+    Coordinate descent on the error of the outputs, (W - W') H (W - W'), given the scales [P, G, O].
+    (As in QuantEase, Behdin et al. 2023.)
+    """
+    blocks, size, outputs = target.shape
+    planes, all_groups, _ = scales.shape
+    groups = max(1, all_groups // blocks)
+    n = size // groups  # inputs with one scale
+    step = max(m for m in range(1, STEP + 1) if n % m == 0)
+    scales = jnp.broadcast_to(
+        scales.reshape(planes, -1, groups, outputs), (planes, blocks, groups, outputs)
+    )
+
+    def block(parts):
+        h, target, trits, scales = parts  # [K, K], [K, O], [P, K, O], [P, g, O]
+        rows = trits.reshape(planes, groups, n, outputs) * scales[:, :, None]
+        value = rows.sum(axis=0).reshape(size, outputs)
+
+        def advance(gap, i):  # gap: h @ (target - value)
+            at = i * step
+            own = scales[:, at // n]
+            columns = lax.dynamic_slice_in_dim(h, at, step, axis=1)
+            inner, mine, left = (
+                lax.dynamic_slice_in_dim(x, at, step) for x in (columns, value, gap)
+            )
+
+            def one(left, j):
+                wanted = mine[j] + left[j] / inner[j, j]
+                new, trits = _values(wanted, own)
+                change = new - mine[j]
+                return left - inner[:, j, None] * change, (trits, change)
+
+            _, (trits, change) = lax.scan(one, left, jnp.arange(step))
+            return gap - columns @ change, trits.swapaxes(0, 1).astype(jnp.int8)
+
+        _, trits = lax.scan(advance, h @ (target - value), jnp.arange(size // step))
+        return trits.swapaxes(0, 1).reshape(planes, size, outputs)  # of [steps, P, step, O]
+
+    trits = trits.reshape(planes, blocks, size, outputs).swapaxes(0, 1)
+    trits = lax.map(block, (h, target, trits, scales.swapaxes(0, 1)))
+    return trits.swapaxes(0, 1).reshape(planes, blocks * size, outputs)
+
+
 # --- Scales for given trits -----------------------------------------------------------------------
 
 
-def _equations(target, h, trits, groups: int, of_columns: bool):
+def _equations(h, target, trits, groups: int, of_columns: bool):
     """Least squares for the scales of given trits [P, I, O], a scale for each plane and group.
 
     With all of h between the groups of a diagonal block; of columns, those of all blocks are one.
@@ -323,7 +384,7 @@ def _equations(target, h, trits, groups: int, of_columns: bool):
     """
     blocks, size, outputs = target.shape
     planes = len(trits)
-    t = trits.reshape(planes, blocks, groups, -1, outputs).swapaxes(0, 1)
+    t = trits.astype(jnp.float32).reshape(planes, blocks, groups, -1, outputs).swapaxes(0, 1)
 
     def block(parts):
         h, target, t = parts  # [K, K], [K, O], [P, g, n, O]

@@ -18,7 +18,11 @@ import sys
 
 from benchmarks import compilation, experts, llama, models, products, timer
 
-CASES = {"products": products.products, "models": models.models}
+CASES = {
+    "products": products.products,
+    "formats": products.packed_formats,
+    "models": models.models,
+}
 PEERS = {"llama-cpp": llama, "onnxruntime": experts}
 ALL = CASES | {name: peer.compare for name, peer in PEERS.items()} | {"compile": compilation.full}
 COLUMNS = {  # key of a row: head and format

@@ -1,6 +1,7 @@
 """One ternary product at a time, beside other forms of the same matrix."""
 
 import contextlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -112,11 +113,14 @@ def products(report, limits) -> None:
                     GB_per_s=read / seconds / 1e9,
                     of_limit=limit / seconds,
                 )
-        for rows in (1, 128):
-            packed_formats(report, limits, inputs, outputs, rows)
 
 
-def packed_formats(report, limits, inputs: int, outputs: int, rows: int) -> None:
+def packed_formats(report, limits) -> None:
+    for (inputs, outputs), rows in itertools.product(SHAPES, (1, 128)):
+        _packed_formats(report, limits, inputs, outputs, rows)
+
+
+def _packed_formats(report, limits, inputs: int, outputs: int, rows: int) -> None:
     """Weights of each packed format times int8 rows, taking turns."""
     size = inputs * outputs
     shape = (max(2, (1 << 29) // size), inputs, outputs)

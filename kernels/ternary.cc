@@ -9,7 +9,8 @@
 // in exact int32. Where groups of activations have multipliers, and several planes of trits add up
 // (their bytes lie side by side, a block of each in turn), codes are sums of trits times
 // multipliers, within int8. Paths, chosen by what the processor has: AMX tiles for many rows,
-// AVX-512 VNNI, AVX2, and C++ that any compiler takes. All give the same integers.
+// AVX-512 VNNI, which unpacks by AVX2 and takes it for few rows with multipliers, AVX2, and C++
+// that any compiler takes. All give the same integers.
 
 #include <vector>
 
@@ -24,32 +25,28 @@ constexpr int64_t kLargePanel = 128;  // with many rows, which are then read les
 constexpr int64_t kFewRows = 8;       // from here on AMX is faster
 constexpr int64_t kChunk = 512;       // codes of an output unpacked at a time, to stay in L1
 constexpr int64_t kTileBytes = 1024;  // of an AMX tile, 16 rows of 64
-constexpr int64_t kWidest = 1 << 21;  // bytes of an output: no int32 sum of any path is exceeded
+constexpr int64_t kWidest = 1 << 20;  // bytes of an output: no int32 sum of any path is exceeded
 
 // One problem: R rows of activations times one matrix, for its outputs begin to end.
 struct Problem {
   const uint8_t* packed;      // [O, P B], B bytes of each plane
   const int8_t* multipliers;  // [O, G, P], or null: all are 1
-  const int8_t* slabs;        // [R, 4, width]; for AVX2 see `Activations`
+  const int8_t* slabs;        // [R, 4, width]; for AVX2 and VNNI see `Activations`
   const int32_t* sums;        // [R], of the activations of each row
   int32_t* out;               // [R, O]
   int64_t rows, bytes, width, outputs, begin, end;
   int64_t planes, groups, block;  // P, G and the bytes of a packing block of one plane
+  int64_t of_block, of_chunk;     // groups in a block and in a chunk; also if all of them are one
   int64_t record, records;        // AVX2: bytes of a row in a chunk, and how many rows there are
+  bool vnni;
 };
 
-// Groups in a block; also if all of them are one.
-inline int64_t GroupsOfBlock(const Problem& p) {
-  return std::max<int64_t>(1, p.groups * p.block / p.bytes);
-}
-
-// --- How AVX2 has its activations ----------------------------------------------------------------
+// --- How AVX2 and VNNI have their activations ----------------------------------------------------
 
 constexpr int64_t kStep = 32;           // bytes of a vector
 constexpr int64_t kSteps = 16;          // of a chunk: 64 pairs of at most 2 * 2 * 127 fit 16 bits
 constexpr int64_t kPart = 32 * kSteps;  // packed bytes of a plane in a chunk
-
-inline int64_t GroupsOfChunk(const Problem& p) { return kPart / p.block * GroupsOfBlock(p); }
+constexpr int64_t kMost = kPart / 4;    // groups of a chunk
 
 struct Activations {  // a row's, of a chunk
   int8_t slabs[4 * kSteps][kStep];
@@ -81,7 +78,7 @@ void Unpack(const Problem& p, int64_t o, int8_t* codes) {
   constexpr decltype(&AddTrits<0>) add[] = {AddTrits<0>, AddTrits<1>, AddTrits<2>, AddTrits<3>};
   const uint8_t* w = p.packed + o * p.planes * p.bytes;
   const int8_t* multipliers = p.multipliers + o * p.groups * p.planes;
-  const int64_t blocks = p.bytes / p.block, of_block = GroupsOfBlock(p);
+  const int64_t blocks = p.bytes / p.block, of_block = p.of_block;
   std::memset(codes, 0, 4 * p.width);
   for (int64_t b = 0; b < blocks; ++b)
     for (int r = 0; r < 4; ++r) {
@@ -122,11 +119,12 @@ INLINE int32_t Formed(int32_t m) {
 
 // The multipliers of plane q for n groups from the first on, and zeros behind the last group.
 template <Form form>
-void Multipliers(const Problem& p, int64_t o, int64_t q, int64_t first, int64_t n, int32_t* to) {
+__attribute__((target("avx2"))) void Multipliers(const Problem& p, int64_t o, int64_t q,
+                                                 int64_t first, int64_t n, int32_t* to) {
   const int8_t* from = p.multipliers + o * p.groups * p.planes + q;
-  const int64_t there = std::min(n, p.bytes / p.block * GroupsOfBlock(p) - first);
+  const int64_t there = p.groups == 1 ? n : std::min(n, p.groups - first);
   if (p.groups == 1) {
-    std::fill(to, to + there, Formed<form>(from[0]));
+    std::fill(to, to + n, Formed<form>(from[0]));
   } else if (p.planes == 1) {
     for (int64_t g = 0; g < there; ++g) to[g] = Formed<form>(from[first + g]);
   } else {
@@ -146,14 +144,20 @@ void Multipliers(const Problem& p, int64_t o, int64_t q, int64_t first, int64_t 
 #define AVX2 __attribute__((target("avx2")))
 
 constexpr int64_t kTile = 8;                  // outputs whose codes of a chunk are unpacked, to L1
+constexpr int64_t kVnniRows = 4;              // for VNNI; without multipliers, after it
 constexpr int64_t kTileRows = 16;             // from here on codes are unpacked first
 constexpr int64_t kFewActivations = 1 << 17;  // bytes of all rows
+constexpr int64_t kAhead = 4096;              // packed bytes, to be prefetched
 
 INLINE int64_t StepsOf(int64_t bytes, int64_t begin) {
   return std::min(kSteps, (bytes - begin + kStep - 1) / kStep);
 }
 AVX2 INLINE const Activations* RowOf(const Problem& p, int64_t chunk, int64_t m) {
   return reinterpret_cast<const Activations*>(p.slabs + (chunk * p.records + m) * p.record);
+}
+
+INLINE void Prefetch(const uint8_t* from) {
+  _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
 }
 
 AVX2 INLINE __m256i Load(const void* from) {
@@ -183,10 +187,12 @@ AVX2 INLINE __m256i CodesOf(__m256i v, int r) {
 }
 
 // What a block of a plane has, in all lanes of a vector; of two blocks, what each has in its half.
+// of_block: how far the next block's is from it. Eight are read, so that as many lie behind all.
 template <int kBlock>
-AVX2 INLINE __m256i Broadcast(const int32_t* one, const int32_t* next) {
-  if (kBlock == 16) return _mm256_set_m128i(_mm_set1_epi32(*next), _mm_set1_epi32(*one));
-  return _mm256_set1_epi32(*one);
+AVX2 INLINE __m256i Broadcast(const int32_t* one, int of_block) {
+  if (kBlock != 16) return _mm256_set1_epi32(*one);
+  const __m128i first = _mm_setzero_si128(), next = _mm_set1_epi32(of_block);
+  return _mm256_permutevar8x32_epi32(Load(one), _mm256_set_m128i(next, first));
 }
 
 AVX2 INLINE __m128i Totals(__m256i a, __m256i b, __m256i c, __m256i d) {
@@ -215,8 +221,10 @@ AVX2 void TritsOfRow(const Problem& p, int64_t o, int64_t m) {
     const Activations& x = *RowOf(p, chunk, m);
     __m256i few = _mm256_setzero_si256();
     int64_t j = begin;
-    for (; j < std::min(whole, begin + kPart); j += kStep)
+    for (; j < std::min(whole, begin + kPart); j += kStep) {
       few = _mm256_add_epi16(few, TritsOfStep(Load(w + j), x.slabs + (j - begin) / kStep * 4));
+      Prefetch(w + j + kAhead);
+    }
     if (j < std::min(bytes, begin + kPart)) {
       const __m256i v = LoadPacked<1, 0>(w, j, 0, bytes);
       few = _mm256_add_epi16(few, TritsOfStep(v, x.slabs + (j - begin) / kStep * 4));
@@ -253,7 +261,7 @@ AVX2 void PlanesOfRow(const Problem& p, int64_t o, int64_t m, const int32_t* mul
                       int64_t stride) {
   constexpr int V = kBlock == 64 ? 2 : 1;  // vectors with the same multipliers
   constexpr int K = C == 4 ? 4 : 2;        // sums of 16 bits
-  const int64_t bytes = p.bytes, part = GroupsOfChunk(p);
+  const int64_t bytes = p.bytes, part = p.of_chunk;
   const __m256i low = _mm256_set1_epi8(3), high = _mm256_set1_epi8(0x30);
   const uint8_t* w = p.packed + o * P * bytes;
   __m256i sum = _mm256_setzero_si256();
@@ -271,6 +279,7 @@ AVX2 void PlanesOfRow(const Problem& p, int64_t o, int64_t m, const int32_t* mul
         for (int v = 0; v < V; ++v) {
           const __m256i even = LoadPacked<P, kBlock>(w, begin + (s + v) * kStep, q, bytes);
           const __m256i odd = _mm256_srli_epi16(even, 2);
+          Prefetch(w + P * (begin + (s + v) * kStep) + q * kStep + kAhead);
 #pragma GCC unroll 4
           for (int r = 0; r < 4; ++r) {
             const __m256i codes = _mm256_and_si256(r % 2 ? odd : even, r < 2 ? low : high);
@@ -282,7 +291,7 @@ AVX2 void PlanesOfRow(const Problem& p, int64_t o, int64_t m, const int32_t* mul
 #pragma GCC unroll 4
         for (int k = 0; k < K; ++k) {
           const int32_t* one = at + k * C / K;
-          const __m256i wide = _mm256_madd_epi16(few[k], Broadcast<kBlock>(one, one + C));
+          const __m256i wide = _mm256_madd_epi16(few[k], Broadcast<kBlock>(one, C));
           sums[k * 2 / K] = _mm256_add_epi32(sums[k * 2 / K], wide);
         }
       }
@@ -300,8 +309,8 @@ AVX2 void PlanesOfRow(const Problem& p, int64_t o, int64_t m, const int32_t* mul
 template <int P, int C, int kBlock>
 void FewRows(const Problem& p) {
   static thread_local Aligned kept(0);
-  const int64_t stride = RoundUp(p.bytes, kPart) / kPart * GroupsOfChunk(p);
-  auto* multipliers = reinterpret_cast<int32_t*>(Kept(kept, P * stride * 4));
+  const int64_t stride = RoundUp(p.bytes, kPart) / kPart * p.of_chunk;
+  auto* multipliers = reinterpret_cast<int32_t*>(Kept(kept, (P * stride + 8) * 4));
   for (int64_t o = p.begin; o < p.end; ++o) {
     Pairs(p, o, stride, multipliers);
     for (int64_t m = 0; m < p.rows; ++m) PlanesOfRow<P, C, kBlock>(p, o, m, multipliers, stride);
@@ -310,11 +319,11 @@ void FewRows(const Problem& p) {
 
 struct Codes {  // of kTile outputs and a chunk
   alignas(64) uint8_t codes[kTile][4 * kSteps][kStep];
-  alignas(64) int32_t multipliers[kTile][kPart / 16 * 4];
+  alignas(64) int32_t multipliers[kTile][kMost + 8];
 };
 
 // Sums of M rows times four outputs from n on, of a chunk. C: groups in a block; 0 for trits
-// without multipliers, -1 for codes with a sign.
+// without multipliers, -1 for codes with a sign; for VNNI -2 for those plus 127.
 //
 // Loops over vectors are not unrolled: gcc would add up the products of several steps first, for
 // want of registers.
@@ -371,13 +380,13 @@ AVX2 INLINE void MultiplyGroups(const Problem& p, const Codes& codes, const Acti
         }
       }
       const int32_t* at = codes.multipliers[n + i] + t / C * kStep / kBlock * C + t % C;
-      const __m256i by = Broadcast<kBlock>(at, at + C);
+      const __m256i by = Broadcast<kBlock>(at, C);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
         sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(few[m], by));
     }
   }
-  const int64_t part = GroupsOfChunk(p);
+  const int64_t part = p.of_chunk;
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < 4; ++i) {
       for (int64_t g = 0; g < part; g += 8) {
@@ -417,11 +426,12 @@ template <int P, int C, int kBlock>
 AVX2 void UnpackChunk(const Problem& p, int64_t o, int64_t chunk, Codes& all, int n) {
   const int64_t bytes = p.bytes, begin = chunk * kPart, steps = StepsOf(bytes, begin);
   const uint8_t* w = p.packed + o * P * bytes;
-  const int64_t part = C ? GroupsOfChunk(p) : 0, of_block = C ? GroupsOfBlock(p) : 0;
-  int32_t tables[2][kPart / 16 * 4];
+  const int64_t part = C ? p.of_chunk : 0, of_block = C ? p.of_block : 0;
+  int32_t tables[2][kMost + 8];
   if (C > 0) Multipliers<kPair>(p, o, 0, chunk * part, part, all.multipliers[n]);
   for (int q = 0; q < (C < 0 ? P : 0); ++q)
-    Multipliers<kSigned>(p, o, q, chunk * part, part, tables[q]);
+    C == -2 && q == 0 ? Multipliers<kUnsigned>(p, o, q, chunk * part, part, tables[q])
+                      : Multipliers<kSigned>(p, o, q, chunk * part, part, tables[q]);
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t j = begin + s * kStep, first = s * kStep / std::max(1, kBlock) * of_block;
     __m256i codes[4];
@@ -433,20 +443,135 @@ AVX2 void UnpackChunk(const Problem& p, int64_t o, int64_t chunk, Codes& all, in
         __m256i code = CodesOf(v, r);
         if (C < 0) {
           const int32_t* at = tables[q] + first + r * of_block / 4;
-          code = _mm256_shuffle_epi8(Broadcast<kBlock>(at, at + of_block), code);
+          code = _mm256_shuffle_epi8(Broadcast<kBlock>(at, of_block), code);
         }
         codes[r] = q ? _mm256_add_epi8(codes[r], code) : code;
       }
     }
-    _mm_prefetch(reinterpret_cast<const char*>(w + P * (j + kPart)), _MM_HINT_T0);
+    for (int q = 0; q < P; ++q) Prefetch(w + P * (j + kPart) + q * kStep);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r)
       _mm256_store_si256(reinterpret_cast<__m256i*>(all.codes[n][4 * s + r]), codes[r]);
   }
 }
 
-template <int P, int C, int kBlock>
-AVX2 void Tiles(const Problem& p) {
+// --- AVX-512 VNNI --------------------------------------------------------------------------------
+//
+// AVX2's codes times many rows, in registers for a chunk of three rows and all outputs of a tile.
+// With multipliers, codes are 127 + the sum of trits times them, without a sign; 127 times the sum
+// of all activations is subtracted. (A sum that exceeds int32 until then comes back.)
+
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
+
+// The sums of the lanes of four vectors.
+VNNI INLINE __m128i Totals(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i all =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+AVX512 INLINE __mmask64 First(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
+
+// Not _mm512_dpbusd_epi32: gcc 12 copies each sum to another register before and after it.
+VNNI INLINE void AddDots(__m512i& sums, __m512i codes, __m512i x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "vm"(x));
+}
+
+// M rows times N outputs from o0 on, M * N <= 4. In the lower half of a vector are codes of one
+// slab, above it those of the next. They are masked where they are, so that they count 4^r times,
+// which is shifted back at the end, exactly.
+template <int M, int N>
+VNNI void TritsOfRows(const Problem& p, int64_t o0) {
+  const uint8_t* w[N];
+  for (int n = 0; n < N; ++n) w[n] = p.packed + std::min(o0 + n, p.end - 1) * p.bytes;
+  // What to prefetch of short rows: the next outputs, which lie right behind.
+  const int64_t ahead = p.bytes <= 2048 ? 2 * N * p.bytes : kAhead;
+  const __m512i three = _mm512_set1_epi8(3);
+  const __m512i shifts[2] = {_mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(2), 1),
+                             _mm512_inserti64x4(_mm512_set1_epi32(4), _mm256_set1_epi32(6), 1)};
+  __m512i sums[4][2] = {};
+  for (int64_t chunk = 0, begin = 0; begin < p.bytes; ++chunk, begin += kPart) {
+    const __m512i* x[M];
+    for (int m = 0; m < M; ++m) x[m] = reinterpret_cast<const __m512i*>(RowOf(p, chunk, m)->slabs);
+    const int64_t steps = StepsOf(p.bytes, begin);
+#pragma GCC unroll 1
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t j = begin + s * kStep;
+      const __mmask64 there = First(std::min(kStep, p.bytes - j));
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const __m512i one = _mm512_maskz_loadu_epi8(there, w[n] + j);
+        const __m512i v = _mm512_shuffle_i64x2(one, one, 0x44);
+        Prefetch(w[n] + j + ahead);
+#pragma GCC unroll 2
+        for (int t = 0; t < 2; ++t) {
+          const __m512i codes = _mm512_and_si512(v, _mm512_sllv_epi32(three, shifts[t]));
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) AddDots(sums[m * N + n][t], codes, x[m][2 * s + t]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (auto& [low, high] : sums)
+    low = _mm512_add_epi32(_mm512_srav_epi32(low, shifts[0]), _mm512_srav_epi32(high, shifts[1]));
+  alignas(16) int32_t totals[4];
+  _mm_store_si128(reinterpret_cast<__m128i*>(totals),
+                  Totals(sums[0][0], sums[1][0], sums[2][0], sums[3][0]));
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N && o0 + n < p.end; ++n)
+      p.out[m * p.outputs + o0 + n] = totals[m * N + n] - p.sums[m];
+}
+
+template <int M>
+void FewRowsOfTrits(const Problem& p) {
+  if (p.rows < M) return FewRowsOfTrits<std::max(1, M - 1)>(p);
+  for (int64_t o = p.begin; o < p.end; o += 4 / M) TritsOfRows<M, 4 / M>(p, o);
+}
+
+// M rows times the outputs of a tile.
+template <int M, int C>
+VNNI void MultiplyWide(const Problem& p, const Codes& codes, int64_t chunk, int64_t m0, int64_t o) {
+  const int64_t vectors = 2 * StepsOf(p.bytes, chunk * kPart);
+  const __m512i* x[M];
+  for (int m = 0; m < M; ++m)
+    x[m] = reinterpret_cast<const __m512i*>(RowOf(p, chunk, m0 + m)->slabs);
+  const auto* c = reinterpret_cast<const __m512i*>(codes.codes);
+  __m512i sums[M][kTile];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < kTile; ++n) sums[m][n] = _mm512_setzero_si512();
+#pragma GCC unroll 1
+  for (int64_t t = 0; t < vectors; ++t) {
+    __m512i slabs[M];
+    for (int m = 0; m < M; ++m) slabs[m] = _mm512_load_si512(x[m] + t);
+#pragma GCC unroll 8
+    for (int n = 0; n < kTile; ++n) {
+      const __m512i code = _mm512_load_si512(c + 2 * kSteps * n + t);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) AddDots(sums[m][n], code, slabs[m]);
+    }
+  }
+  const __mmask16 there = First(std::min(kTile, p.end - o));
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    int32_t* out = p.out + (m0 + m) * p.outputs + o;
+    const __m512i(&s)[kTile] = sums[m];
+    const __m256i all =
+        _mm256_set_m128i(Totals(s[4], s[5], s[6], s[7]), Totals(s[0], s[1], s[2], s[3]));
+    const __m512i before = chunk ? _mm512_maskz_loadu_epi32(there, out)
+                                 : _mm512_set1_epi32((C ? -127u : -1u) * p.sums[m0 + m]);
+    _mm512_mask_storeu_epi32(out, there, _mm512_add_epi32(before, _mm512_zextsi256_si512(all)));
+  }
+}
+
+template <int P, int C, int kBlock, bool kVnni>
+void Tiles(const Problem& p) {
   static thread_local Aligned kept(sizeof(Codes));
   Codes& codes = *reinterpret_cast<Codes*>(kept.data);
   const int64_t chunks = (p.bytes + kPart - 1) / kPart;
@@ -459,19 +584,26 @@ AVX2 void Tiles(const Problem& p) {
     for (int n = 0; n < kTile; ++n)
       UnpackChunk<P, C, kBlock>(p, std::min(o + n, p.end - 1), chunk, codes, n);
     int64_t m = 0;
-    for (; m + 2 <= p.rows; m += 2) MultiplyRows<2, C, kBlock>(p, codes, chunk, m, o);
-    if (m < p.rows) MultiplyRows<1, C, kBlock>(p, codes, chunk, m, o);
+    if constexpr (kVnni) {
+      for (; m + 3 <= p.rows && m + 4 != p.rows; m += 3) MultiplyWide<3, C>(p, codes, chunk, m, o);
+      for (; m + 2 <= p.rows; m += 2) MultiplyWide<2, C>(p, codes, chunk, m, o);
+      if (m < p.rows) MultiplyWide<1, C>(p, codes, chunk, m, o);
+    } else {
+      for (; m + 2 <= p.rows; m += 2) MultiplyRows<2, C, kBlock>(p, codes, chunk, m, o);
+      if (m < p.rows) MultiplyRows<1, C, kBlock>(p, codes, chunk, m, o);
+    }
   }
 }
 
 template <int P, int C, int kBlock>
 void Planes(const Problem& p) {
-  p.rows < kTileRows ? FewRows<P, C, kBlock>(p) : Tiles<P, P == 1 ? C : -1, kBlock>(p);
+  if (p.rows < (p.vnni ? kVnniRows : kTileRows)) return FewRows<P, C, kBlock>(p);
+  p.vnni ? Tiles<P, -2, kBlock, true>(p) : Tiles<P, P == 1 ? C : -1, kBlock, false>(p);
 }
 
 template <int P, int kBlock>
 void PlanesOfBlocks(const Problem& p) {
-  const int64_t groups = GroupsOfBlock(p);
+  const int64_t groups = p.of_block;
   groups == 1   ? Planes<P, 1, kBlock>(p)
   : groups == 2 ? Planes<P, 2, kBlock>(p)
                 : Planes<P, 4, kBlock>(p);
@@ -486,91 +618,16 @@ void PlanesPanel(const Problem& p) {
 
 void Avx2Panel(const Problem& p) {
   if (p.multipliers) return p.planes == 1 ? PlanesPanel<1>(p) : PlanesPanel<2>(p);
-  if (p.rows >= kTileRows) return Tiles<1, 0, 0>(p);
+  if (p.vnni && p.rows > kVnniRows) return Tiles<1, 0, 0, true>(p);
+  if (!p.vnni && p.rows >= kTileRows) return Tiles<1, 0, 0, false>(p);
+  if (p.vnni) return FewRowsOfTrits<kVnniRows>(p);
   for (int64_t o = p.begin; o < p.end; ++o)
     for (int64_t m = 0; m < p.rows; ++m) TritsOfRow(p, o, m);
 }
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
-
-// The sums of the lanes of four vectors.
-VNNI inline __m128i Totals(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  const __m512i all =
-      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-  const __m256i half =
-      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
-
-// M rows times N outputs at once, M * N = 4. The codes of slab r are masked but not shifted, so
-// they count 4^r times; each slab has a sum of its own, which is shifted back at the end, exactly.
-template <int M, int N>
-VNNI void VnniTile(const Problem& p, int64_t m0, int64_t o0) {
-  __m512i sums[N][M][4];
-  for (auto& a : sums)
-    for (auto& b : a)
-      for (auto& c : b) c = _mm512_setzero_si512();
-  const uint8_t* w = p.packed + o0 * p.bytes;
-  const int8_t* x = p.slabs + m0 * 4 * p.width;
-  // What to prefetch: short rows are those of the next outputs, which lie right behind.
-  const int64_t ahead = 2 * (p.bytes <= 2048 ? N * p.bytes : 1024);
-  for (int64_t j = 0; j < p.bytes; j += kVector) {
-    const int64_t left = p.bytes - j;
-    const __mmask64 mask = left >= kVector ? ~0ull : (1ull << left) - 1;
-    __m512i v[N];
-    for (int n = 0; n < N; ++n) {
-      const int64_t last = p.end - 1 - o0;  // the last output again, where there are no more
-      v[n] = _mm512_maskz_loadu_epi8(mask, w + std::min<int64_t>(n, last) * p.bytes + j);
-      _mm_prefetch(reinterpret_cast<const char*>(w + n * p.bytes + j + ahead), _MM_HINT_T0);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      __m512i slab[M];
-      for (int m = 0; m < M; ++m) slab[m] = _mm512_load_si512(x + (m * 4 + r) * p.width + j);
-      for (int n = 0; n < N; ++n) {
-        const __m512i codes = _mm512_and_si512(v[n], _mm512_set1_epi8(3 << 2 * r));
-        for (int m = 0; m < M; ++m)
-          sums[n][m][r] = _mm512_dpbusd_epi32(sums[n][m][r], codes, slab[m]);
-      }
-    }
-  }
-  __m512i total[4];
-  for (int n = 0; n < N; ++n)
-    for (int m = 0; m < M; ++m) {
-      __m512i sum = sums[n][m][0];
-      for (int r = 1; r < 4; ++r)
-        sum = _mm512_add_epi32(sum, _mm512_srai_epi32(sums[n][m][r], 2 * r));
-      total[m * N + n] = sum;
-    }
-  alignas(16) int32_t results[4];
-  _mm_store_si128(reinterpret_cast<__m128i*>(results),
-                  Totals(total[0], total[1], total[2], total[3]));
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n)
-      if (o0 + n < p.end)
-        p.out[(m0 + m) * p.outputs + o0 + n] = results[m * N + n] - p.sums[m0 + m];
-}
-
-template <int M>
-VNNI void VnniRows(const Problem& p, int64_t m0) {
-  constexpr int N = 4 / M;
-  for (int64_t o = p.begin; o < p.end; o += N) VnniTile<M, N>(p, m0, o);
-}
-
-VNNI void TritsPanel(const Problem& p) {
-  int64_t m = 0;
-  for (; m + 2 <= p.rows; m += 2) VnniRows<2>(p, m);
-  for (; m < p.rows; ++m) VnniRows<1>(p, m);
-}
-
-// --- AVX-512 with multipliers -------------------------------------------------------------------
+// --- AMX: 16 outputs times 16 rows in a tile -----------------------------------------------------
 //
-// Codes are 127 + the sum of trits times multipliers, without a sign; 127 times the sum of all
-// activations is subtracted at the end. (A sum that exceeds int32 until then comes back.)
-
-constexpr int64_t kMost = kPart / 16 * 4;  // groups of a chunk
+// Codes with multipliers are those of VNNI.
 
 struct Tables {  // of a chunk of an output
   alignas(64) int32_t of[2][kMost + 16];
@@ -579,7 +636,7 @@ struct Tables {  // of a chunk of an output
 
 template <int P>
 AVX512 void Prepare(const Problem& p, int64_t o, int64_t begin, int64_t bytes, Tables& tables) {
-  const int64_t of_block = GroupsOfBlock(p), n = bytes / p.block * of_block;
+  const int64_t of_block = p.of_block, n = bytes / p.block * of_block;
   Multipliers<kUnsigned>(p, o, 0, begin / p.block * of_block, n, tables.of[0]);
   if (P == 2) Multipliers<kSigned>(p, o, 1, begin / p.block * of_block, n, tables.of[1]);
   alignas(64) int32_t lanes[16];
@@ -588,8 +645,6 @@ AVX512 void Prepare(const Problem& p, int64_t o, int64_t begin, int64_t bytes, T
     tables.lanes[r] = _mm512_load_si512(lanes);
   }
 }
-
-AVX512 INLINE __mmask64 First(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
 
 // The codes of 64 bytes of each plane from byte j on, a vector for each slab.
 // group: the first one there, in the tables
@@ -617,73 +672,6 @@ AVX512 INLINE void CodesOf(const Problem& p, const uint8_t* w, int64_t j, const 
     }
 }
 
-struct WideCodes {  // of kTile outputs and a chunk
-  alignas(64) uint8_t codes[kTile][kPart / kVector][4][kVector];
-  Tables tables;
-};
-
-// M rows times four outputs from n on.
-template <int M>
-VNNI void MultiplyWide(const Problem& p, const WideCodes& codes, int64_t begin, int64_t m0,
-                       int64_t o, int n) {
-  __m512i sums[M][4];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_si512();
-  for (int64_t s = 0; s < kPart / kVector && begin + s * kVector < p.bytes; ++s)
-    for (int r = 0; r < 4; ++r) {
-      __m512i slab[M];
-      for (int m = 0; m < M; ++m)
-        slab[m] = _mm512_load_si512(p.slabs + ((m0 + m) * 4 + r) * p.width + begin + s * kVector);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m512i code = _mm512_load_si512(codes.codes[n + i][s][r]);
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) sums[m][i] = _mm512_dpbusd_epi32(sums[m][i], code, slab[m]);
-      }
-    }
-  for (int m = 0; m < M; ++m) {
-    alignas(16) uint32_t totals[4];
-    const __m128i all = Totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
-    _mm_store_si128(reinterpret_cast<__m128i*>(totals), all);
-    int32_t* out = p.out + (m0 + m) * p.outputs + o + n;
-    for (int i = 0; i < 4 && o + n + i < p.end; ++i)
-      out[i] = (begin ? out[i] : -127u * p.sums[m0 + m]) + totals[i];
-  }
-}
-
-template <int P>
-VNNI void VnniTiles(const Problem& p) {
-  static thread_local Aligned kept(sizeof(WideCodes));
-  WideCodes& codes = *reinterpret_cast<WideCodes*>(kept.data);
-  for (int64_t begin = 0; begin < p.bytes; begin += kPart)
-    for (int64_t o = p.begin; o < p.end; o += kTile) {
-      for (int n = 0; n < kTile; ++n) {
-        const int64_t output = std::min(o + n, p.end - 1);
-        const uint8_t* w = p.packed + output * P * p.bytes;
-        Prepare<P>(p, output, begin, kPart, codes.tables);
-        for (int64_t j = begin; j < std::min(p.bytes, begin + kPart); j += kVector) {
-          __m512i of_slabs[4];
-          CodesOf<P>(p, w, j, codes.tables, (j - begin) / p.block * GroupsOfBlock(p), of_slabs);
-          for (int r = 0; r < 4; ++r)
-            _mm512_store_si512(codes.codes[n][(j - begin) / kVector][r], of_slabs[r]);
-          _mm_prefetch(reinterpret_cast<const char*>(w + P * (j + kPart)), _MM_HINT_T0);
-        }
-      }
-      for (int n = 0; n < kTile && o + n < p.end; n += 4) {
-        int64_t m = 0;
-        for (; m + 4 <= p.rows; m += 4) MultiplyWide<4>(p, codes, begin, m, o, n);
-        for (; m < p.rows; ++m) MultiplyWide<1>(p, codes, begin, m, o, n);
-      }
-    }
-}
-
-void VnniPanel(const Problem& p) {
-  if (!p.multipliers) return TritsPanel(p);
-  p.planes == 1 ? VnniTiles<1>(p) : VnniTiles<2>(p);
-}
-
-// --- AMX: 16 outputs times 16 rows in a tile -----------------------------------------------------
-
 #define AMX __attribute__((target("avx512f,avx512bw,amx-tile,amx-int8")))
 
 struct alignas(64) TileConfig {
@@ -697,22 +685,6 @@ AMX void ConfigureTiles() {
   for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
   // Not _tile_loadconfig: that of gcc 12 tells the compiler of 8 bytes only, and loses the rest.
   __asm__ volatile("ldtilecfg %0" ::"m"(config));
-}
-
-// Activations as the second operand: for each 16 rows, slab and vector of 64 bytes a tile whose row
-// q holds bytes 4 q to 4 q + 3 of all 16.
-void ArrangeTile(const int8_t* slabs, int64_t rows, int64_t width, int64_t m0, int8_t* out) {
-  for (int r = 0; r < 4; ++r)
-    for (int64_t j = 0; j < width; j += kVector)
-      for (int64_t m = 0; m < 16; ++m) {
-        int8_t* tile = out + (r * width + j) * 16 + 4 * m;
-        if (m0 + m >= rows) {
-          for (int q = 0; q < 16; ++q) std::memset(tile + 64 * q, 0, 4);
-          continue;
-        }
-        const int8_t* x = slabs + ((m0 + m) * 4 + r) * width + j;
-        for (int q = 0; q < 16; ++q) std::memcpy(tile + 64 * q, x + 4 * q, 4);
-      }
 }
 
 // P: planes; 0 without multipliers
@@ -738,7 +710,7 @@ AMX void AmxTiles(const Problem& p, const int8_t* tiles) {
         char* to = codes.data + n / 16 * of_codes + s * kTileBytes + n % 16 * 64;
         __m512i of_slabs[4];
         if constexpr (P > 0) {
-          CodesOf<P>(p, w, j, tables, s * kVector / p.block * GroupsOfBlock(p), of_slabs);
+          CodesOf<P>(p, w, j, tables, s * kVector / p.block * p.of_block, of_slabs);
         } else {
           const __m512i v = _mm512_maskz_loadu_epi8(First(p.bytes - j), w + j);
           for (int r = 0; r < 4; ++r)
@@ -801,10 +773,10 @@ void AmxPanel(const Problem& p, const int8_t* tiles) {
 
 #endif
 
-// Where a path wants the activations: [blocks, R, 4, width], or for AVX2 as `Activations`.
+// Where a path wants the activations: [blocks, R, 4, width], or as `Activations`.
 struct Layout {
   int64_t rows, bytes, width;
-  int64_t record = 0, step = width;  // AVX2: bytes of a row in a chunk; bytes of a slab in a piece
+  int64_t record = 0, step = width;  // bytes of a row in a chunk, or 0; bytes of a slab in a piece
 
   int64_t Chunks() const { return RoundUp(bytes, kPart) / kPart; }
   int64_t Size() const { return rows * (record ? Chunks() * record : 4 * width); }
@@ -816,6 +788,26 @@ struct Layout {
     return Row(m, j / kPart) + (j % kPart / step * 4 + r) * step + j % step;
   }
 };
+
+#if defined(__x86_64__)
+
+// Activations as AMX's second operand: for each 16 rows, slab and vector of 64 bytes a tile whose
+// row q holds bytes 4 q to 4 q + 3 of all 16. slabs: arranged, in steps of kStep
+void ArrangeTile(const int8_t* slabs, const Layout& layout, int64_t m0, int8_t* out) {
+  for (int r = 0; r < 4; ++r)
+    for (int64_t j = 0; j < layout.width; j += kStep)
+      for (int64_t m = 0; m < 16; ++m) {
+        int8_t* to = out + (r * layout.width + j) * 16 + 4 * m;
+        if (m0 + m >= layout.rows) {
+          for (int q = 0; q < kStep / 4; ++q) std::memset(to + 64 * q, 0, 4);
+          continue;
+        }
+        const int8_t* x = slabs + layout.At(m0 + m, j, r);
+        for (int q = 0; q < kStep / 4; ++q) std::memcpy(to + 64 * q, x + 4 * q, 4);
+      }
+}
+
+#endif
 
 // Puts the activations of a row in place; to: those of all rows, zeros.
 void Arrange(const Problem& p, const Layout& layout, int64_t m, const int8_t* from, int64_t inputs,
@@ -829,7 +821,7 @@ void Arrange(const Problem& p, const Layout& layout, int64_t m, const int8_t* fr
       }
     }
   if (!layout.record || !p.groups) return;
-  const int64_t size = 4 * p.block / GroupsOfBlock(p), part = GroupsOfChunk(p);
+  const int64_t size = 4 * p.block / p.of_block, part = p.of_chunk;
   for (int64_t g = 0; g * size < inputs; ++g) {
     int32_t sum = 0;
     for (int64_t i = g * size; i < std::min(inputs, (g + 1) * size); ++i) sum += from[i];
@@ -874,14 +866,17 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
   Problem problem{};
   problem.bytes = bytes, problem.width = width, problem.outputs = outputs;
   problem.planes = planes, problem.groups = groups, problem.block = block;
+  problem.of_block = std::max<int64_t>(1, groups / std::max<int64_t>(1, in_all));
+  problem.of_chunk = kPart / block * problem.of_block;
   Layout layout{rows, bytes, width};
 #if defined(__x86_64__)
-  if (best == kAvx2) {
+  if (best >= kAvx2) {
     layout.step = kStep;
     layout.record = sizeof(Activations);
-    if (groups) layout.record = RoundUp(layout.record + 4 * GroupsOfChunk(problem), kVector);
+    if (groups) layout.record = RoundUp(layout.record + 4 * problem.of_chunk, kVector);
   }
 #endif
+  problem.vnni = best >= kVnni;
   problem.record = layout.record, problem.records = rows;
 
   Aligned slabs(blocks * layout.Size()), tiles(amx ? blocks * tiled * 64 * width : 0);
@@ -910,7 +905,7 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
   if (amx)
     Parallel(pool, blocks * tiled, 1. * blocks * rows * inputs, [=](int64_t i) {
       const int64_t b = i / tiled, g = i % tiled;
-      ArrangeTile(slab_data + b * layout.Size(), rows, width, 16 * g, tile_data + i * 64 * width);
+      ArrangeTile(slab_data + b * layout.Size(), layout, 16 * g, tile_data + i * 64 * width);
     });
 #endif
 
@@ -939,9 +934,7 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
     if (amx && p.rows >= kFewRows) {
       ConfigureTiles();
       AmxPanel(p, tile_data + b * tiled * 64 * width);
-    } else if (best >= kVnni) {
-      VnniPanel(p);
-    } else if (best == kAvx2) {
+    } else if (best >= kAvx2) {
       Avx2Panel(p);
     } else {
       PlainPanel(p);

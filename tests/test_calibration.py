@@ -118,9 +118,9 @@ def test_the_report_says_how_each_matrix_was_made(folder, calibrated):
     assert {line["path"] for line in report} == matrices
     assert len(report) == 2 * (4 + 3 * CONFIG.num_experts)
     assert {line["way"] for line in report} <= set(calibration.WAYS)
-    refitted = [line for line in report if line["way"] == "refitted"]
-    assert len(refitted) > len(report) / 2
-    assert all(line["losses"][2] < line["losses"][0] for line in refitted)
+    descended = [line for line in report if line["way"] == "descended"]
+    assert len(descended) > len(report) / 2
+    assert all(line["losses"][2] < line["losses"][0] for line in descended)
     about = checkpoint.read_config(calibrated)["quantization_config"]["calibration"]
     assert about["tokens"] == calibration.TOKENS and len(about["text_sha256"]) == 64
     assert shards.verify(calibrated) == []

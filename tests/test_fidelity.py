@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from factories import EVEN, ODD, random_params
 
+import calibration
 import checkpoint
 import convert
 import data

@@ -60,7 +60,7 @@ def test_outputs_are_much_nearer_than_those_of_the_nearest_weights(format):
     assert jax.tree.structure(made.weight) == jax.tree.structure(plain)
     assert error(made.weight) < 0.5 * error(plain)
     assert made.losses[1] < 0.5 * made.losses[0]
-    assert made.losses[2] < made.losses[1]  # scales fitted again are better still
+    assert made.losses[2] < made.losses[1]  # and descent is better still
 
 
 @pytest.mark.parametrize("format", ["ternary", "ternary2-128"])
@@ -140,7 +140,7 @@ def test_scales_for_given_trits_are_least_squares():
     (x, _), w = rows(10), matrix()
     trits = random.integers(-1, 2, (2, INPUTS, OUTPUTS))
     h = jnp.asarray(x.T @ x)[None] / ROWS
-    equations = gptq._equations(jnp.asarray(w)[None], h, jnp.asarray(trits, jnp.float32), 4, False)
+    equations = gptq._equations(h, jnp.asarray(w)[None], jnp.asarray(trits), 4, False)
     a, b = (np.asarray(part)[0] for part in equations)
     for o in range(3):
         columns = np.stack(

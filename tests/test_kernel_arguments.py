@@ -166,7 +166,7 @@ def test_every_array_in_turn_is_another(name):
         ("TernarySums", {"I": 4, "P": 2, "G": 0}, {}, "2 planes with 0 groups of multipliers"),
         ("TernarySums", {"G": 3}, {}, "3 groups are neither 1 nor 1, 2 or 4 for each of 2 blocks"),
         ("TernarySums", {"G": 16}, {}, "16 groups are neither"),
-        ("TernarySums", {"B": (1 << 21) + 2, "E": 1, "O": 1}, {}, "2097154 packed bytes .* more"),
+        ("TernarySums", {"B": (1 << 20) + 2, "E": 1, "O": 1}, {}, "1048578 packed bytes .* more"),
         ("TernarySums", {"B": 33288, "G": 1}, {}, "133152 inputs with .* might exceed int32"),
         ("Attend", {"S": 0}, {}, "a cache without slots"),
         ("Attend", {"K": 0}, {}, "6 query heads cannot share 0 key/value heads"),
