@@ -40,6 +40,7 @@ import data
 import download
 import files
 import formats
+import kernels
 import model
 import quantize
 import shards
@@ -605,6 +606,7 @@ def convert_command(args: argparse.Namespace) -> None:
         entries = checkpoint.check_files(source, template, named)
     calibrate = None
     if text is not None:
+        kernels.keep_compilations()
         entries = sorted(entries, key=lambda entry: calibration.order(entry.module))
         processor = tokenizer.load(scratch if stream else source, config.vocab_size)
         windows = calibration.choose_windows(
