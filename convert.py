@@ -40,6 +40,7 @@ import data
 import download
 import files
 import formats
+import kernels
 import model
 import planning
 import quantize
@@ -635,6 +636,7 @@ def convert_command(args: argparse.Namespace) -> None:
         entries = checkpoint.check_files(source, template, named)
     calibrate = None
     if text is not None:
+        kernels.keep_compilations()
         entries = sorted(entries, key=lambda entry: calibration.order(entry.module))
         windows = windows_of(scratch if stream else source, config, text, args)
         calibrate = functools.partial(calibration.Calibration, config, entries, windows, kept)

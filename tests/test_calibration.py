@@ -42,6 +42,14 @@ WEIGHTS = ["--weights", "ternary-fit-64"]
 FEW = ["--calibration-tokens", "1024"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """For each device that experts are dealt out to, all is compiled once more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        yield
+
+
 def text(sentences: int, seed: int) -> str:
     """Sentences of a small grammar, in which the first word of each decides on the last."""
     random = np.random.default_rng(seed)
@@ -198,7 +206,7 @@ def test_killed_and_run_again_it_ends_with_the_same_files(folder, tmp_path):
     output = tmp_path / "out"
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(folder), str(output), *flags],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(convert.__file__).parent)},
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(convert.__file__).parent)},
     )
     assert process.returncode == -signal.SIGKILL
     kept = tmp_path / "out.calibration"
@@ -208,6 +216,13 @@ def test_killed_and_run_again_it_ends_with_the_same_files(folder, tmp_path):
     converted(folder, output, *flags)
     assert contents(output) == contents(whole)
     assert not kept.exists()
+
+
+def test_experts_are_dealt_out_to_devices(folder, calibrated, tmp_path, monkeypatch):
+    """Which changes nothing."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
+    flags = [*WEIGHTS, "--calibrate", text_of(folder)]
+    assert contents(converted(folder, tmp_path / "out", *flags)) == contents(calibrated)
 
 
 def test_a_stream_is_calibrated_as_a_folder_is(folder, tmp_path, monkeypatch):
