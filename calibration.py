@@ -62,7 +62,7 @@ class Choice:
     """How a matrix was converted: what a line of the report says.
 
     tokens: that it met; way: "plain", "swept" or "descended"; shift, damping and losses as in
-    `gptq.Rounded`
+    `gptq.Rounded`, but no damping if it is infinite
     """
 
     path: str
@@ -71,7 +71,7 @@ class Choice:
     tokens: int
     way: str
     shift: float
-    damping: float
+    damping: float | None
     losses: tuple[float, ...]
 
 
@@ -262,8 +262,14 @@ class Layer:
             w = jax.tree.map(lambda x: jnp.asarray(x[e]), stack)
             made = gptq.round_matrix(quantize.dequantize(w), plain, entry.format, seen, held)
         losses = np.asarray(made.losses)
+        if not np.isfinite(losses).all():
+            raise ValueError(
+                f"{entry.title}: its weights, or what reaches them of the text, are not finite; "
+                "verify the checkpoint"
+            )
         way = WAYS[int(np.argmin(losses))]
-        numbers = float(made.shift), float(made.damping), tuple(map(float, losses))
+        damping = float(made.damping) if np.isfinite(made.damping) else None
+        numbers = float(made.shift), damping, tuple(map(float, losses))
         self.choices.append(Choice(entry.path, expert, entry.format, tokens, way, *numbers))
         self.advance(entry, math.prod(stack.shape[-2:]))
         return made.weight

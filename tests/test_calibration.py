@@ -290,6 +290,19 @@ def test_what_cannot_be_calibrated_is_one_error(folder, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"short"}
 
 
+def test_weights_that_are_too_large_are_one_error(folder, tmp_path):
+    """Finite themselves, they make hidden states that are not."""
+    floats = checkpoint.restore(folder, model.abstract_params(CONFIG), model.PRECISIONS["float32"])
+    floats = jax.tree.map(np.array, floats)
+    floats["transformer/decoder_layer_0/multi_head_attention/value"]["w"][:] = 1e38
+    checkpoint.save(tmp_path / "large", floats)
+    files.write_json(tmp_path / "large/config.json", model.config_to_dict(CONFIG))
+    flags = [*WEIGHTS, "--calibrate", text_of(folder), *FEW]
+    message = refused(tmp_path / "large", tmp_path / "out", *flags)
+    assert message.endswith("of the text, are not finite; verify the checkpoint")
+    assert not (tmp_path / "out").exists()
+
+
 def test_activations_of_the_converted_model(folder, tmp_path):
     made = converted(folder, tmp_path / "out", "--activations", "int15")
     assert checkpoint.read_config(made)["activations"] == "int15"
