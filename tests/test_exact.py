@@ -136,7 +136,11 @@ def test_logits_of_a_request_are_its_own(batch, row, mesh, activations, dtype):
     assert_its_own(config, batch, row, mesh)
 
 
-@pytest.mark.parametrize("weights", [name for name in formats.FORMATS if name != "float32"])
+# In sizes as small as these, groups of 64, 128 and 256 are all of 4 inputs.
+DISTINCT = [name for name in formats.FORMATS if not name.endswith(("-64", "-256"))]
+
+
+@pytest.mark.parametrize("weights", [name for name in DISTINCT if name != "float32"])
 @pytest.mark.parametrize(
     "batch, row, mesh, activations",
     [(8, 5, (1, 1), "int8"), (1, 0, (1, 8), "int15"), (8, 5, (2, 4), "int8")],

@@ -20,9 +20,10 @@ import runners
 from model import PRECISIONS, PRESETS, KVMemory, LanguageModelConfig, init_memory, make_model
 
 # Largest difference of float32 logits, whose standard deviation is 0.7 here, from float64 or from
-# the same sums in another order: some 20 times the 5e-6 that we see. The residual stream is larger,
-# and so are its errors; at positions near 260 a rotary angle itself is good to 2e-5 only.
-TOLERANCE = {"logits": 1e-4, "hidden": 5e-4, "router_probs": 1e-4}
+# the same sums in another order: 5e-6 in short texts. At positions near 260 a rotary angle itself
+# is good to 2e-5 only, and logits to 1.2e-4, by processor. The residual stream is larger, and so
+# are its errors.
+TOLERANCE = {"logits": 2e-4, "hidden": 5e-4, "router_probs": 1e-4}
 
 CONFIG = factories.ODD
 DENSE = dataclasses.replace(CONFIG, num_experts=1, num_selected_experts=1)
