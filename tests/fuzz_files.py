@@ -257,7 +257,7 @@ class Converted:
             lambda w: jax.ShapeDtypeStruct(w.shape, np.float32), params, is_leaf=_is_weight
         )
         several = functools.partial(shards.plan, shard_size=200)
-        with unittest.mock.patch.object(shards, "plan", lambda leaves, _: several(leaves)):
+        with unittest.mock.patch.object(shards, "plan", lambda leaves, *_: several(leaves)):
             config = CONFIG | checkpoint.quantization("mixed", RULES, packing)
             checkpoint.save_converted(self.folder, params, config, {"tokenizer.model": b"pieces"})
         self.files = {path.name: path.read_bytes() for path in self.folder.iterdir()}
