@@ -20,10 +20,10 @@ import runners
 from model import PRECISIONS, PRESETS, KVMemory, LanguageModelConfig, init_memory, make_model
 
 # Largest difference of float32 logits, whose standard deviation is 0.7 here, from float64 or from
-# the same sums in another order: 5e-6 in short texts. At positions near 260 a rotary angle itself
-# is good to 2e-5 only, and logits to 1.2e-4, by processor. The residual stream is larger, and so
-# are its errors.
-TOLERANCE = {"logits": 2e-4, "hidden": 5e-4, "router_probs": 1e-4}
+# the same sums in another order: some 20 times the 5e-6 that we see. The residual stream is larger,
+# and so are its errors; at positions near 260 a rotary angle itself is good to 2e-5 only, and
+# logits to 1.2e-4 on one of our processors.
+TOLERANCE = {"logits": 1e-4, "logits of a long text": 2e-4, "hidden": 5e-4, "router_probs": 1e-4}
 
 CONFIG = factories.ODD
 DENSE = dataclasses.replace(CONFIG, num_experts=1, num_selected_experts=1)
@@ -161,7 +161,8 @@ def assert_like_reference(config, weights, tokens):
     params = factories.as_floats(params_of(config, weights))
     for row, ids in enumerate(tokens):
         logits, hidden, probs, chosen = reference.forward(config, params, ids)
-        assert_near(output.logits[row], logits)
+        what = "logits of a long text" if len(ids) > 257 else "logits"
+        assert_near(output.logits[row], logits, what)
         ours = np.stack([layer.hidden[row] for layer in output.layers])
         assert_near(ours, hidden[1:], "hidden")
         if config.num_experts > 1:
