@@ -142,7 +142,7 @@ def convert(
             sealed(shard)
 
         if work:
-            extra |= {
+            extra = extra | {
                 REPORT: lambda: files.json_bytes({"matrices": work.report(), **(noted or {})})
             }
         shards.write(

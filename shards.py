@@ -480,7 +480,8 @@ def write(
     leaves: abstract, {path: leaf}, in the order of the files
     fill: called with a path and its leaf, whose arrays, in the file, it is to set
     config: for config.json
-    extra: more files, {name: content}, such as the tokenizer; a function is called at the end
+    extra: more files, {name: content}, such as the tokenizer; a function is called when all
+      shards are safe
     source: what it is made from; an unfinished folder made from something else is an error
     begins: as in `plan`
     sealed: called for each shard once it is safe, also for those of an earlier call
@@ -503,10 +504,14 @@ def write(
         _note(partial / SOURCE, {"source": source})
         _note(partial / CONFIG, config)
         _note(partial / INDEX, index)
-        sums = finished | {name: _sums(partial / name) for name in (CONFIG, INDEX)}
+        last = {name: content for name, content in extra.items() if callable(content)}
+        first = {name: content for name, content in extra.items() if name not in last}
+        for name, content in first.items():
+            files.write_bytes(partial / name, content)
+        sums = finished | {name: _sums(partial / name) for name in (CONFIG, INDEX, *first)}
         _write_shards(partial, shards, sums, fill, sealed)
-        for name, content in extra.items():
-            files.write_bytes(partial / name, content() if callable(content) else content)
+        for name, content in last.items():
+            files.write_bytes(partial / name, content())
             sums[name] = _sums(partial / name)
         _note_sums(partial, sums)
         (partial / SOURCE).unlink()
