@@ -80,6 +80,17 @@ WAYS = ("plain", "swept", "descended")
 # --- Running half a layer -------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def embed(params: Params, tokens: jax.Array, *, config) -> jax.Array:
+    """What the first layer is given for tokens [B, T]: [B, T, D]."""
+
+    def forward(tokens):
+        with hk.name_scope("language_model"):
+            return model.InOutEmbed(config)(tokens)
+
+    return hk.without_apply_rng(hk.transform(forward)).apply(params, tokens)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "half", "want"))
 def run(params: Params, h: jax.Array, *, config, half: str, want: str) -> Any:
     """What half a layer, "attention" or "experts", makes of h [B, T, D], or a part of it meets.
@@ -476,13 +487,13 @@ class Calibration:
 
     def _start(self) -> Streams:
         """The embeddings of the text, which both models begin with."""
-        at = ("language_model/in_out_embed", "embeddings")
-        table = self.entries[at].read()
-        rows = table[self.windows].astype(self.config.fprop_dtype).astype(np.float32)
-        rows = (rows * np.float32(self.config.embedding_multiplier_scale)).astype(
-            jnp.dtype(self.config.fprop_dtype)
-        )
-        return Streams(rows, rows.copy())
+        module, name = "language_model/in_out_embed", "embeddings"
+        params = {module: {name: jnp.asarray(self.entries[module, name].read())}}
+        c = self.config
+        h = np.empty((*self.windows.shape, c.emb_size), jnp.dtype(c.fprop_dtype))
+        for batch in conversion.slices(0, len(h), max(1, ROWS // h.shape[1])):
+            h[batch] = embed(params, self.windows[batch], config=c)
+        return Streams(h, h.copy())
 
     def _save(self, layer: int, streams: Streams) -> None:
         with files.replacing(self._streams(layer)) as part, part.open("wb") as file:
