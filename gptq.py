@@ -185,14 +185,13 @@ def _round(w, plain, seen, held, damping, *, format):
 
         def loss(w, off):
             changed = _product(held.squares, off) + 2 * _product(held.shifts, w)
-            energy = w * _product(held.squares, w)
-            return jnp.sum(off * changed, axis=(0, 1)), jnp.sum(energy, axis=(0, 1))
+            return jnp.sum(off * changed, axis=(0, 1))
 
-        def relative(way):
-            lost, energy = over_outputs(loss, split(w), split(w - quantize.dequantize(way)))
-            return lost.sum() / jnp.maximum(energy.sum(), 1e-30)
+        def lost(way):
+            return over_outputs(loss, split(w), split(w - quantize.dequantize(way))).sum()
 
-        losses = jnp.stack([relative(way) for way in ways])
+        losses = jnp.stack([lost(way) for way in ways])
+        losses /= jnp.maximum(energy(w, held.squares), 1e-30)
     best = jnp.argmin(losses)
     return Rounded(jax.tree.map(lambda *x: lax.select_n(best, *x), *ways), shift, damping, losses)
 
