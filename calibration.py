@@ -408,6 +408,15 @@ def choose_windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
     return np.concatenate([windows[~held], windows[held]])
 
 
+def stored_bytes(config: model.LanguageModelConfig, windows: np.ndarray) -> int:
+    """What a `Calibration` has in its folder at most: the streams into three layers.
+
+    Of the one that is stored, of the one that is converted, and of the next one.
+    """
+    each = windows.size * config.emb_size * jnp.dtype(config.fprop_dtype).itemsize
+    return 3 * len(Streams._fields) * each
+
+
 class Calibration:
     """Converts a model's layers in their order; what is done is kept in a folder, to go on later.
 

@@ -571,14 +571,16 @@ def check_space(
     packing: str,
     shard_size: int,
     streamed: bool,
+    kept: int = 0,
 ) -> None:
     """OSError if the disk has no room for what is still to be written.
 
     A stream keeps its sources until their shard is safe: those of two shards, and the next file.
+    kept: bytes that are there only as long as it is converted
     """
     plan = shards.plan({e.path: stored_form(e, packing) for e in entries}, shard_size)
     sources = {entry.path: entry.bytes for entry in entries}
-    needed = sum(shard.size for shard in plan)
+    needed = kept + sum(shard.size for shard in plan)
     if streamed:
         needed += 2 * max(sum(sources[path] for path in shard.leaves) for shard in plan)
         needed += max(sources.values())
@@ -634,14 +636,15 @@ def convert_command(args: argparse.Namespace) -> None:
         entries = stream.entries
     else:
         entries = checkpoint.check_files(source, template, named)
-    calibrate = None
+    calibrate, size_of_streams = None, 0
     if text is not None:
         kernels.keep_compilations()
         entries = sorted(entries, key=lambda entry: calibration.order(entry.module))
         windows = windows_of(scratch if stream else source, config, text, args)
         calibrate = functools.partial(calibration.Calibration, config, entries, windows, kept)
+        size_of_streams = calibration.stored_bytes(config, windows)
     shard_size = round(args.shard_size * 1e9)
-    check_space(output, entries, args.packing, shard_size, streamed=stream is not None)
+    check_space(output, entries, args.packing, shard_size, stream is not None, kept=size_of_streams)
     begin = time.perf_counter()
     try:
         convert(

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +290,17 @@ def test_what_cannot_be_calibrated_is_one_error(folder, tmp_path):
     message = refused(folder, tmp_path / "out", "--calibrate", str(tmp_path / "short"))
     assert "tokens, fewer than the two windows of 32 that calibration needs" in message
     assert {path.name for path in tmp_path.iterdir()} == {"short"}
+
+
+def test_the_disk_has_to_have_room_for_the_streams(folder, tmp_path, monkeypatch):
+    """Without them, 300 kB are enough."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=300_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    converted(folder, tmp_path / "plain", *WEIGHTS, "--packing", "2bit")
+    flags = [*WEIGHTS, "--packing", "2bit", "--calibrate", text_of(folder), *FEW]
+    message = refused(folder, tmp_path / "out", *flags)
+    assert re.search(r"out needs \S+ [kM]B, .* has 300 kB free; make room, or choose", message)
+    assert {path.name for path in tmp_path.iterdir()} == {"plain"}
 
 
 def test_weights_that_are_too_large_are_one_error(folder, tmp_path):
