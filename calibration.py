@@ -32,6 +32,7 @@ import formats
 import gptq
 import model
 import quantize
+import runners
 
 LAYER = "decoder_layer_0"  # what each layer is called here, so that all compile to one function
 PREFIX = f"transformer/{LAYER}"
@@ -193,6 +194,10 @@ class Layer:
             if not self._is_calibrated(at):
                 self._put(at, self._whole(at))
         self.choices: list[Choice] = []
+
+    def report(self) -> dict[str, list]:
+        """What is kept of a converted layer, and ends up in the report, ready for JSON."""
+        return {"matrices": [dataclasses.asdict(choice) for choice in self.choices]}
 
     def _is_calibrated(self, at) -> bool:
         return formats.FORMATS[self.entries[at].format].packed
@@ -462,10 +467,10 @@ class Calibration:
             if layer is not None and not self.unsealed[layer]:
                 self._streams(layer).unlink(missing_ok=True)
 
-    def report(self) -> list[dict]:
-        """The choices of all layers, a `Choice` each."""
-        layers = range(self.config.num_layers)
-        return [line for i in layers for line in files.read_json(self._choices(i))["matrices"]]
+    def report(self) -> dict[str, list]:
+        """Those of all layers, one after the other."""
+        layers = [files.read_json(self._choices(i)) for i in range(self.config.num_layers)]
+        return {key: [line for layer in layers for line in layer[key]] for key in layers[0]}
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -490,19 +495,20 @@ class Calibration:
             made = work.convert(self.devices)
         if layer + 1 < self.config.num_layers:
             self._save(layer + 1, streams)
-        choices = [dataclasses.asdict(choice) for choice in work.choices]
-        files.write_json(self._choices(layer), {"matrices": choices})
+        files.write_json(self._choices(layer), work.report())
         return {own[module, key].path: w for module in made for key, w in made[module].items()}
 
     def _start(self) -> Streams:
-        """The embeddings of the text, which both models begin with."""
-        module, name = "language_model/in_out_embed", "embeddings"
+        """The embeddings of the text, from the table that each model has in memory."""
+        module, name = runners.EMBEDDINGS, "embeddings"
         params = {module: {name: jnp.asarray(self.entries[module, name].read())}}
         c = self.config
-        h = np.empty((*self.windows.shape, c.emb_size), jnp.dtype(c.fprop_dtype))
-        for batch in conversion.slices(0, len(h), max(1, ROWS // h.shape[1])):
-            h[batch] = embed(params, self.windows[batch], config=c)
-        return Streams(h, h.copy())
+        shape, dtype = (*self.windows.shape, c.emb_size), jnp.dtype(c.fprop_dtype)
+        streams = Streams(np.empty(shape, dtype), np.empty(shape, dtype))
+        for h, table in zip(streams, (params, runners.cast_embeddings(params, c)), strict=True):
+            for batch in conversion.slices(0, len(h), max(1, ROWS // h.shape[1])):
+                h[batch] = embed(table, self.windows[batch], config=c)
+        return streams
 
     def _save(self, layer: int, streams: Streams) -> None:
         with files.replacing(self._streams(layer)) as part, part.open("wb") as file:

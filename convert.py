@@ -44,6 +44,7 @@ import kernels
 import model
 import planning
 import quantize
+import recovery
 import shards
 import tokenizer
 from checkpoint import CheckpointError, readable_size
@@ -113,14 +114,16 @@ def convert(
             entry = by_path[path]
             # Every layer, also one without packed weights: the next one needs its outputs.
             made = work.weight(path) if work and calibration.layer_of(path) is not None else None
-            if made is not None and isinstance(stored, PackedWeight):
+            if made is None:
+                fill_alone(entry, stored)
+            else:
                 made = jax.tree.map(np.asarray, conversion.stacked(made))
                 targets = checkpoint.arrays_of(conversion.stacked(stored))
                 for array, out in zip(jax.tree.leaves(made), targets, strict=True):
                     for expert, values in enumerate(array):
                         _store(values, out, expert, pool)
-            else:
-                fill_alone(entry, stored)
+                if not isinstance(stored, PackedWeight):
+                    bar.update(entry.bytes)
             filled.add(path)
             written += shards.stored_bytes(stored)
             bar.set_postfix_str(f"{readable_size(written)} written", refresh=False)
@@ -142,9 +145,7 @@ def convert(
             sealed(shard)
 
         if work:
-            extra = extra | {
-                REPORT: lambda: files.json_bytes({"matrices": work.report(), **(noted or {})})
-            }
+            extra = extra | {REPORT: lambda: files.json_bytes({**work.report(), **(noted or {})})}
         shards.write(
             output,
             leaves,
@@ -483,9 +484,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add(
         "--calibration-tokens",
         type=functools.partial(positive, int),
-        default=calibration.TOKENS,
         metavar="N",
-        help="of the text, spread over it (%(default)s)",
+        help=f"of the text, spread over it ({calibration.TOKENS})",
+    )
+    add(
+        "--recover",
+        type=functools.partial(positive, int),
+        metavar="N",
+        help="then take gradients of N of these tokens in each layer, towards the source's outputs",
     )
     add(
         "--activations",
@@ -508,6 +514,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("give SOURCE and OUTPUT folders, or one of the flags with its own")
     if args.budget and not args.calibrate:
         parser.error("--budget chooses by a text; give one with --calibrate")
+    for name in ("calibration_tokens", "recover"):
+        if getattr(args, name) and not args.calibrate:
+            parser.error(f"--{name.replace('_', '-')} is of a text; give one with --calibrate")
+    args.calibration_tokens = args.calibration_tokens or calibration.TOKENS
     if args.budget and args.stream:
         parser.error(
             "--budget reads the release twice, and --stream would fetch it twice; --download it, "
@@ -621,7 +631,7 @@ def convert_command(args: argparse.Namespace) -> None:
         about["quantization_config"]["calibration"] = {
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "tokens": args.calibration_tokens,
-        }
+        } | ({"recover": args.recover} if args.recover else {})
     if output.exists():
         check_complete(output, about)
         for folder in (scratch, kept):  # what an interruption after the last rename left
@@ -641,7 +651,9 @@ def convert_command(args: argparse.Namespace) -> None:
         kernels.keep_compilations()
         entries = sorted(entries, key=lambda entry: calibration.order(entry.module))
         windows = windows_of(scratch if stream else source, config, text, args)
-        calibrate = functools.partial(calibration.Calibration, config, entries, windows, kept)
+        calibrate = functools.partial(
+            recovery.Recovery, config, entries, windows, kept, tokens=args.recover or 0
+        )
         size_of_streams = calibration.stored_bytes(config, windows)
     shard_size = round(args.shard_size * 1e9)
     check_space(output, entries, args.packing, shard_size, stream is not None, kept=size_of_streams)

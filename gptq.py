@@ -104,9 +104,11 @@ def round_matrix(w: jax.Array, plain: PackedWeight, format: str, seen: Moments, 
     """w [I, O] in a packed format, Rounded: of three ways, the one best on what is held out.
 
     plain: the form that no activations were asked for
-    seen, held: moments of the rows to fit and of other rows, to choose by
+    seen, held: moments of the rows to fit and of other rows, to choose by, if there are any
     """
     w = w.astype(jnp.float32)
+    if not bool(held.squares.any()):
+        held = seen
     for i in range(TRIES + 1):
         damping = DAMPING * 2.0**i if i < TRIES else float("inf")
         made = _round(w, plain, seen, held, damping, format=format)
@@ -179,16 +181,18 @@ def _round(w, plain, seen, held, damping, *, format):
             scale, multipliers = scales[0, :, :1], None
             if not whole:
                 scale, multipliers = formats.as_multiples(scales)
-            return _pack(trits[:, :inputs], scale, multipliers)
+            return pack(trits[:, :inputs], scale, multipliers)
 
         ways = plain, packed(*swept), packed(*descended)
 
-        def loss(w, off):
-            changed = _product(held.squares, off) + 2 * _product(held.shifts, w)
+        shifted = over_outputs(functools.partial(_product, held.shifts), split(w))
+
+        def loss(off, shifted):
+            changed = _product(held.squares, off) + 2 * shifted
             return jnp.sum(off * changed, axis=(0, 1))
 
         def lost(way):
-            return over_outputs(loss, split(w), split(w - quantize.dequantize(way))).sum()
+            return over_outputs(loss, split(w - quantize.dequantize(way)), shifted).sum()
 
         losses = jnp.stack([lost(way) for way in ways])
         losses /= jnp.maximum(energy(w, held.squares), 1e-30)
@@ -417,8 +421,8 @@ def _solved(a, b, scales):
     return jnp.where(new > 0, new, scales)
 
 
-def _pack(trits, scales, multipliers):
-    """Trits int8 [P, I, O] packed; scales and multipliers as from `formats.as_multiples`."""
+def pack(trits, scales, multipliers) -> PackedWeight:
+    """Trits int8 [..., P, I, O] packed; scales, multipliers as from `formats.as_multiples`."""
     if multipliers is None:
-        return quantize.pack(trits[0], scales)
+        return quantize.pack(trits[..., 0, :, :], scales)
     return quantize.pack(trits, scales, jnp.moveaxis(multipliers, -1, -3).swapaxes(-1, -2))

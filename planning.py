@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Measurement(calibration.Calibration):
             if not self._choices(layer).exists():
                 self._convert(layer)
             self._streams(layer).unlink(missing_ok=True)
-        return relative_errors(self.report())
+        return relative_errors(self.report()["matrices"])
 
 
 def measure(config, entries, windows, source: str, folder: Path, advance) -> Errors:
@@ -205,7 +205,7 @@ class Budget:
         Raises ValueError where there is nothing to choose: too little, or enough for all.
         """
         self.matrices = {e.path: e for e in entries if formats.FORMATS[e.format].packed}
-        self.sizes: Sizes = {path: _sizes(entry) for path, entry in self.matrices.items()}
+        self.sizes = sizes_of(self.matrices.values())
         short = dataclasses.replace(config, sequence_len=min(LENGTH, config.sequence_len))
         params = runners.abstract_weights(short, CHEAPEST)
         self.rest = sum(
@@ -265,9 +265,14 @@ class Budget:
         ]
 
 
-def _sizes(entry: checkpoint.Entry) -> dict[str, int]:
-    tensor, shape = entry.read(), tuple(entry.restored.shape)
-    return {f: _bytes(checkpoint.restored_shapes(tensor, shape, f)) for f in LADDER}
+def sizes_of(matrices: Iterable[checkpoint.Entry]) -> Sizes:
+    """The bytes of matrices in memory, in each format."""
+
+    def sizes(entry):
+        tensor, shape = entry.read(), tuple(entry.restored.shape)
+        return {f: _bytes(checkpoint.restored_shapes(tensor, shape, f)) for f in LADDER}
+
+    return {entry.path: sizes(entry) for entry in matrices}
 
 
 def _bytes(leaf: Any) -> int:

@@ -178,6 +178,15 @@ def test_the_difference_of_the_models_is_made_up_for_as_far_as_it_holds_for_othe
     assert shift(noise, 24) < 0.5
 
 
+def test_where_no_rows_are_held_out_the_others_choose():
+    """An expert that meets few tokens may have none of those that are held out."""
+    w, format = jnp.asarray(matrix()), "ternary-fit"
+    plain, seen = formats.FORMATS[format].quantize(w), moments(*rows(3))
+    made = gptq.round_matrix(w, plain, format, seen, gptq.Moments.zeros(INPUTS))
+    assert made.losses[2] < made.losses[1] < 0.5 * made.losses[0]
+    assert error(made.weight) < 0.5 * error(plain)
+
+
 def test_inputs_that_never_vary_and_sums_that_are_no_numbers():
     """Zeros leave nothing to make up with; a factor that is not finite takes inputs as independent,
     and what is not better than plain is not taken."""
