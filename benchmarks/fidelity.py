@@ -2,9 +2,9 @@
 
     python -m benchmarks.fidelity runs/float-0/checkpoint --data tinyshakespeare --folder /tmp/twins
 
-Converts with `convert.py`, int8 activations, each format without and with the text's first nine
-tenths, and compares with the teacher on its last tenth, as `evaluate.py --against` does. What is in
-the folder already is not made again. Bits are those of a matrix on the disk, scales included.
+Converts with `convert.py`, int8 activations, each format alone and calibrated with the text's first
+nine tenths, and compares with the teacher on its last tenth, as `evaluate.py --against` does. What
+is in the folder already is not made again. Bits are those of a matrix on the disk, scales included.
 """
 
 import argparse
@@ -79,16 +79,20 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="text file, or name of one")
     parser.add_argument("--folder", type=Path, required=True, help="for what is converted")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to calibrate (%(default)s)")
+    parser.add_argument("--recover", type=int, help="tokens of gradient steps, a third row of each")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     text = data.split(data.load_text(args.data))[1]
     calibrate = ["--calibrate", args.data, "--calibration-tokens", str(args.tokens)]
+    methods = {"alone": [], "calibrated": calibrate}
+    if args.recover:
+        methods["recovered"] = [*calibrate, "--recover", str(args.recover)]
     absmean = None
-    print(f"| {'weights':24} | calibrated | " + " | ".join(f"{c:>9}" for c in COLUMNS) + " |")
+    print(f"| {'weights':24} | {'made':10} | " + " | ".join(f"{c:>9}" for c in COLUMNS) + " |")
     print("|---|---|" + "---|" * len(COLUMNS))
     for name, flags in ways(args.folder):
-        for more in ([], calibrate):
-            folder = args.folder / f"{name}{'-calibrated' if more else ''}".replace(" ", "-")
+        for method, more in methods.items():
+            folder = args.folder / f"{name} {method}".replace(" ", "-")
             if not folder.exists():
                 flags_of_all = ["--activations", "int8", *flags, *more]
                 convert.main([str(args.teacher), str(folder), *flags_of_all])
@@ -97,7 +101,7 @@ def main() -> None:
             absmean = absmean or row["lost"]
             row["won back"] = 1 - row["lost"] / absmean
             figures = " | ".join(f"{row[column]:9.4f}" for column in COLUMNS)
-            print(f"| {name:24} | {'yes' if more else 'no':>10} | {figures} |", flush=True)
+            print(f"| {name:24} | {method:10} | {figures} |", flush=True)
     print(f"teacher: {row['teacher']:.4f} nats per character", file=sys.stderr)
 
 
