@@ -177,9 +177,11 @@ class RecoveredLayer(calibration.Layer):
     def report(self) -> dict[str, list]:
         """With the errors of hidden states on held-out windows, without and with what was learned.
 
-        Squares, over those of the difference between what the layer is given and what is wanted.
+        Squares, over those of the difference between what the layer is given and what is wanted;
+        None for what is no number.
         """
-        return super().report() | {"layers": [{"errors": self.errors}]}
+        errors = [error if math.isfinite(error) else None for error in self.errors]
+        return super().report() | {"layers": [{"errors": errors}]}
 
     def _outputs(self, params: Params, before: np.ndarray, of: slice):
         """Slices of windows, and what the layer makes of the hidden states there."""

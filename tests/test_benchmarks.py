@@ -13,11 +13,12 @@ import pytest
 import kernels
 import learning
 import model
+import planning
 import quantize
 import runners
 import train
 from benchmarks import __main__ as command
-from benchmarks import compilation, curves, experts, memory, timer
+from benchmarks import budget, compilation, curves, experts, memory, timer
 from benchmarks.products import random_ternary
 
 with_onnxruntime = pytest.mark.skipif(
@@ -150,3 +151,25 @@ def test_without_pytorch_there_is_one_error(monkeypatch):
     for run, error in (("__main__", SystemExit), ("benchmarks.nanogpt", ImportError)):
         with pytest.raises(error, match="PyTorch is not installed; pip install torch"):
             runpy.run_module("benchmarks.nanogpt", run_name=run)
+
+
+def test_controls_of_a_budget_take_other_changes_first():
+    """Two layers of two matrices each, of one size; of 16 bytes to add, a second plane takes 8."""
+    layers = [f"transformer/decoder_layer_{i}" for i in (0, 10)]
+    paths = [
+        f"{layer}/{name}/w" for layer in layers for name in ("multi_head_attention/key", "moe")
+    ]
+    errors = {
+        path: {"ternary-fit-128": e, "ternary2-128": e / 6, "int8": e / 1000}
+        for path, e in zip(paths, (0.1, 0.4, 0.2, 0.3), strict=True)
+    }
+    sizes = {path: {"ternary-fit-128": 10, "ternary2-128": 18, "int8": 60} for path in paths}
+    chosen = {
+        name: {path for path, format in planning.choose(made, sizes, 56).items() if "2-" in format}
+        for name, made in budget.controls(errors).items()
+    }
+    assert chosen["measured"] == {paths[1], paths[3]}
+    assert chosen["least useful first"] == {paths[0], paths[2]}
+    assert chosen["attention first"] == {paths[0], paths[2]}
+    assert chosen["last layers first"] == {paths[2], paths[3]}
+    assert {len(found) for found in chosen.values()} == {2}
