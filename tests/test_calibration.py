@@ -125,7 +125,7 @@ def test_calibration_beats_fit_beats_absmean(folder, calibrated):
 
 
 def test_the_report_says_how_each_matrix_was_made(folder, calibrated):
-    report = json.loads((calibrated / convert.REPORT).read_text())["matrices"]
+    report = json_of(calibrated)["matrices"]
     stored = checkpoint.stored_precision(calibrated)
     matrices = {path for path, format in stored.items() if format == "ternary-fit-64"}
     assert {line["path"] for line in report} == matrices
@@ -182,7 +182,7 @@ def test_an_expert_with_too_few_tokens_is_converted_without(folder, tmp_path):
     """As are all of a text of two windows: the result is that without calibration."""
     flags = [*WEIGHTS, "--calibrate", text_of(folder), "--calibration-tokens", "64"]
     short = converted(folder, tmp_path / "short", *flags)
-    report = json.loads((short / convert.REPORT).read_text())["matrices"]
+    report = json_of(short)["matrices"]
     assert {line["way"] for line in report} == {"plain"}
     plain = converted(folder, tmp_path / "plain", *WEIGHTS)
     found, expected = (
@@ -323,7 +323,9 @@ def test_a_stream_is_calibrated_as_a_folder_is(folder, tmp_path, monkeypatch):
 
 
 def test_a_dense_model(tmp_path, folder):
-    config = dataclasses.replace(CONFIG, num_experts=1, num_selected_experts=1, num_layers=1)
+    config = dataclasses.replace(
+        CONFIG, num_experts=1, num_selected_experts=1, num_layers=1, fprop_dtype="bfloat16"
+    )
     random = np.random.default_rng(0)
     params = {
         module: {
@@ -337,8 +339,10 @@ def test_a_dense_model(tmp_path, folder):
     source = tmp_path / "dense"
     checkpoint.save(source, params)
     files.write_json(source / "config.json", model.config_to_dict(config))
-    made = converted(source, tmp_path / "made", *WEIGHTS, "--calibrate", text_of(folder), *FEW)
-    report = json.loads((made / convert.REPORT).read_text())["matrices"]
+    flags = [*WEIGHTS, "--calibrate", text_of(folder), *FEW, "--recover", "512"]
+    made = converted(source, tmp_path / "made", *flags)
+    assert len(json_of(made)["layers"]) == 1
+    report = json_of(made)["matrices"]
     assert len(report) == 7 and {line["expert"] for line in report} == {None}
     assert all(min(line["losses"]) < 0.7 * line["losses"][0] for line in report)
 
