@@ -80,9 +80,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for what is converted")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to calibrate (%(default)s)")
     parser.add_argument("--recover", type=int, help="tokens of gradient steps, a third row of each")
+    parser.add_argument("--characters", type=int, help="to compare on, of the last tenth (all)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    text = data.split(data.load_text(args.data))[1]
+    text = data.split(data.load_text(args.data))[1][: args.characters]
     calibrate = ["--calibrate", args.data, "--calibration-tokens", str(args.tokens)]
     methods = {"alone": [], "calibrated": calibrate}
     if args.recover:
