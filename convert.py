@@ -123,6 +123,7 @@ def convert(
                     for expert, values in enumerate(array):
                         _store(values, out, expert, pool)
                 if not isinstance(stored, PackedWeight):
+                    check_numbers(made, entry.title)
                     bar.update(entry.bytes)
             filled.add(path)
             written += shards.stored_bytes(stored)
@@ -159,6 +160,14 @@ def convert(
         )
         if work:
             work.remove()
+
+
+def check_numbers(w, title: str) -> None:
+    """CheckpointError for floats, or scales of int8, that are no numbers."""
+    if isinstance(w, QuantizedWeight):
+        conversion.check_scales(w.scales, title)
+    else:
+        conversion.check_finite(w, title)
 
 
 def layer_begins(paths: Iterable[str]) -> list[str]:

@@ -381,6 +381,17 @@ def test_weights_that_are_too_large_are_one_error(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gain_that_no_matrix_comes_after_is_checked_too(folder, tmp_path):
+    floats = checkpoint.restore(folder, model.abstract_params(CONFIG), model.PRECISIONS["float32"])
+    floats = jax.tree.map(np.array, floats)
+    floats["transformer/decoder_layer_1/rms_norm_3"]["scale"][0] = np.nan
+    checkpoint.save(tmp_path / "nan", floats)
+    files.write_json(tmp_path / "nan/config.json", model.config_to_dict(CONFIG))
+    flags = [*WEIGHTS, "--calibrate", text_of(folder), *FEW]
+    assert "rms_norm_3/scale" in refused(tmp_path / "nan", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
 def test_activations_of_the_converted_model(folder, tmp_path):
     made = converted(folder, tmp_path / "out", "--activations", "int15")
     assert checkpoint.read_config(made)["activations"] == "int15"
