@@ -628,7 +628,9 @@ def convert_command(args: argparse.Namespace) -> None:
     if args.calibrate:
         text = data.split(data.load_text(args.calibrate))[0]
     if args.budget:
-        noted = choose_formats(args, config, template, windows_of(source, config, text, args))
+        noted = choose_formats(
+            args, config, template, windows_of(source, config, text, args.calibration_tokens)
+        )
         weights, precision = f"budget-{args.budget}", planning.rules(noted["budget"]["chosen"])
     else:
         weights, precision = resolve_precision(args)
@@ -659,7 +661,8 @@ def convert_command(args: argparse.Namespace) -> None:
     if text is not None:
         kernels.keep_compilations()
         entries = sorted(entries, key=lambda entry: calibration.order(entry.module))
-        windows = windows_of(scratch if stream else source, config, text, args)
+        where = scratch if stream else source
+        windows = windows_of(where, config, text, args.calibration_tokens)
         calibrate = functools.partial(
             recovery.Recovery, config, entries, windows, kept, tokens=args.recover or 0
         )
@@ -697,12 +700,12 @@ def convert_command(args: argparse.Namespace) -> None:
     )
 
 
-def windows_of(folder: Path, config, text: str, args: argparse.Namespace) -> np.ndarray:
-    """The windows of a text to calibrate with, by the tokenizer of a folder."""
+def windows_of(folder: Path, config, text: str, tokens: int) -> np.ndarray:
+    """The windows of a text, so many tokens, to calibrate with, by the tokenizer of a folder."""
     return calibration.choose_windows(
         tokenizer.encode(tokenizer.load(folder, config.vocab_size), text),
         min(config.sequence_len, calibration.LENGTH),
-        args.calibration_tokens,
+        tokens,
     )
 
 

@@ -59,8 +59,7 @@ def main() -> None:
     training, text = data.split(data.load_text(args.data))
     config = convert.resolve_config(args.teacher)
     template = model.abstract_params(config)
-    args.calibration_tokens = args.tokens
-    windows = convert.windows_of(args.teacher, config, training, args)
+    windows = convert.windows_of(args.teacher, config, training, args.tokens)
     entries = checkpoint.check_files(args.teacher, template, planning.CHEAPEST)
     with TemporaryDirectory() as folder:
         errors = planning.measure(
