@@ -12,6 +12,7 @@ INVALID_ARGUMENT and shows the sizes.
 import contextlib
 import ctypes
 import functools
+import itertools
 import math
 import os
 import subprocess
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import building as building
 from kernels.building import build as build
 from kernels.building import keep_compilations as keep_compilations
 
@@ -67,8 +69,10 @@ def _load() -> ctypes.CDLL | None:
         loaded.FromBase3.argtypes = [pointer, number, number, pointer, number]
         sizes = [number] * 4
         loaded.FitInt8.argtypes = [pointer, *sizes[:3], pointer, *sizes, *[pointer] * 3]
-        for function in (loaded.FromBase3, loaded.FitInt8, loaded.BestTernaryPath):
+        loaded.InterleaveGroups.argtypes = [pointer, number, number]
+        for function in (loaded.FromBase3, loaded.FitInt8, loaded.InterleaveGroups):
             function.restype = number
+        loaded.TernaryPath.argtypes, loaded.TernaryPath.restype = [number], ctypes.c_char_p
         return loaded
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         text = " ".join(str(error).split())
@@ -231,30 +235,30 @@ def fit_int8(codes: np.ndarray, scales: np.ndarray, groups: int, planes: int, bl
 # --- Products -------------------------------------------------------------------------------------
 
 
-def ternary_sums(
-    x: jax.Array,
-    packed: jax.Array,
-    experts: jax.Array,
-    block: int,
-    multipliers: jax.Array | None = None,
-    path: int = -1,
-) -> jax.Array:
+def ternary_paths() -> list[str]:
+    """The names of the paths that `ternary_sums` can take, the fastest last. Needs `library()`."""
+    names = (library().TernaryPath(i) for i in itertools.count())
+    return [name.decode() for name in itertools.takewhile(lambda name: name is not None, names)]
+
+
+def ternary_sums(x: jax.Array, w, experts: jax.Array, path: int = -1) -> jax.Array:
     """Exact sums int32 [blocks, R, O] of rows x int8 [blocks, R, I] times each block's expert.
 
-    packed: uint8 [E, O, B], B >= P I / 4, in blocks of `block` bytes of each plane, see
-        `quantize.py`; codes 0 to 2, for what a code of 3 gives depends on the processor
+    w: a `quantize.PackedWeight` [E, I, O], of rows or interleaved, whose codes are 0 to 2 in each
+      byte: what a code of 3 gives depends on the processor. Multipliers, from 0 to 127, sum up to
+      127 at most along P; for what others give depends on the processor, too
     experts: int32 [blocks]; -1 gives zeros, and so does one that there is not
-    multipliers: int8 [E, O, G, P] from 0 to 127, which sum up to 127 at most along P; for what
-        others give depends on the processor, too. None: one plane, and all are 1
-    path: the best way to take, 0 plain C++, 1 AVX2, 2 AVX-512 VNNI, 3 AMX; -1 for any
+    path: the fastest to take, an index of `ternary_paths()`; -1 for any
     Needs `on_cpu()`.
     """
-    out = jax.ShapeDtypeStruct((*x.shape[:2], *packed.shape[1:2]), jnp.int32)
+    out = jax.ShapeDtypeStruct((*x.shape[:2], w.shape[-1]), jnp.int32)
+    multipliers = w.multipliers
     if multipliers is None:
-        multipliers = jnp.zeros((*packed.shape[:2], 0, 1), jnp.int8)
+        *lead, lanes = (*w.packed.shape[:2], w.packed.shape[3:4])
+        multipliers = jnp.zeros((*lead, 0, 1, *lanes), jnp.int8)
     call = jax.ffi.ffi_call("ternary_grok_TernarySums", out)
-    attributes = {"block": np.int64(block), "path": np.int64(path)}
-    return call(x, packed, experts, multipliers, **attributes)
+    attributes = {"block": np.int64(w.block), "path": np.int64(path)}
+    return call(x, w.packed, experts, multipliers, **attributes)
 
 
 def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -398,9 +402,8 @@ def _takes_table(x, table) -> bool:
     return table.dtype in (*FLOATS, jnp.int8)
 
 
-def _of_weight(sums: Callable) -> Callable:
-    """`ternary_sums` as a function of x, a `quantize.PackedWeight` and experts."""
-    return lambda x, w, experts: sums(x, w.packed, experts, w.block, w.multipliers)
+def _gpu_sums(x, w, experts):
+    return _gpu("ternary_sums")(x, w.packed, experts, w.block, w.multipliers)
 
 
 KERNELS = {  # of each name on each backend: the kernel, and what says which arguments it takes
@@ -416,8 +419,8 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     "row_maxima": {"cpu": (row_maxima, _takes_floats)},
     "table_dot": {"cpu": (table_dot, _takes_table)},
     "ternary_sums": {
-        "cpu": (_of_weight(ternary_sums), lambda x, *_: x.dtype == jnp.int8),
-        "gpu": (_of_weight(_gpu("ternary_sums")), _gpu("takes_weight")),
+        "cpu": (ternary_sums, lambda x, *_: x.dtype == jnp.int8),
+        "gpu": (_gpu_sums, _gpu("takes_weight")),
     },
     "transposed": {"cpu": (transposed, lambda x: x.dtype == jnp.bfloat16)},
     "write_slots": {"cpu": (write_slots,)},

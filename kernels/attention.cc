@@ -250,8 +250,8 @@ AVX512 FUSED void Avx512Parts(const Attention& a, int64_t b, int64_t g, int64_t 
 template <class T>
 auto BestParts() {
 #if defined(__x86_64__)
-  if (BestPath() >= kVnni) return Avx512Parts<T>;
-  if (BestPath() == kAvx2 && __builtin_cpu_supports("fma")) return Avx2Parts<T>;
+  if (HasAvx512()) return Avx512Parts<T>;
+  if (HasAvx2()) return Avx2Parts<T>;
 #endif
   return PlainParts<T>;
 }
@@ -484,8 +484,8 @@ AVX512 FUSED void Avx512Gradient(const GradientTask& t) { Gradient(t); }
 
 auto BestGradient() {
 #if defined(__x86_64__)
-  if (BestPath() >= kVnni) return Avx512Gradient;
-  if (BestPath() == kAvx2 && __builtin_cpu_supports("fma")) return Avx2Gradient;
+  if (HasAvx512()) return Avx512Gradient;
+  if (HasAvx2()) return Avx2Gradient;
 #endif
   return PlainGradient;
 }

@@ -22,6 +22,24 @@ import files
 
 SOURCE = Path(__file__).parent
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-w")
+# Files that only some processors take, ternary_NAME.cc: what one of them must have, any line of it.
+PATHS = {
+    "avx2": ({"avx2"},),
+    "avxvnni": ({"avx2", "avx_vnni"}, {"avx2", "avx512vl", "avx512_vnni"}),
+    "avx512": ({"avx512bw", "avx512_vnni"},),
+    "amx": ({"avx512bw", "avx512_vnni", "amx_tile", "amx_int8"},),
+    "neon": ({"asimddp"},),
+}
+INSTRUCTIONS = {  # of the lines: the compiler's flag
+    "avx2": "-mavx2",
+    "avx_vnni": "-mavxvnni",
+    "avx512bw": "-mavx512bw",
+    "avx512vl": "-mavx512vl",
+    "avx512_vnni": "-mavx512vnni",
+    "amx_tile": "-mamx-tile",
+    "amx_int8": "-mamx-int8",
+    "asimddp": "-march=armv8.2-a+dotprod",
+}
 _BUILDING = threading.Lock()
 
 
@@ -37,13 +55,14 @@ def build(source: Path = SOURCE, folder: Path | None = None) -> Path:
     folder = private_folder(folder or files.cache_folder() / "kernels")
     command = [*compiler(), *FLAGS]
     content = [(path.name, path.read_bytes()) for path in _files(source, "*.cc", "*.h")]
-    known = (content, jax.lib.__version__, platform.machine(), command, sys.platform)
+    flags = path_flags()
+    known = (content, jax.lib.__version__, platform.machine(), command, sys.platform, flags)
     name = f"{source.stem}-{_sum(repr(known).encode())}"
     with _BUILDING:  # of several threads one
         for path in folder.glob(f"{name}-*.so"):
             if _is_private(path) and path.name == f"{name}-{_sum(path.read_bytes())}.so":
                 return path
-        content = _compiled(command, source)
+        content = _compiled(command, source, flags)
         path = folder / f"{name}-{_sum(content)}.so"
         with files.replacing(path, shared=True) as part:
             part.write_bytes(content)
@@ -62,15 +81,22 @@ def _sum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _compiled(command: list[str], source: Path) -> bytes:
-    """The library that a compiler makes, of each file by itself, at once; OSError if it fails."""
-    print(f"note: compiling {source.name}, some 20 s, once", file=sys.stderr)
-    sources = _files(source, "*.cc")
+def _compiled(command: list[str], source: Path, flags: dict[str, list[str]]) -> bytes:
+    """The library that a compiler makes, of each file by itself, at once; OSError if it fails.
+
+    flags: of each of PATHS that the processor takes
+    """
+    print(f"note: compiling {source.name}, some 10 s, once", file=sys.stderr)
+    defined = [f"-DTERNARY_{name.upper()}" for name in flags]
+    of_file = {f"ternary_{name}": flags.get(name) for name in PATHS}
+    sources = [path for path in _files(source, "*.cc") if of_file.get(path.stem, []) is not None]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(sources)) as pool:
         objects = [f"{folder}/{path.stem}.o" for path in sources]
-        include = f"-I{jax.ffi.include_dir()}"
+        options = [f"-I{jax.ffi.include_dir()}", *defined]
         tasks = [
-            pool.submit(_run, command, include, "-c", str(path), "-o", to)
+            pool.submit(
+                _run, command, *options, *of_file.get(path.stem, []), "-c", str(path), "-o", to
+            )
             for path, to in zip(sources, objects, strict=True)
         ]
         for task in tasks:
@@ -78,6 +104,31 @@ def _compiled(command: list[str], source: Path) -> bytes:
         library = Path(folder) / "library.so"
         _run(command, "-shared", *objects, "-o", str(library))
         return library.read_bytes()
+
+
+def path_flags() -> dict[str, list[str]]:
+    """The compiler's flags for each of PATHS that this processor takes."""
+    there = processor()
+    found = {}
+    for name, lines in PATHS.items():
+        for needed in lines:
+            if needed <= there and name not in found:
+                found[name] = sorted(INSTRUCTIONS[instruction] for instruction in needed)
+    return found
+
+
+def processor() -> set[str]:
+    """The names of what this processor's instructions are extended by, as Linux has them."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return {"asimddp"}  # every one of them has it
+    return {word for line in _processor_lines() for word in line.partition(":")[2].split()}
+
+
+def _processor_lines() -> list[str]:
+    """What Linux says of the processors' model and instructions, each once, sorted."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
 
 
 def _run(command: list[str], *arguments: str) -> None:
@@ -131,10 +182,7 @@ def keep_compilations() -> None:
     """
     if jax.config.jax_compilation_cache_dir is None:
         # Code for one processor must not be loaded on another that shares the folder.
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
-        known = sorted({line for line in lines if line.startswith(("model name", "flags"))})
-        key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+        key = _sum(repr(_processor_lines()).encode())
         try:
             folder = private_folder(files.cache_folder() / f"xla-{key}")
         except OSError as error:

@@ -190,25 +190,13 @@ inline void FromFloat(float value, uint16_t* out) {  // to nearest, halves to ev
 // --- Instructions --------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
-inline bool HasAmx() {
-  static const bool has = [] {
-    if (!__builtin_cpu_supports("amx-int8") || !__builtin_cpu_supports("avx512bw")) return false;
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ask the kernel for tile registers
-  }();
+inline bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+inline bool HasAvx512() { return __builtin_cpu_supports("avx512bw"); }
+inline bool HasTiles() {  // of AMX
+  static const bool has = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ask the system for them
   return has;
 }
 #endif
-
-enum Path { kPlain = 0, kAvx2 = 1, kVnni = 2, kAmx = 3 };
-
-inline int64_t BestPath() {  // that the processor has
-#if defined(__x86_64__)
-  if (HasAmx()) return kAmx;
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) return kVnni;
-  if (__builtin_cpu_supports("avx2")) return kAvx2;
-#endif
-  return kPlain;
-}
 
 }  // namespace kernels
 

@@ -96,8 +96,8 @@ template <class T>
 void TableRow(const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab,
               float* out) {
 #if defined(__x86_64__)
-  if (BestPath() >= kVnni) return Avx512Row(table, x, rows, size, vocab, out);
-  if (BestPath() == kAvx2 && __builtin_cpu_supports("fma"))
+  if (HasAvx512()) return Avx512Row(table, x, rows, size, vocab, out);
+  if (HasAvx2())
     return Avx2Row(table, x, rows, size, vocab, out);
 #endif
   PlainRow(table, x, rows, size, vocab, out);

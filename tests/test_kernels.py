@@ -18,14 +18,10 @@ import shards
 from kernels import gpu
 
 KINDS = [(1, 0), (1, 1), (1, 2), (1, 4), (2, 0), (2, 1), (2, 2), (2, 4)]  # see `grouped`
-PATHS = {"plain": 0, "AVX2": 1, "AVX-512 VNNI": 2, "AMX": 3}
+PATHS = ("plain", *kernels.building.PATHS)
 ROOT = Path(__file__).parents[1]
 
 native = pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels: no compiler, or a GPU")
-
-
-def best_path():
-    return kernels.library().BestTernaryPath()
 
 
 def problem(blocks, rows, inputs, outputs, experts, seed=0):
@@ -70,9 +66,7 @@ def sums_of_each(x, weights, chosen, path=-1):
 
     @jax.jit
     def call(x, weights, chosen):
-        return [
-            kernels.ternary_sums(x, w.packed, chosen, w.block, w.multipliers, path) for w in weights
-        ]
+        return [kernels.ternary_sums(x, w, chosen, path) for w in weights]
 
     return [np.asarray(found) for found in call(x, weights, chosen)]
 
@@ -84,9 +78,10 @@ def assert_exact(x, weights, chosen, path=-1):
 
 @pytest.fixture(params=PATHS)
 def path(request):
-    if PATHS[request.param] > best_path():
+    paths = kernels.ternary_paths()
+    if request.param not in paths:
         pytest.skip(f"this processor has no {request.param}")
-    return PATHS[request.param]
+    return paths.index(request.param)
 
 
 @native
