@@ -26,6 +26,7 @@ import tqdm
 import conversion
 import files
 import formats
+import kernels
 import quantize
 import shards
 import tensor_file
@@ -160,12 +161,14 @@ def save_converted(
     shutil.rmtree(shards.partial_folder(folder), ignore_errors=True)
 
     def fill(path, stored):
-        for leaf, out in zip(jax.tree.leaves(leaves[path]), arrays_of(stored), strict=True):
+        weight = quantize.in_rows(leaves[path])
+        for leaf, out in zip(jax.tree.leaves(weight), arrays_of(stored), strict=True):
             out[...] = np.asarray(leaf)
 
     def form(path, leaf):
         if not isinstance(leaf, PackedWeight):
             return leaf
+        leaf = jax.eval_shape(quantize.in_rows, leaf)
         if jax.tree.structure(leaf) != jax.tree.structure(formats.shapes(named[path], leaf.shape)):
             raise CheckpointError(f"{path}: is not {named[path]}, as its precision says")
         return shards.stored_form(named[path], leaf.shape, about["packing"])
@@ -248,6 +251,7 @@ def restore(
     threads: int | None = None,
     progress: bool = False,
     check: bool = True,
+    interleave: bool = False,
 ) -> Params:
     """The parameters `{module: {name: weight}}` of a folder, on the devices they belong to.
 
@@ -261,6 +265,8 @@ def restore(
     progress: a bar on stderr, of process 0 only
     check: looks at all numbers, which float32 or packed bytes may hold and a model may not: NaN,
       infinities, codes of 3
+    interleave: packed weights, where the sizes of each device's part allow it, are as
+      `quantize.interleave` makes them
 
     Host memory in use is that of one restored tensor and a few megabytes for each thread. The files
     are mapped, and each process reads the slices of its devices; what is made ternary by absmean
@@ -270,7 +276,20 @@ def restore(
     """
     entries = check_files(pathlib.Path(folder), template, precision)
     placement = placement_of(entries, shardings)
+    if interleave:
+        entries = [_interleaved(entry, placement[entry.module][entry.name]) for entry in entries]
+        placement = placement_of(entries, shardings)
     return restore_entries(entries, placement, threads=threads, progress=progress, check=check)
+
+
+def _interleaved(entry: "Entry", where) -> "Entry":
+    """An entry that is restored with outputs side by side, where each device's part allows it."""
+    w = entry.restored
+    if isinstance(w, PackedWeight):
+        part = where.packed.shard_shape(w.packed.shape)[-2:]
+        if quantize.interleaves(*part, w.block):
+            return dataclasses.replace(entry, restored=jax.eval_shape(quantize.interleave, w))
+    return entry
 
 
 def placement_of(
@@ -470,7 +489,9 @@ def _check_placement(entries: list[Entry], placement: Params) -> None:
             raise CheckpointError(
                 f"{entry.title}: {error}; choose a mesh that divides this axis"
             ) from None
-        if isinstance(local, PackedWeight) and local.packed[-1] % entry.restored.block_bytes:
+        if not isinstance(local, PackedWeight) or local.interleaved:
+            continue
+        if local.packed[-1] % entry.restored.block_bytes:
             raise CheckpointError(
                 f"{entry.title}: a shard of {local.packed[-1]} packed bytes cuts a block of "
                 f"{local.block}; choose a smaller mesh axis for it"
@@ -483,11 +504,6 @@ def _restore_one(entry: Entry, where, pool, check: bool):
         check_scales(tensor.scales, entry.title)
     if entry.format == format_of(tensor):
 
-        def place(array, sharding):
-            if shards.is_trits(array):
-                array = dataclasses.replace(array, check=check)
-            return _place(array.shape, sharding, functools.partial(read, array))
-
         def read(array, index):
             with files.naming(entry.title):
                 copy = _read(array, index, pool)
@@ -495,12 +511,60 @@ def _restore_one(entry: Entry, where, pool, check: bool):
                 check_finite(copy, entry.title)
             return copy
 
-        restored = jax.tree.map(place, tensor, where, is_leaf=shards.is_trits)
+        if isinstance(tensor, PackedWeight):
+            trits = dataclasses.replace(tensor.packed, check=check)
+            tensor = dataclasses.replace(tensor, packed=trits)
+        parts = jax.tree.map(lambda x: functools.partial(read, x), tensor, is_leaf=shards.is_trits)
     else:
-        restored = _restore_converted(entry, tensor, where, pool)
+        parts = _converted_parts(entry, tensor, where, pool)
+    if isinstance(parts, PackedWeight) and entry.restored.interleaved:
+        parts = _side_by_side(parts, pool)
+    restored = jax.tree.map(
+        lambda make, x, sharding: _place(x.shape, sharding, make), parts, entry.restored, where
+    )
     for array in shards.parts("", tensor).values():
         tensor_file.release(array)
     return restored
+
+
+def _side_by_side(parts: PackedWeight, pool) -> PackedWeight:
+    """`parts` of a weight in rows, functions of an index, as those of an interleaved one."""
+
+    def packed(index):
+        rows = parts.packed(_packed_rows(index))
+        groups = rows.reshape(-1, quantize.LANES * rows.shape[-1])
+        for _ in pool.map(kernels.interleave, np.array_split(groups, -(-len(groups) // 8))):
+            pass
+        return rows.reshape([s.stop - s.start for s in index])
+
+    def multipliers(index):
+        rows = parts.multipliers(_multiplier_rows(index))
+        *lead, outputs, groups, planes = rows.shape
+        rows = rows.reshape(*lead, -1, quantize.LANES, groups, planes)
+        return np.ascontiguousarray(np.moveaxis(rows, -3, -1))
+
+    return dataclasses.replace(
+        parts,
+        packed=packed,
+        multipliers=None if parts.multipliers is None else multipliers,
+        interleaved=True,
+    )
+
+
+def _packed_rows(index: tuple[slice, ...]) -> tuple[slice, ...]:
+    """Where in rows of bytes lies what has this index in interleaved ones."""
+    *lead, groups, quads, _, _ = index
+    return (*lead, _times(groups, quantize.LANES), _times(quads, quantize.QUAD))
+
+
+def _multiplier_rows(index: tuple[slice, ...]) -> tuple[slice, ...]:
+    """The same of multipliers."""
+    *lead, groups, inputs, planes, _ = index
+    return (*lead, _times(groups, quantize.LANES), inputs, planes)
+
+
+def _times(s: slice, by: int) -> slice:
+    return slice(by * s.start, by * s.stop)
 
 
 def _read(array, index: tuple[slice, ...], pool) -> np.ndarray:
@@ -528,9 +592,13 @@ def _pieces(index: tuple[slice, ...], itemsize: int) -> Iterator[tuple[slice, ..
             yield (some, *inner)
 
 
-def _restore_converted(entry: Entry, tensor, where, pool):
-    """A parameter in another format than the file's, made of the slice that this process needs."""
-    made, packed = entry.restored, isinstance(entry.restored, PackedWeight)
+def _converted_parts(entry: Entry, tensor, where, pool):
+    """A parameter in another format than the file's, made of the slice that this process needs.
+
+    Its arrays, in rows, are functions of an index, within what this process's devices hold.
+    """
+    made = formats.shapes(entry.format, entry.restored.shape)
+    packed = isinstance(made, PackedWeight)
 
     def hull(x, sharding):  # in which all slices of this process's devices lie
         if not packed:
@@ -541,21 +609,26 @@ def _restore_converted(entry: Entry, tensor, where, pool):
             for size, axis in zip(x.shape, zip(*indices, strict=True), strict=True)
         )
 
-    hulls = jax.tree.map(hull, made, where)
+    hulls = jax.tree.map(hull, entry.restored, where)
+    if packed and hulls.interleaved:
+        multipliers = hulls.multipliers and _multiplier_rows(hulls.multipliers)
+        hulls = dataclasses.replace(
+            hulls, packed=_packed_rows(hulls.packed), multipliers=multipliers, interleaved=False
+        )
     *experts, rows, columns = hulls.packed if packed else hulls.codes
     index = (*(experts or [slice(0, 1)]), *((rows, columns) if packed else (columns, rows)))
     part = conversion.converter(tensor, entry.format, entry.title, pool)(index)
 
-    def place(x, sharding, array, hull):
+    def of(x, array, hull):
         array = array.reshape(array.shape[-len(x.shape) :])  # without an axis of experts
 
         def make(index):
             pairs = zip(index, hull, strict=True)
             return array[tuple(slice(i.start - h.start, i.stop - h.start) for i, h in pairs)]
 
-        return _place(x.shape, sharding, make)
+        return make
 
-    return jax.tree.map(place, made, where, part, hulls)
+    return jax.tree.map(of, made, part, hulls)
 
 
 def _place(shape, sharding, make: Callable) -> jax.Array:

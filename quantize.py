@@ -21,6 +21,10 @@ has `block` bytes of the first plane and, behind, as many of the next; a group i
 one, two or four slabs of a block. Multipliers are integers that sum up to 127 at most, so that
 their sum of trits is a code, and sums of products with integers are exact in any order: on every
 mesh and in every batch. The one float scale comes last.
+
+So a matrix has rows of bytes, one for each output. A CPU wants the outputs side by side, so that
+each has a lane of a vector: interleaved, four bytes of each of 64 outputs lie together, then the
+next four of each. Which of the two a weight is follows from where it is placed; files have rows.
 """
 
 import dataclasses
@@ -40,6 +44,8 @@ import kernels
 ACTIVATIONS = ("float", "int15", "int8")  # what quantized matrices are multiplied with
 LEVELS = 127  # the largest code
 MAX_BLOCK = 64  # bytes: 256 weights, one tile of a kernel
+LANES = 64  # outputs side by side in an interleaved weight
+QUAD = 4  # bytes of each
 SHARDS = 8  # a block is small enough that this many shards of I each hold whole blocks
 TILE = 1 << 22  # weights unpacked at a time on a CPU: enough for two cores, and no more
 DEVICE_TILE = 1 << 24  # and on a GPU, where each tile is some launches
@@ -71,17 +77,20 @@ class QuantizedWeight:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["packed", "scales", "multipliers"],
-    meta_fields=["block", "padding"],
+    meta_fields=["block", "padding", "interleaved"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
     """Codes that are trits, or sums of trits times multipliers, four trits to a byte, times scales.
 
-    packed: uint8 [..., O, B], B bytes for each output (layout: see the module's docstring)
+    packed: uint8 [..., O, B], B bytes for each output (layout: see the module's docstring), or
+      interleaved [..., O / 64, B / 4, 64, 4]
     scales: float32 [..., 1, C]; C is 1 or O
     block: bytes in a packing block of one plane
     padding: zeros appended to I to fill the last byte, 0 to 3
-    multipliers: int8 [..., O, G, P], or None: one plane, whose trits are the codes
+    multipliers: int8 [..., O, G, P], interleaved [..., O / 64, G, P, 64], or None: one plane, whose
+      trits are the codes
+    interleaved: whether 64 outputs lie side by side, see `interleave`
     """
 
     packed: Any
@@ -89,11 +98,14 @@ class PackedWeight:
     block: int
     padding: int = 0
     multipliers: Any = None
+    interleaved: bool = False
 
     @property
     def planes(self) -> int:
         """P."""
-        return 1 if self.multipliers is None else self.multipliers.shape[-1]
+        if self.multipliers is None:
+            return 1
+        return self.multipliers.shape[-2 if self.interleaved else -1]
 
     @property
     def block_bytes(self) -> int:
@@ -104,6 +116,9 @@ class PackedWeight:
     def shape(self) -> tuple[int, ...]:
         """Logical shape [..., I, O]."""
         *lead, outputs, width = self.packed.shape
+        if self.interleaved:
+            *lead, groups, quads = lead
+            outputs, width = groups * LANES, quads * QUAD
         return (*lead, 4 * width // self.planes - self.padding, outputs)
 
 
@@ -183,12 +198,53 @@ def pack_codes(codes, block: int):  # [..., 4 W, O] -> [..., W, O]
 
 def unpack(w: PackedWeight):
     """The int8 codes [..., I, O] of a packed weight: trits, or their sums times multipliers."""
+    w = in_rows(w)
     *lead, outputs, width = w.packed.shape
     packed = w.packed.reshape(*lead, outputs, -1, w.planes, 1, w.block)
     trits = _trits_at(packed, np.array([0, 2, 4, 6], np.uint8)[:, None])  # [..., P, 4, block]
     codes = _sum_planes(trits, _of_slabs(w.multipliers, packed.shape[-4]))
     codes = codes.reshape(*lead, outputs, -1)
     return codes[..., : w.shape[-2]].swapaxes(-1, -2)
+
+
+def interleaves(outputs: int, width: int, block: int) -> bool:
+    """Whether so many outputs of B bytes, in blocks of so many, can lie side by side."""
+    return outputs % LANES == 0 and width % QUAD == 0 and block % QUAD == 0
+
+
+def interleave(w: Weight) -> Weight:
+    """A packed weight with 64 outputs side by side, the form that is fast on a CPU.
+
+    As it is, which is slower there, if it is of another type or sizes do not allow it. What gradients
+    and devices see is the same. NumPy in, NumPy out.
+    """
+    if not isinstance(w, PackedWeight) or w.interleaved:
+        return w
+    if not interleaves(*w.packed.shape[-2:], w.block):
+        return w
+    *lead, outputs, width = w.packed.shape
+    packed = w.packed.reshape(*lead, outputs // LANES, LANES, width // QUAD, QUAD)
+    packed, multipliers = packed.swapaxes(-3, -2), w.multipliers
+    if multipliers is not None:
+        multipliers = multipliers.reshape(*lead, -1, LANES, *multipliers.shape[-2:])
+        multipliers = multipliers.swapaxes(-3, -2).swapaxes(-2, -1)
+    return dataclasses.replace(w, packed=packed, multipliers=multipliers, interleaved=True)
+
+
+def in_rows(w: Weight) -> Weight:
+    """A packed weight with a row of bytes for each output, as files have it; others as they are.
+
+    NumPy in, NumPy out.
+    """
+    if not isinstance(w, PackedWeight) or not w.interleaved:
+        return w
+    *lead, groups, quads, lanes, quad = w.packed.shape
+    packed = w.packed.swapaxes(-3, -2).reshape(*lead, groups * lanes, quads * quad)
+    multipliers = w.multipliers
+    if multipliers is not None:
+        multipliers = multipliers.swapaxes(-2, -1).swapaxes(-3, -2)
+        multipliers = multipliers.reshape(*lead, groups * lanes, *multipliers.shape[-2:])
+    return dataclasses.replace(w, packed=packed, multipliers=multipliers, interleaved=False)
 
 
 def _trits_at(packed, shift):
@@ -481,34 +537,35 @@ def _packed_product(x, w, expert):
     A product for each of the four slabs, with the inputs that lie there: three times as fast on a
     CPU as putting a tile's codes in order first.
     """
-    rows, width = x.shape[0], w.packed.shape[-1] // w.planes
+    rows, width = x.shape[0], -(-w.shape[-2] // 4)
     few = x.dtype != jnp.float32 and rows < FEW_ROWS
     x = jnp.pad(x, [(0, FEW_ROWS - rows if few else 0), (0, w.padding)])
     slabs = x.reshape(-1, width // w.block, 4, w.block).transpose(2, 0, 1, 3)
     slabs = slabs.reshape(4, -1, width)  # inputs of each slab
-
-    def tile_of(array, start, size):  # outputs, of one expert
-        starts = (expert, start, *[0] * (array.ndim - 2))
-        return lax.dynamic_slice(array, starts, (1, size, *array.shape[2:]))[0]
+    step = LANES if w.interleaved else 1
 
     def columns(start, size):
-        tile = tile_of(w.packed, start, size).reshape(size, -1, w.planes, 1, w.block)
-        multipliers = w.multipliers
-        if multipliers is not None:
-            multipliers = _of_slabs(tile_of(multipliers, start, size), tile.shape[1])
+        def part(array):  # of these outputs, of one expert
+            starts = (expert, start // step, *[0] * (array.ndim - 2))
+            return lax.dynamic_slice(array, starts, (1, size // step, *array.shape[2:]))[0]
+
+        tile = jax.tree.map(part, dataclasses.replace(w, scales=None))
+        tile = in_rows(tile)
+        packed = tile.packed.reshape(size, -1, w.planes, 1, w.block)
+        multipliers = _of_slabs(tile.multipliers, packed.shape[1])
 
         def product(slab, i):
             of_slab = multipliers
             if multipliers is not None and multipliers.shape[-1] > 1:
                 of_slab = multipliers[..., i : i + 1]
-            codes = _sum_planes(_trits_at(tile, np.uint8(2 * i)), of_slab)
+            codes = _sum_planes(_trits_at(packed, np.uint8(2 * i)), of_slab)
             codes = codes.reshape(size, width).astype(x.dtype)
             return _matmul(slab, codes, (((1,), (1,)), ((), ())))
 
         products = (product(slab, i) for i, slab in enumerate(slabs))
         return functools.reduce(jnp.add, products)  # [R, size]
 
-    return _by_column_tiles(columns, x, w.shape)[:rows]
+    return _by_column_tiles(columns, x, w.shape, step)[:rows]
 
 
 def _codes_product(x, w, expert, scale_last):
@@ -534,8 +591,10 @@ def _codes_product(x, w, expert, scale_last):
     return _by_column_tiles(columns, x[0], w.shape)
 
 
-def _by_column_tiles(columns, x, shape):
+def _by_column_tiles(columns, x, shape, step: int = 1):
     """Calls `columns(start, size)` over all O columns, so that only one tile is ever unpacked.
+
+    step: columns that lie together, of which a tile has whole ones
 
     The last tile is moved left to end at O: its first columns are then computed twice, alike.
 
@@ -544,7 +603,7 @@ def _by_column_tiles(columns, x, shape):
     """
     inputs, outputs = shape[-2:]
     tile = TILE if jax.default_backend() == "cpu" else DEVICE_TILE
-    size = min(outputs, max(1, tile // inputs))
+    size = min(outputs, max(1, tile // inputs // step) * step)
     if size == outputs or jax.default_backend() == "tpu":
         return columns(0, outputs)
 

@@ -106,6 +106,7 @@ class ModelRunner:
             functools.partial(sharding.parameter_shardings, self.mesh),
             progress=progress,
             check=check,
+            interleave=kernels.on_cpu(),
         )
         self.params = cast_embeddings(params, self.config)
 

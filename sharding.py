@@ -111,7 +111,7 @@ def parameter_shardings(mesh: Mesh, params: dict) -> dict:
     def one(path, axes, weight):
         specs = weight_specs(axes, weight)
         if isinstance(weight, quantize.PackedWeight):
-            _check_whole_blocks(mesh, path, weight, specs.packed[-1])
+            _check_whole_blocks(mesh, path, weight, specs.packed[len(weight.shape) - 1])
         jax.tree.map(functools.partial(_check_divides, mesh, path), weight, specs)
         return jax.tree.map(functools.partial(NamedSharding, mesh), specs)
 
@@ -153,12 +153,12 @@ def weight_specs(axes: Axes, weight):
         return quantize.QuantizedWeight(P(*mesh_axes), scales(weight.scales, *mesh_axes))
     if isinstance(weight, quantize.PackedWeight):
         *lead, inputs, outputs = mesh_axes
-        multipliers = weight.multipliers
+        multipliers, lanes = weight.multipliers, [None] * weight.interleaved
         if multipliers is not None:
-            multipliers = scales(multipliers, *lead, outputs, inputs, None)
+            multipliers = scales(multipliers, *lead, outputs, inputs, None, *lanes)
         return dataclasses.replace(
             weight,
-            packed=P(*lead, outputs, inputs),
+            packed=P(*lead, outputs, inputs, *lanes, *lanes),
             scales=scales(weight.scales, *mesh_axes),
             multipliers=multipliers,
         )

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -56,7 +58,17 @@ __attribute__((target("avx2"))) int64_t Avx2() {
   return Total<int16_t>(sums);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512vnni"))) int64_t Vnni() {
+__attribute__((target("avx2"))) int64_t AvxVnni() {
+  __m256i ones = _mm256_set1_epi8(1), sums[12] = {};
+#define ADD(i) __asm__ volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(sums[i]) : "x"(ones));
+  for (int64_t i = 0; i < kFew; ++i) {
+    TWELVE(ADD)
+  }
+#undef ADD
+  return Total<int32_t>(sums);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vnni"))) int64_t Avx512() {
   __m512i ones = _mm512_set1_epi8(1), sums[12] = {};
 #define ADD(i) __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(sums[i]) : "v"(ones));
   for (int64_t i = 0; i < kFew; ++i) {
@@ -92,21 +104,37 @@ __attribute__((target("amx-tile,amx-int8"))) int64_t Amx() {
   return Total<int32_t>(sums);
 }
 
+#elif defined(__aarch64__)
+
+__attribute__((target("arch=armv8.2-a+dotprod"))) int64_t Neon() {
+  int8x16_t ones = vdupq_n_s8(1);
+  int32x4_t sums[12] = {};
+#define ADD(i) __asm__ volatile("sdot %0.4s, %1.16b, %1.16b" : "+w"(sums[i]) : "w"(ones));
+  for (int64_t i = 0; i < kFew; ++i) {
+    TWELVE(ADD)
+  }
+#undef ADD
+  return Total<int32_t>(sums);
+}
+
 #endif
 
 }  // namespace
 
-// So many groups of rounds, on the path that BestTernaryPath says; the number of products. (That
-// function has asked Linux for AMX, too.)
-extern "C" int64_t MultiplyAdds(int64_t path, int64_t groups) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < groups; ++i) {
+// So many groups of rounds, on a path of kernels/ternary.cc; the number of products, 0 for a path
+// that there is not. (Who asks for the names of the paths has asked Linux for AMX, too.)
+extern "C" int64_t MultiplyAdds(const char* path, int64_t groups) {
+  int64_t (*one)() = nullptr;
+  if (!std::strcmp(path, "plain")) one = Plain;
 #if defined(__x86_64__)
-    if (path == 1) total += Avx2();
-    if (path == 2) total += Vnni();
-    if (path == 3) total += Amx();
+  if (!std::strcmp(path, "avx2")) one = Avx2;
+  if (!std::strcmp(path, "avxvnni")) one = AvxVnni;
+  if (!std::strcmp(path, "avx512")) one = Avx512;
+  if (!std::strcmp(path, "amx")) one = Amx;
+#elif defined(__aarch64__)
+  if (!std::strcmp(path, "neon")) one = Neon;
 #endif
-    if (path == 0) total += Plain();
-  }
+  int64_t total = 0;
+  for (int64_t i = 0; one && i < groups; ++i) total += one();
   return total;
 }

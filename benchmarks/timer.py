@@ -67,18 +67,19 @@ def read_bandwidth(size: int = 1 << 30) -> float:
         return size / median(lambda: list(pool.map(np.sum, parts)))
 
 
-def multiply_adds(groups: int) -> int:
+def multiply_adds(groups: int, path: str | None = None) -> int:
     """So many groups of int8 multiply-adds, on this thread's registers alone; their number.
 
-    On the best path that the kernels have for this processor: AMX, AVX-512 VNNI, AVX2, plain C++.
+    path: one of `kernels.ternary_paths()`, by default the fastest
     """
-    return _peak_library().MultiplyAdds(kernels.library().BestTernaryPath(), groups)
+    path = path or kernels.ternary_paths()[-1]
+    return _peak_library().MultiplyAdds(path.encode(), groups)
 
 
 @functools.cache
 def _peak_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(kernels.build(PEAK)))
-    library.MultiplyAdds.argtypes = [ctypes.c_int64] * 2
+    library.MultiplyAdds.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     library.MultiplyAdds.restype = ctypes.c_int64
     return library
 

@@ -235,6 +235,16 @@ def fit_int8(codes: np.ndarray, scales: np.ndarray, groups: int, planes: int, bl
 # --- Products -------------------------------------------------------------------------------------
 
 
+def interleave(groups: np.ndarray) -> None:
+    """Puts rows of bytes side by side in place: uint8 [n, 64 B] is [n, 64, B], then [n, B / 4, 64, 4].
+
+    Other threads run meanwhile. Needs `library()`.
+    """
+    assert groups.flags.c_contiguous and groups.dtype == np.uint8, groups.strides
+    if library().InterleaveGroups(groups.ctypes.data, len(groups), groups.shape[-1] // 64):
+        raise MemoryError("no memory left to interleave weights")
+
+
 def ternary_paths() -> list[str]:
     """The names of the paths that `ternary_sums` can take, the fastest last. Needs `library()`."""
     names = (library().TernaryPath(i) for i in itertools.count())

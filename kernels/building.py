@@ -40,6 +40,7 @@ INSTRUCTIONS = {  # of the lines: the compiler's flag
     "amx_int8": "-mamx-int8",
     "asimddp": "-march=armv8.2-a+dotprod",
 }
+INCLUDES = (f"-I{jax.ffi.include_dir()}",)
 _BUILDING = threading.Lock()
 
 
@@ -92,7 +93,7 @@ def _compiled(command: list[str], source: Path, flags: dict[str, list[str]]) -> 
     sources = [path for path in _files(source, "*.cc") if of_file.get(path.stem, []) is not None]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(sources)) as pool:
         objects = [f"{folder}/{path.stem}.o" for path in sources]
-        options = [f"-I{jax.ffi.include_dir()}", *defined]
+        options = [*INCLUDES, *defined]
         tasks = [
             pool.submit(
                 _run, command, *options, *of_file.get(path.stem, []), "-c", str(path), "-o", to

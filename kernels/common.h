@@ -16,17 +16,15 @@
 #include <string_view>
 #include <utility>
 
+#include "memory.h"
 #include "xla/ffi/api/ffi.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #define AVX512 __attribute__((target("avx512f,avx512bw")))
 #endif
-
-#define INLINE inline __attribute__((always_inline))
 
 // A function that is compiled for several processors; the library chooses when it is loaded.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
@@ -40,8 +38,6 @@ namespace kernels {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kWorthAThread = 1 << 18;
-
-inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // --- What a kernel takes -------------------------------------------------------------------------
 //
@@ -93,7 +89,7 @@ class Sizes {
     for (const int64_t size : sizes) text += (text.empty() ? "[" : ", ") + std::to_string(size);
     return text.empty() ? "[]" : text + "]";
   }
-  std::pair<std::string_view, int64_t> sizes_[8];
+  std::pair<std::string_view, int64_t> sizes_[12];
   int count_ = 0;
 };
 
@@ -153,21 +149,6 @@ void Parallel(ffi::ThreadPool& pool, int64_t n, double bytes, F f) {
   if (state->failed) throw std::bad_alloc();
 }
 
-struct Aligned {  // uninitialised memory at a multiple of 64 bytes
-  explicit Aligned(int64_t size) : memory(new char[size + 64]), size(size) {
-    data = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) & 63);
-  }
-  std::unique_ptr<char[]> memory;
-  int64_t size;
-  char* data;
-};
-
-// As much memory, or more, as a thread keeps from one task to the next.
-inline char* Kept(Aligned& memory, int64_t size) {
-  if (memory.size < size) memory = Aligned(size);
-  return memory.data;
-}
-
 // --- Floats --------------------------------------------------------------------------------------
 
 // bfloat16 is the upper half of a float32.
@@ -192,7 +173,7 @@ inline void FromFloat(float value, uint16_t* out) {  // to nearest, halves to ev
 #if defined(__x86_64__)
 inline bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 inline bool HasAvx512() { return __builtin_cpu_supports("avx512bw"); }
-inline bool HasTiles() {  // of AMX
+inline bool HasTiles() {                                             // of AMX
   static const bool has = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ask the system for them
   return has;
 }

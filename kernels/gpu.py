@@ -83,6 +83,8 @@ def takes(
 
 def takes_weight(x, w, *_) -> bool:
     """Whether `ternary_sums` has a kernel for x and a `quantize.PackedWeight` [E, I, O]."""
+    if w.interleaved:
+        return False
     multipliers_shape = None if w.multipliers is None else w.multipliers.shape
     fits = takes(x.shape, w.packed.shape, w.block, multipliers_shape)
     return fits and x.dtype == jnp.int8 and not w.padding

@@ -97,8 +97,7 @@ void TableRow(const T* table, const float* x, int64_t rows, int64_t size, int64_
               float* out) {
 #if defined(__x86_64__)
   if (HasAvx512()) return Avx512Row(table, x, rows, size, vocab, out);
-  if (HasAvx2())
-    return Avx2Row(table, x, rows, size, vocab, out);
+  if (HasAvx2()) return Avx2Row(table, x, rows, size, vocab, out);
 #endif
   PlainRow(table, x, rows, size, vocab, out);
 }

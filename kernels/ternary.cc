@@ -18,7 +18,7 @@
 namespace kernels {
 namespace {
 
-constexpr int64_t kWidest = 1 << 20;   // bytes of an output: no int32 sum of any path is exceeded
+constexpr int64_t kWidest = 1 << 20;     // bytes of an output: no int32 sum of any path is exceeded
 constexpr int64_t kTaskBytes = 1 << 17;  // that a thread reads at a time, where there are many
 constexpr int64_t kCacheLine = 64;
 
@@ -147,24 +147,26 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
   std::vector<char> used(blocks * rows);  // not all zeros
   auto* xs = reinterpret_cast<int8_t*>(arranged.data);
   const int8_t* given = x.typed_data();
-  Parallel(pool, blocks * tiled, 1. * blocks * rows * inputs, [=, &sums, &part_sums, &used](int64_t i) {
-    const int64_t b = i / tiled, m = i % tiled, row = b * rows + m;
-    int8_t* to = xs + i * problem.width;
-    std::memset(to, 0, problem.width);
-    if (m >= rows) return;
-    const int8_t* from = given + row * inputs;
-    int32_t sum = 0;
-    int8_t any = 0;
-    for (int64_t j = 0; j < inputs; ++j) sum += from[j], any |= from[j];
-    sums[row] = sum, used[row] = any != 0;
-    Arrange(from, inputs, block, to);
-    const int64_t size = problem.parts ? 4 * bytes / problem.parts : 0;
-    for (int64_t part = 0; part * size < (size ? inputs : 0); ++part) {
-      int32_t some = 0;
-      for (int64_t j = part * size; j < std::min(inputs, (part + 1) * size); ++j) some += from[j];
-      part_sums[row * problem.parts + part] = some;
-    }
-  });
+  Parallel(pool, blocks * tiled, 1. * blocks * rows * inputs,
+           [=, &sums, &part_sums, &used](int64_t i) {
+             const int64_t b = i / tiled, m = i % tiled, row = b * rows + m;
+             int8_t* to = xs + i * problem.width;
+             std::memset(to, 0, problem.width);
+             if (m >= rows) return;
+             const int8_t* from = given + row * inputs;
+             int32_t sum = 0;
+             int8_t any = 0;
+             for (int64_t j = 0; j < inputs; ++j) sum += from[j], any |= from[j];
+             sums[row] = sum, used[row] = any != 0;
+             Arrange(from, inputs, block, to);
+             const int64_t size = problem.parts ? 4 * bytes / problem.parts : 0;
+             for (int64_t part = 0; part * size < (size ? inputs : 0); ++part) {
+               int32_t some = 0;
+               for (int64_t j = part * size; j < std::min(inputs, (part + 1) * size); ++j)
+                 some += from[j];
+               part_sums[row * problem.parts + part] = some;
+             }
+           });
   // Padding, rows of zeros behind the others, costs nothing.
   std::vector<int64_t> counts(blocks);
   for (int64_t b = 0; b < blocks; ++b)
@@ -198,8 +200,7 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
         char* side_by_side = Kept(kept_multipliers, groups * planes * kLanes);
         for (int64_t i = 0; i < groups * planes; ++i)
           for (int64_t o = 0; o < kLanes; ++o)
-            side_by_side[i * kLanes + o] =
-                o < there ? p.multipliers[o * groups * planes + i] : 0;
+            side_by_side[i * kLanes + o] = o < there ? p.multipliers[o * groups * planes + i] : 0;
         p.multipliers = reinterpret_cast<int8_t*>(side_by_side);
       }
     }
@@ -209,8 +210,7 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
     }
     chosen_path.multiply(p);
     if (there < kLanes)
-      for (int64_t m = 0; m < p.rows; ++m)
-        std::copy_n(p.out + m * kLanes, there, to + m * outputs);
+      for (int64_t m = 0; m < p.rows; ++m) std::copy_n(p.out + m * kLanes, there, to + m * outputs);
   };
   const int64_t in_outputs = RoundUp(outputs, kLanes) / kLanes, of_all = blocks * in_outputs;
   const int64_t wanted = std::max<int64_t>(1, of_all / (4 * pool.num_threads()));
@@ -242,8 +242,7 @@ extern "C" const char* TernaryPath(int64_t path) {
   return path < static_cast<int64_t>(paths.size()) ? paths[path].name : nullptr;
 }
 
-// In place, [n, 64, bytes] as [n, bytes / 4, 64, 4], of any four-byte pieces: groups of rows, or of
-// what rows have for multipliers (as bytes of one each, see `side` in Python). 1 without memory.
+// Groups of 64 rows, [n, 64, bytes], in place as [n, bytes / 4, 64, 4]. 1 without memory, else 0.
 extern "C" int64_t InterleaveGroups(uint8_t* rows, int64_t n, int64_t bytes) {
   try {
     static thread_local kernels::Aligned kept(0);

@@ -20,11 +20,11 @@
 
 namespace kernels {
 
-constexpr int64_t kLanes = 64;          // outputs of a group
-constexpr int64_t kQuad = 4 * kLanes;   // packed bytes of a quad
-constexpr int64_t kInputs = 16;         // of a quad of one plane
-constexpr int64_t kRowTile = 16;        // rows of activations come in as many, for AMX
-constexpr int64_t kMostOfBlock = 4;     // groups of inputs with their own multipliers, in a block
+constexpr int64_t kLanes = 64;         // outputs of a group
+constexpr int64_t kQuad = 4 * kLanes;  // packed bytes of a quad
+constexpr int64_t kInputs = 16;        // of a quad of one plane
+constexpr int64_t kRowTile = 16;       // rows of activations come in as many, for AMX
+constexpr int64_t kMostOfBlock = 4;    // groups of inputs with their own multipliers, in a block
 
 // R rows of activations times a group.
 struct Group {
@@ -35,11 +35,11 @@ struct Group {
   const int32_t* part_sums;   // [R, parts], of each group of inputs, or of each block if G is 1
   int32_t* out;               // [R, 64], rows `stride` apart
   int64_t rows, width, stride;
-  int64_t quads, bytes;      // Q / P, and the packed bytes of a plane, which may end within one
-  int64_t planes, groups;    // P, G
-  int64_t block, of_block;   // quads of a plane in a packing block, and groups of inputs of a block
-  int64_t block_bytes;       // of a plane; with multipliers, all paths but PlainGroup want
-  int64_t parts;             // multiples of four, and 64 at most
+  int64_t quads, bytes;     // Q / P, and the packed bytes of a plane, which may end within one
+  int64_t planes, groups;   // P, G
+  int64_t block, of_block;  // quads of a plane in a packing block, and groups of inputs of a block
+  int64_t block_bytes;      // of a plane; with multipliers, all paths but PlainGroup want
+  int64_t parts;            // multiples of four, and 64 at most
 };
 
 // Write the sums of all rows and outputs, the same on every path.

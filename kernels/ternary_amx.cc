@@ -12,8 +12,8 @@
 namespace kernels {
 namespace {
 
-constexpr int64_t kTileQuads = 4;    // of a plane: 64 inputs
-constexpr int64_t kWideChunk = 64;   // quads of a plane that are unpacked at a time, to 64 KiB
+constexpr int64_t kTileQuads = 4;   // of a plane: 64 inputs
+constexpr int64_t kWideChunk = 64;  // quads of a plane that are unpacked at a time, to 64 KiB
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};

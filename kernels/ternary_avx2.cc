@@ -4,7 +4,7 @@
 // or as all have one multiplier; then they are widened, times the multiplier. What the codes count
 // too much is the sum over groups of inputs of multiplier times the sum of their activations.
 
-#include "common.h"
+#include "memory.h"
 #include "ternary.h"
 
 #if defined(__x86_64__)
@@ -91,8 +91,8 @@ void Rows(const Group& p, int64_t m0) {
       }
     for (int m = 0; m < M; ++m)
       for (int g = 0; g < G; ++g)
-        _mm256_storeu_si256(
-            reinterpret_cast<__m256i*>(p.out + (m0 + m) * p.stride + first + 8 * g), sums[m][g]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.out + (m0 + m) * p.stride + first + 8 * g),
+                            sums[m][g]);
   }
 }
 

@@ -1,16 +1,15 @@
 // Products of a group with NEON's dot products of bytes.
 
-#include "ternary_tile.h"
-
 #include <arm_neon.h>
+
+#include "ternary_tile.h"
 
 namespace kernels {
 namespace {
 
 struct Neon {
   using Type = int8x16_t;
-  static constexpr int kLanes = 4, kFew = 2, kFewVectors = 8, kRows = 8, kRowVectors = 2;
-  static constexpr int kFourVectors = 4;
+  static constexpr int kLanes = 4, kVectors = 8, kFew = 2, kSums = 16, kRows = 6, kRowVectors = 4;
   static constexpr uint32_t kOffset = 0;
 
   static INLINE Type Fill(int32_t v) { return vreinterpretq_s8_s32(vdupq_n_s32(v)); }
@@ -34,6 +33,14 @@ struct Neon {
     const uint32x4_t own = {0, 0x04040404, 0x08080808, 0x0c0c0c0c};  // bytes of a lane
     const uint8x16_t codes = vreinterpretq_u8_s8(Codes<r>(v));
     return vqtbl1q_s8(table, vorrq_u8(codes, vreinterpretq_u8_u32(own)));
+  }
+  static INLINE Type Multipliers(const int8_t* from) {
+    const int32_t lanes[4] = {from[0], from[1], from[2], from[3]};
+    return vreinterpretq_s8_s32(vld1q_s32(lanes));
+  }
+  static INLINE void MultiplyAdd(Type& total, Type sums, Type by) {
+    const int32x4_t s = vreinterpretq_s32_s8(sums), m = vreinterpretq_s32_s8(by);
+    total = vreinterpretq_s8_s32(vmlaq_s32(vreinterpretq_s32_s8(total), s, m));
   }
   static INLINE Type Add(Type a, Type b) { return vaddq_s8(a, b); }
   static INLINE void AddDots(Type& sums, Type codes, const int8_t* x) {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "common.h"
+#include "memory.h"
 #include "ternary.h"
 
 namespace kernels {

@@ -8,23 +8,25 @@
 //     V::Look<r>(t, v) the codes of slab r by such a table
 //     V::Add(a, b)     bytes
 //     V::AddDots(s, c, x)  s + codes times the four activations at x, in each lane
+//     V::Multipliers(m)    int8 at m, as lanes; V::MultiplyAdd(t, s, m)  t + s m
 //
-// Few rows are multiplied as codes are unpacked, with all sums in registers. For more, a chunk of
-// codes is unpacked to L1 first.
+// and how many vectors and rows it takes at a time. Few rows are multiplied as codes are unpacked,
+// with all sums in registers; those of inputs with one multiplier are multiplied by it. For more
+// rows, a chunk of codes, with their multipliers, is unpacked to L1 first.
 
 #ifndef KERNELS_TERNARY_TILE_H_
 #define KERNELS_TERNARY_TILE_H_
 
 #include <algorithm>
 
-#include "common.h"
+#include "memory.h"
 #include "ternary.h"
 
 namespace kernels {
 
-constexpr int64_t kAhead = 4096;   // packed bytes, to be prefetched
-constexpr int64_t kChunk = 16;     // quads of a plane that are unpacked at a time, to 16 KiB
-constexpr int64_t kSlab = kQuad;   // bytes of the codes of a quad's slab
+constexpr int64_t kAhead = 4096;  // packed bytes, to be prefetched
+constexpr int64_t kChunk = 16;    // quads of a plane that are unpacked at a time, to 16 KiB
+constexpr int64_t kSlab = kQuad;  // bytes of the codes of a quad's slab
 
 template <class V>
 class Tile {
@@ -67,13 +69,13 @@ class Tile {
 #pragma GCC unroll 2
     for (int q = 0; q < (P > 1 ? 2 : 1); ++q)
 #pragma GCC unroll 16
-      for (int g = 0; g < G; ++g)
-        v[q][g] = V::Load(w + q * block * kQuad + g * V::kLanes * 4);
+      for (int g = 0; g < G; ++g) v[q][g] = V::Load(w + q * block * kQuad + g * V::kLanes * 4);
   }
 
   // M rows times G vectors, of one slab.
   template <int M, int G>
-  static INLINE void Add(const Type (&codes)[G], const int8_t* x, int64_t width, Type (&sums)[M][G]) {
+  static INLINE void Add(const Type (&codes)[G], const int8_t* x, int64_t width,
+                         Type (&sums)[M][G]) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
@@ -89,57 +91,93 @@ class Tile {
         V::Store(p.out + (m0 + m) * p.stride + (first + g) * V::kLanes, sums[m][g]);
   }
 
-  // Sums from which those of M rows start.
-  template <int P, int M, int G>
-  static INLINE void Start(const Group& p, int64_t m0, Type (&sums)[M][G]) {
-    constexpr uint32_t offset = P ? V::kOffset : 1;
+  // Sums that start from what the codes, trit + 1, will count too much: less[m * stride].
+  template <int M, int G>
+  static INLINE void Start(const int32_t* less, int64_t stride, Type (&sums)[M][G]) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const Type less = V::Fill(-offset * static_cast<uint32_t>(p.sums[m0 + m]));
+      const Type all = V::Fill(-static_cast<uint32_t>(less[m * stride]));
 #pragma GCC unroll 16
-      for (int g = 0; g < G; ++g) sums[m][g] = less;
+      for (int g = 0; g < G; ++g) sums[m][g] = all;
     }
   }
 
-  // M rows from m0 on, times all outputs, G vectors at a time.
-  template <int P, int M, int G>
+  template <int r, int G>
+  static INLINE void Trits(const Type (&v)[G], Type (&codes)[G]) {
+#pragma GCC unroll 16
+    for (int g = 0; g < G; ++g) codes[g] = V::template Codes<r>(v[g]);
+  }
+
+  // M rows times the vectors that there are registers for.
+  template <int C, int M>
+  static constexpr int VectorsOf() {
+    int g = V::kVectors;
+    while (g > 1 && std::max(C, 1) * M * g > V::kSums) g /= 2;
+    return g;
+  }
+
+  // Adds M rows times G vectors of `count` quads to the sums of each of C groups of slabs.
+  template <int C, int M, int G>
+  static INLINE void Quads(const uint8_t* w, const int8_t* x, int64_t width, int64_t count,
+                           Type (&sums)[C][M][G]) {
+#pragma GCC unroll 1
+    for (int64_t q = 0; q < count; ++q, w += kQuad, x += kInputs) {
+      Type v[G], codes[G];
+#pragma GCC unroll 16
+      for (int g = 0; g < G; ++g) v[g] = V::Load(w + g * V::kLanes * 4);
+#pragma GCC unroll 16
+      for (int i = 0; i < G * V::kLanes * 4; i += 64) __builtin_prefetch(w + kAhead + i);
+      Trits<0>(v, codes), Add(codes, x, width, sums[0]);
+      Trits<1>(v, codes), Add(codes, x + 4, width, sums[C / 4]);
+      Trits<2>(v, codes), Add(codes, x + 8, width, sums[C / 2]);
+      Trits<3>(v, codes), Add(codes, x + 12, width, sums[C - 1]);
+    }
+  }
+
+  // M rows from m0 on. C: groups of inputs in a block that have multipliers; 0 without
+  template <int C, int M>
   static void Few(const Group& p, int64_t m0) {
+    constexpr int G = VectorsOf<C, M>(), S = std::max(C, 1);
     for (int first = 0; first < kVectors; first += G) {
-      Type sums[M][G], v[2][G], codes[G];
-      Start<P>(p, m0, sums);
-      Tables<P, G> tables;
       const uint8_t* w = p.packed + first * V::kLanes * 4;
       const int8_t* x = p.x + m0 * p.width;
-      if (P && p.groups == 1) tables.Set(p, 0, first);
-      const int64_t block = P ? p.block : p.quads;
-      for (int64_t b = 0; b * block < p.quads; ++b) {
-        if (P && p.groups > 1) tables.Set(p, b, first);
-#pragma GCC unroll 1
-        for (int64_t q = 0; q < block; ++q, w += kQuad, x += kInputs) {
-          Load<P>(w, block, v);
+      Type sums[S][M][G], totals[M][G];
+      if constexpr (C == 0) {
+        Start(p.sums + m0, 1, sums[0]);
+        Quads(w, x, p.width, p.quads, sums);
+        Store(p, m0, first, sums[0]);
+      } else {
+        for (auto& row : totals) std::fill_n(row, G, V::Fill(0));
+        for (int64_t b = 0; b * p.block < p.quads; ++b, x += p.block * kInputs)
+          for (int64_t q = 0; q < p.planes; ++q, w += p.block * kQuad) {
+            const int32_t* less = p.part_sums + m0 * p.parts + b * C;
+            for (int c = 0; c < C; ++c) Start(less + c, p.parts, sums[c]);
+            Quads(w, x, p.width, p.block, sums);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c)
 #pragma GCC unroll 16
-          for (int i = 0; i < G * V::kLanes * 4; i += 64) __builtin_prefetch(w + kAhead + i);
-          Codes<P, G, 0>(v, tables, codes), Add(codes, x, p.width, sums);
-          Codes<P, G, 1>(v, tables, codes), Add(codes, x + 4, p.width, sums);
-          Codes<P, G, 2>(v, tables, codes), Add(codes, x + 8, p.width, sums);
-          Codes<P, G, 3>(v, tables, codes), Add(codes, x + 12, p.width, sums);
-        }
-        if (P > 1) w += block * kQuad;
+              for (int g = 0; g < G; ++g) {
+                const int64_t group = p.groups == 1 ? 0 : b * C + c;
+                const Type by = V::Multipliers(p.multipliers + (group * p.planes + q) * kLanes +
+                                               (first + g) * V::kLanes);
+#pragma GCC unroll 16
+                for (int m = 0; m < M; ++m) V::MultiplyAdd(totals[m][g], sums[c][m][g], by);
+              }
+          }
+        Store(p, m0, first, totals);
       }
-      Store(p, m0, first, sums);
     }
   }
 
-  template <int P, int M, int G>
+  template <int C, int M>
   static INLINE void FewUpTo(const Group& p) {
-    if (p.rows == M) return Few<P, M, G>(p, 0);
-    if constexpr (M > 1) FewUpTo<P, M - 1, G>(p);
+    if (p.rows == M) return Few<C, M>(p, 0);
+    if constexpr (M > 1) FewUpTo<C, M - 1>(p);
   }
 
   // Rows from m0 on times a chunk of codes, M of them and G vectors at a time.
   template <int M, int G>
-  static INLINE void Rows(const Group& p, const uint8_t* codes, int64_t begin, int64_t count,
-                          int64_t m0) {
+  static void Rows(const Group& p, const uint8_t* codes, int64_t begin, int64_t count, int64_t m0) {
     for (int first = 0; first < kVectors; first += G) {
       Type sums[M][G];
 #pragma GCC unroll 16
@@ -150,14 +188,24 @@ class Tile {
       const uint8_t* c = codes + first * V::kLanes * 4;
       const int8_t* x = p.x + m0 * p.width + begin * kInputs;
 #pragma GCC unroll 1
-      for (int64_t t = 0; t < 4 * count; ++t, c += kSlab, x += 4) {
-        Type some[G];
+      for (int64_t q = 0; q < count; ++q, c += 4 * kSlab, x += kInputs) {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          Type some[G];
 #pragma GCC unroll 16
-        for (int g = 0; g < G; ++g) some[g] = V::Load(c + g * V::kLanes * 4);
-        Add(some, x, p.width, sums);
+          for (int g = 0; g < G; ++g) some[g] = V::Load(c + r * kSlab + g * V::kLanes * 4);
+          Add(some, x + 4 * r, p.width, sums);
+        }
       }
       Store(p, m0, first, sums);
     }
+  }
+
+  template <int M>
+  static INLINE void RowsUpTo(const Group& p, const uint8_t* codes, int64_t begin, int64_t count,
+                              int64_t m0, int64_t rows) {
+    if (rows == M) return Rows<M, V::kRowVectors>(p, codes, begin, count, m0);
+    if constexpr (2 * M > V::kRows) RowsUpTo<M - 1>(p, codes, begin, count, m0, rows);
   }
 
  public:
@@ -190,9 +238,7 @@ class Tile {
   }
 
   template <int P>
-  static void Multiply(const Group& p) {
-    constexpr int few = V::kFew;  // rows
-    if (p.rows <= few) return FewUpTo<P, few, V::kFewVectors>(p);
+  static void Many(const Group& p) {
     alignas(64) uint8_t codes[kChunk * 4 * kSlab];
     constexpr uint32_t offset = P ? V::kOffset : 1;
     for (int64_t m = 0; m < p.rows; ++m)
@@ -200,16 +246,24 @@ class Tile {
     for (int64_t begin = 0; begin < p.quads; begin += kChunk) {
       const int64_t count = std::min(kChunk, p.quads - begin);
       Unpack<P>(p, begin, count, codes);
-      int64_t m = 0;
-      for (; m + V::kRows <= p.rows; m += V::kRows)
-        Rows<V::kRows, V::kRowVectors>(p, codes, begin, count, m);
-      for (; m + 4 <= p.rows; m += 4) Rows<4, V::kFourVectors>(p, codes, begin, count, m);
-      for (; m < p.rows; ++m) Rows<1, V::kFewVectors>(p, codes, begin, count, m);
+      // As many rows in each tile as in the others, or one more: none is left with few.
+      const int64_t tiles = (p.rows + V::kRows - 1) / V::kRows;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t m0 = t * p.rows / tiles, rows = (t + 1) * p.rows / tiles - m0;
+        RowsUpTo<V::kRows>(p, codes, begin, count, m0, rows);
+      }
     }
   }
 
   static void Multiply(const Group& p) {
-    p.multipliers == nullptr ? Multiply<0>(p) : p.planes == 1 ? Multiply<1>(p) : Multiply<2>(p);
+    if (p.rows <= V::kFew) {
+      const int64_t parts = p.multipliers ? p.of_block : 0;
+      return parts == 0   ? FewUpTo<0, V::kFew>(p)
+             : parts == 1 ? FewUpTo<1, V::kFew>(p)
+             : parts == 2 ? FewUpTo<2, V::kFew>(p)
+                          : FewUpTo<4, V::kFew>(p);
+    }
+    p.multipliers == nullptr ? Many<0>(p) : p.planes == 1 ? Many<1>(p) : Many<2>(p);
   }
 };
 

@@ -1,0 +1,37 @@
+// What kernels need that know nothing of XLA: memory, and the processor's vectors.
+
+#ifndef KERNELS_MEMORY_H_
+#define KERNELS_MEMORY_H_
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace kernels {
+
+inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Aligned {  // uninitialised memory at a multiple of 64 bytes
+  explicit Aligned(int64_t size) : memory(new char[size + 64]), size(size) {
+    data = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) & 63);
+  }
+  std::unique_ptr<char[]> memory;
+  int64_t size;
+  char* data;
+};
+
+// As much memory, or more, as a thread keeps from one task to the next.
+inline char* Kept(Aligned& memory, int64_t size) {
+  if (memory.size < size) memory = Aligned(size);
+  return memory.data;
+}
+
+}  // namespace kernels
+
+#endif  // KERNELS_MEMORY_H_
