@@ -52,54 +52,91 @@ AVX512 inline __m512 Load16(const int8_t* p, __mmask16 mask) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
 }
 
-template <class T, int M>
-AVX512 void Avx512Rows(const T* table, const float* x, int64_t size, int64_t vocab, float* out) {
-  __m512 sums[M][4];
+// M rows of x times N rows of the table.
+template <class T, int M, int N>
+AVX512 void Avx512Tile(const T* table, const float* x, int64_t size, int64_t vocab, float* out) {
+  __m512 sums[M][N][4];
+#pragma GCC unroll 4
   for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const auto* ahead = reinterpret_cast<const char*>(table + i + 1024);
-    for (size_t line = 0; line < kLanes * sizeof(T); line += 64)
-      _mm_prefetch(ahead + line, _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (auto& pair : row)
+#pragma GCC unroll 4
+      for (auto& sum : pair) sum = _mm512_setzero_ps();
+  auto add = [&](int64_t i, auto mask) {
+#pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      const int64_t left = size - i - 16 * k;
-      const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-      const __m512 w = Load16(table + i + 16 * k, mask);
-      for (int m = 0; m < M; ++m)
-        sums[m][k] =
-            _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, x + m * size + i + 16 * k), sums[m][k]);
+      __m512 w[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) w[n] = Load16(table + n * size + i + 16 * k, mask(k));
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const __m512 some = _mm512_maskz_loadu_ps(mask(k), x + m * size + i + 16 * k);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sums[m][n][k] = _mm512_fmadd_ps(w[n], some, sums[m][n][k]);
+      }
     }
+  };
+  int64_t i = 0;
+#pragma GCC unroll 1
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int n = 0; n < N; ++n) {
+      const auto* ahead = reinterpret_cast<const char*>(table + n * size + i + 1024);
+      for (size_t line = 0; line < kLanes * sizeof(T); line += 64)
+        _mm_prefetch(ahead + line, _MM_HINT_T0);
+    }
+    add(i, [](int) -> __mmask16 { return 0xffff; });
   }
-  for (int m = 0; m < M; ++m) {
-    alignas(64) float lanes[16];
-    const __m512 a = _mm512_add_ps(sums[m][0], sums[m][2]);
-    const __m512 b = _mm512_add_ps(sums[m][1], sums[m][3]);
-    _mm512_store_ps(lanes, _mm512_add_ps(a, b));
-    for (int half = 8; half; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    out[m * vocab] = lanes[0];
-  }
+  if (i < size)
+    add(i, [&](int k) -> __mmask16 {
+      const int64_t left = size - i - 16 * k;
+      return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+    });
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) {
+      const __m512(&s)[4] = sums[m][n];
+      alignas(64) float lanes[16];
+      const __m512 a = _mm512_add_ps(s[0], s[2]), b = _mm512_add_ps(s[1], s[3]);
+      _mm512_store_ps(lanes, _mm512_add_ps(a, b));
+      for (int half = 8; half; half /= 2)
+        for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+      out[m * vocab + n] = lanes[0];
+    }
 }
 
-template <class T>
-AVX512 void Avx512Row(const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab,
-                      float* out) {
-  int64_t m = 0;
-  for (; m + 4 <= rows; m += 4) Avx512Rows<T, 4>(table, x + m * size, size, vocab, out + m * vocab);
-  for (; m + 2 <= rows; m += 2) Avx512Rows<T, 2>(table, x + m * size, size, vocab, out + m * vocab);
-  for (; m < rows; ++m) Avx512Rows<T, 1>(table, x + m * size, size, vocab, out + m * vocab);
+// As many rows of the table, in pairs, which load each activation once for both.
+template <class T, int M>
+AVX512 void Avx512Rows(const T* table, int64_t count, const float* x, int64_t size, int64_t vocab,
+                       float* out) {
+  constexpr int N = M > 1 ? 2 : 1;  // one row waits for memory, and reads on and on
+  int64_t v = 0;
+  for (; v + N <= count; v += N) Avx512Tile<T, M, N>(table + v * size, x, size, vocab, out + v);
+  for (; v < count; ++v) Avx512Tile<T, M, 1>(table + v * size, x, size, vocab, out + v);
 }
 
 #endif
 
+// Some rows of the table times rows of x.
 template <class T>
-void TableRow(const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab,
-              float* out) {
+void Panel(const T* table, int64_t count, const float* x, int64_t rows, int64_t size, int64_t vocab,
+           float* out) {
 #if defined(__x86_64__)
-  if (HasAvx512()) return Avx512Row(table, x, rows, size, vocab, out);
-  if (HasAvx2()) return Avx2Row(table, x, rows, size, vocab, out);
+  if (HasAvx512()) {
+    for (int64_t left = rows; left > 0; x += 3 * size, out += 3 * vocab, left -= 3)
+      left >= 3   ? Avx512Rows<T, 3>(table, count, x, size, vocab, out)
+      : left == 2 ? Avx512Rows<T, 2>(table, count, x, size, vocab, out)
+                  : Avx512Rows<T, 1>(table, count, x, size, vocab, out);
+    return;
+  }
 #endif
-  PlainRow(table, x, rows, size, vocab, out);
+  for (int64_t v = 0; v < count; ++v) {
+#if defined(__x86_64__)
+    if (HasAvx2()) {
+      Avx2Row(table + v * size, x, rows, size, vocab, out + v);
+      continue;
+    }
+#endif
+    PlainRow(table + v * size, x, rows, size, vocab, out + v);
+  }
 }
 
 template <class T>
@@ -109,11 +146,9 @@ void TableRows(ffi::ThreadPool& pool, const T* table, const float* x, int64_t ro
   const int64_t panels = (vocab + some - 1) / some, groups = (rows + some - 1) / some;
   const double bytes = 1. * vocab * size * sizeof(T) * std::max<int64_t>(1, rows / 8);
   Parallel(pool, panels * groups, bytes, [=](int64_t i) {
-    const int64_t v0 = i % panels * some, m0 = i / panels * some;
-    for (int64_t m = m0; m < std::min(rows, m0 + some); m += 4)
-      for (int64_t v = v0; v < std::min(vocab, v0 + some); ++v)
-        TableRow(table + v * size, x + m * size, std::min<int64_t>(4, rows - m), size, vocab,
-                 out + m * vocab + v);
+    const int64_t v = i % panels * some, m = i / panels * some;
+    Panel(table + v * size, std::min(some, vocab - v), x + m * size, std::min(some, rows - m), size,
+          vocab, out + m * vocab + v);
   });
 }
 
@@ -159,7 +194,7 @@ void NormRows(ffi::ThreadPool& pool, const T* x, const float* scale, int64_t row
     float* row = reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
     for (int64_t i = 0; i < size; ++i) row[i] = ToFloat(x[m * size + i]);
     float sum;
-    TableRow(row, row, 1, size, 1, &sum);
+    Panel(row, 1, row, 1, size, 1, &sum);
     const float inverse = 1 / std::sqrt(sum / size + eps);
     for (int64_t i = 0; i < size; ++i) FromFloat(scale[i] * row[i] * inverse, out + m * size + i);
   });
