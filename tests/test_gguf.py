@@ -73,7 +73,9 @@ def write(path, config=CONFIG, **types):
 
 # --- A reader of its own --------------------------------------------------------------------------
 
-SIZES = {0: (1, 4), 1: (1, 2), 8: (32, 34), 35: (256, 66)}  # weights and bytes of a block
+# Weights and bytes of a block, and bytes that come before a row.
+SIZES = {0: (1, 4, 0), 1: (1, 2, 0), 2: (32, 18, 0), 8: (32, 34, 0), 35: (256, 66, 0)}
+SIZES[135] = (64, 16, 4)
 
 
 class Reader:
@@ -110,9 +112,10 @@ class Reader:
         name = self.text()
         shape = [self.take("<Q") for _ in range(self.take("<I"))][::-1]
         kind, place = self.take("<I"), self.take("<Q")
-        block, size = SIZES[kind]
+        block, size, head = SIZES[kind]
         assert place % 32 == 0 and shape[-1] % block == 0
-        return name, tuple(shape), kind, place, math.prod(shape) // block * size
+        row = head + shape[-1] // block * size
+        return name, tuple(shape), kind, place, math.prod(shape[:-1]) * row
 
     def of(self, place, size):
         start = self.at + place
@@ -121,7 +124,7 @@ class Reader:
         return self.data[start : start + size]
 
 
-def read_ternary(data):
+def read_tq2_0(data, inputs):
     """TQ2_0 one weight at a time."""
     weights = []
     for start in range(0, len(data), 66):
@@ -133,7 +136,27 @@ def read_ternary(data):
     return np.array(weights)
 
 
-def read_q8_0(data):
+def read_q4_0(data, inputs):
+    weights = []
+    for start in range(0, len(data), 18):
+        (gamma,) = struct.unpack_from("<e", data, start)
+        for i in range(32):
+            code = data[start + 2 + i % 16] >> 4 * (i // 16) & 15
+            weights.append(gamma * (code - 8))
+    return np.array(weights)
+
+
+def read_iq2_bn(data, inputs):
+    weights = []
+    for start in range(0, len(data), 4 + inputs // 4):
+        (gamma,) = struct.unpack_from("<f", data, start)
+        for i in range(inputs):
+            code = data[start + 4 + i // 64 * 16 + i % 16] >> 2 * (i % 64 // 16) & 3
+            weights.append(gamma * (code - 1))
+    return np.array(weights)
+
+
+def read_q8_0(data, inputs):
     blocks = np.frombuffer(data, [("step", "<f2"), ("codes", "i1", 32)])
     return (blocks["step"][:, None].astype(np.float32) * blocks["codes"]).ravel()
 
@@ -141,12 +164,14 @@ def read_q8_0(data):
 def decoded(tensor):
     shape, kind, data = tensor
     readers = {
-        0: lambda data: np.frombuffer(data, "<f4"),
-        1: lambda data: np.frombuffer(data, "<f2"),
+        0: lambda data, inputs: np.frombuffer(data, "<f4"),
+        1: lambda data, inputs: np.frombuffer(data, "<f2"),
+        2: read_q4_0,
         8: read_q8_0,
-        35: read_ternary,
+        35: read_tq2_0,
+        135: read_iq2_bn,
     }
-    return readers[kind](data).reshape(shape)
+    return readers[kind](data, shape[-1]).reshape(shape)
 
 
 # --- The writer -----------------------------------------------------------------------------------
@@ -165,16 +190,30 @@ def test_a_ternary_block_by_hand():
     np.testing.assert_array_equal(data.ravel(), expected)
 
 
-def test_ternary_tensors_are_gamma_times_trits(tmp_path):
+@pytest.mark.parametrize(
+    "kind, number, dtype",
+    [("TQ2_0", 35, np.float16), ("Q4_0", 2, np.float16), ("IQ2_BN", 135, np.float32)],
+)
+def test_ternary_tensors_are_gamma_times_trits(kind, number, dtype, tmp_path):
     ternary = 0
-    for found, w in pairs(Reader(write(tmp_path / "x.gguf")), params()):
+    for found, w in pairs(Reader(write(tmp_path / "x.gguf", matrices=kind)), params()):
         if isinstance(w, quantize.PackedWeight):
-            assert found[1] == 35
-            gamma = np.asarray(w.scales).astype(np.float16).astype(np.float32)
+            assert found[1] == number
+            gamma = np.asarray(w.scales).astype(dtype).astype(np.float32)
             exact = np.asarray(quantize.unpack(w) * gamma).swapaxes(-1, -2)
             np.testing.assert_array_equal(decoded(found), exact)
             ternary += 1
     assert ternary == 7
+
+
+def test_bytes_of_a_step():
+    """Of three experts, one token needs two thirds, and two tokens 8 ninths."""
+    tensors = gguf.grok_tensors(CONFIG, params(), "IQ2_BN")
+    experts = sum(t.data.nbytes for name, t in tensors.items() if "exps" in name)
+    rest = sum(t.data.nbytes for name, t in tensors.items() if "exps" not in name)
+    assert experts == 3 * 3 * (256 * 256 // 4 + 4 * 256)
+    assert gguf.step_bytes(CONFIG, tensors) == pytest.approx(rest + experts * 2 / 3)
+    assert gguf.step_bytes(CONFIG, tensors, 2) == pytest.approx(rest + experts * 8 / 9)
 
 
 def test_all_of_a_float_file(tmp_path):
@@ -206,8 +245,10 @@ def test_embedding_tables(kind, share, tmp_path):
 
 def test_what_a_file_cannot_hold():
     w = quantize.pack(np.zeros((1, 48, 3), np.int8), np.ones((1, 1, 1), np.float32))
-    with pytest.raises(ValueError, match="a matrix of 48 inputs; write it as F32"):
-        gguf.encode_ternary(w)
+    for kind, block in (("TQ2_0", 256), ("Q4_0", 32), ("IQ2_BN", 64)):
+        cure = f"{kind} takes .* blocks of {block}, got a matrix of 48 inputs; write it as F32"
+        with pytest.raises(ValueError, match=cure):
+            gguf.encode_ternary(w, kind)
     with pytest.raises(ValueError, match="got 'Q4_0'"):
         gguf.encode(np.zeros(32), "Q4_0")
     with pytest.raises(ValueError, match="got 1 experts and 4 x 64 for 256"):
