@@ -1,6 +1,5 @@
 // ik_llama.cpp behind functions of numbers and pointers. Its structures are other than llama.cpp's
-// and change often, so this is compiled against the headers of the library that it will be used
-// with.
+// and change often, so this is compiled against the headers of the library that it is used with.
 
 #include <cstdint>
 #include <vector>
@@ -19,8 +18,6 @@ llama_model* Open(const char* path) {
   return llama_model_load_from_file(path, settings);
 }
 
-void Close(llama_model* model) { llama_free_model(model); }
-
 int32_t VocabularySize(const llama_model* model) { return llama_n_vocab(model); }
 
 // A cache for so many tokens of all sequences together; type: a ggml_type. Null without memory.
@@ -35,12 +32,10 @@ llama_context* NewContext(llama_model* model, int32_t tokens, int32_t batch, int
   return llama_init_from_model(model, settings);
 }
 
-void FreeContext(llama_context* context) { llama_free(context); }
-
 void Clear(llama_context* context) { llama_kv_cache_clear(context); }
 
-// The next tokens of sequences at positions; wanted: whether logits are; 0, or llama_decode's
-// error.
+// The next tokens of sequences, at positions; wanted: whether there shall be logits after each one.
+// Gives llama_decode's status, 0 if all is well.
 int32_t Decode(llama_context* context, int32_t count, int32_t* tokens, int32_t* positions,
                int32_t* sequences, int8_t* wanted) {
   std::vector<int32_t> ones(count, 1);

@@ -60,7 +60,7 @@ def _ignore_log(llama_cpp):
 
 
 class LlamaCpp:
-    """A model in a GGUF file, and one or more sequences of tokens."""
+    """A model in a GGUF file, and one or more sequences of tokens, until the process ends."""
 
     NAME = "llama.cpp"
 
@@ -76,12 +76,6 @@ class LlamaCpp:
         self.vocab_size = self._vocab_size()
         self.contexts = {}
         self.start()
-
-    def close(self) -> None:
-        """Frees all memory; nothing else may be called then."""
-        for context in self.contexts.values():
-            self._free(context)
-        self._close()
 
     def start(self, sequences: int = 1) -> None:
         """Starts so many new sequences, in place of all others."""
@@ -158,9 +152,6 @@ class LlamaCpp:
         settings.load_mode = self.lib.LLAMA_LOAD_MODE_NONE  # memory of its own, not a mapped file
         return self.lib.llama_model_load_from_file(path, settings)
 
-    def _close(self) -> None:
-        self.lib.llama_model_free(self.model)
-
     def _vocab_size(self) -> int:
         return self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
 
@@ -171,9 +162,6 @@ class LlamaCpp:
         settings.n_threads = settings.n_threads_batch = self.threads
         settings.type_k = settings.type_v = gguf.TYPES[self.cache]
         return self.lib.llama_init_from_model(self.model, settings)
-
-    def _free(self, context) -> None:
-        self.lib.llama_free(context)
 
     def _clear(self) -> None:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
@@ -240,15 +228,12 @@ class IkLlama(LlamaCpp):
         lib.NewContext.argtypes = [pointer, *[number] * 5]
         lib.Decode.argtypes = [pointer, number, *[pointer] * 4]
         lib.Logits.argtypes = [pointer, number]
-        for name in ("Close", "VocabularySize", "FreeContext", "Clear"):
+        for name in ("VocabularySize", "Clear"):
             getattr(lib, name).argtypes = [pointer]
         return lib
 
     def _open(self, path: bytes):
         return self.lib.Open(path)
-
-    def _close(self) -> None:
-        self.lib.Close(self.model)
 
     def _vocab_size(self) -> int:
         return self.lib.VocabularySize(self.model)
@@ -256,9 +241,6 @@ class IkLlama(LlamaCpp):
     def _new_context(self, sequences: int):
         call, cache = min(self.room, CALL), gguf.TYPES[self.cache]
         return self.lib.NewContext(self.model, self.room, call, sequences, self.threads, cache)
-
-    def _free(self, context) -> None:
-        self.lib.FreeContext(context)
 
     def _clear(self) -> None:
         self.lib.Clear(self.context)

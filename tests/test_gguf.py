@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import os
 import struct
 import sys
+from pathlib import Path
 
 import factories
 import jax
@@ -48,9 +50,20 @@ LAYER = {  # parts of "blk.0" and of "transformer/decoder_layer_0"
     "layer_output_norm": "rms_norm_3/scale",
 }
 
+IK_LLAMA = os.environ.get("IK_LLAMA")  # a clone of ik_llama.cpp in which it was built
 with_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
 )
+with_ik_llama = pytest.mark.skipif(not IK_LLAMA, reason="IK_LLAMA does not name a built clone")
+PEERS = [
+    pytest.param(functools.partial(llama.Process, llama.LlamaCpp), "TQ2_0", marks=with_llama_cpp),
+    pytest.param(functools.partial(llama.Process, llama.LlamaCpp), "Q4_0", marks=with_llama_cpp),
+    pytest.param(
+        functools.partial(llama.Process, llama.IkLlama, Path(IK_LLAMA or "")),
+        "IQ2_BN",
+        marks=with_ik_llama,
+    ),
+]
 
 
 @functools.cache
@@ -257,20 +270,75 @@ def test_what_a_file_cannot_hold():
         gguf.grok_keys(dataclasses.replace(CONFIG, key_size=32))
 
 
-# --- llama.cpp ------------------------------------------------------------------------------------
+# --- Peers ----------------------------------------------------------------------------------------
 
 
-def both_logits(path, config, **types):
-    """Logits after each of 48 tokens, [48, V], ours and llama.cpp's, and its after one batch."""
+class Counting(llama.LlamaCpp):
+    """A peer that keeps what it is given; of a sequence the likeliest token is always its sum."""
+
+    NAME = "counting"
+
+    def _library(self):
+        return None
+
+    def _open(self, path):
+        return path == b"model" and "opened"
+
+    def _vocab_size(self):
+        return 1000
+
+    def _new_context(self, sequences):
+        return sequences if sequences <= self.room else None
+
+    def _clear(self):
+        self.fed = {i: [] for i in range(self.context)}
+
+    def _decode(self, tokens, positions, sequences, wanted):
+        self.rows = []
+        for token, position, sequence in zip(tokens, positions, sequences, strict=True):
+            assert position == len(self.fed[sequence])
+            self.fed[sequence].append(int(token))
+            self.rows.append(np.eye(1, 1000, sum(self.fed[sequence]), dtype=np.float32))
+        self.wanted = wanted.tolist()
+        return int(len(tokens) > 5)
+
+    def _logits(self, i):
+        assert self.wanted[i]
+        return np.ctypeslib.as_ctypes(self.rows[i])
+
+
+def test_sequences_of_a_peer_grow_side_by_side():
+    peer = Counting("model", 3)
+    assert np.argmax(peer.feed([1, 2, 3])) == 6 and peer.wanted == [0, 0, 1]
+    assert np.argmax(peer.feed([4])) == 10
+    peer.start(2)
+    peer.feed([7], 1)
+    peer.feed([1, 1], 0)
+    assert peer.step([10, 20]) == [12, 27] and peer.step([12, 27]) == [24, 54]
+    assert peer.fed == {0: [1, 1, 10, 12], 1: [7, 20, 27]}
+
+
+def test_what_a_peer_refuses():
+    with pytest.raises(ValueError, match="counting cannot read other"):
+        Counting("other", 3)
+    peer = Counting("model", 3)
+    with pytest.raises(ValueError, match="counting has no room for 3 tokens"):
+        peer.start(4)
+    with pytest.raises(ValueError, match="llama_decode of 6 tokens gave 1"):
+        peer.feed([1] * 6)
+
+
+def both_logits(peer, path, config, **types):
+    """Logits after each of 48 tokens, [48, V], ours and a peer's, and its after one batch."""
     tokens = factories.random_tokens(config, 48)
     run = jax.jit(model.make_model(config).apply)
     ours = np.asarray(run(params(config.num_layers), None, tokens[None]).logits[0])
     tokens = tokens.tolist()
     write(path, config, **types)
-    theirs = llama.LlamaCpp(path, config.sequence_len, cache="F32", threads=1)
-    single = np.stack([theirs.feed([token]).copy() for token in tokens])
-    theirs.clear()
-    batch = theirs.feed(tokens).copy()
+    theirs = peer(path, config.sequence_len, cache="F32", threads=1)
+    single = np.stack([theirs.call("feed", [token]) for token in tokens])
+    theirs.call("start")
+    batch = theirs.call("feed", tokens)
     theirs.close()
     assert ours.std() > 0.5
     return ours, single, batch
@@ -286,20 +354,41 @@ def test_llama_cpp_computes_our_logits(tmp_path):
     """The median token is 0.0005 off, the worst of six draws 0.0024: its gelu is a table in
     float16, and it divides the gates by their sum."""
     config = dataclasses.replace(CONFIG, num_layers=2)
-    ours, theirs, batch = both_logits(tmp_path / "x.gguf", config, matrices="F32", table="F32")
+    peer = functools.partial(llama.Process, llama.LlamaCpp)
+    types = {"matrices": "F32", "table": "F32"}
+    ours, theirs, batch = both_logits(peer, tmp_path / "x.gguf", config, **types)
     error = errors(theirs, ours)
     assert np.median(error) < 1e-3 and error.max() < 5e-3
     assert errors(batch, ours[-1]) < 5e-3
 
 
-@with_llama_cpp
-def test_llama_cpp_multiplies_our_trits(tmp_path):
+@pytest.mark.parametrize("peer, matrices", PEERS)
+def test_a_peer_multiplies_our_trits(peer, matrices, tmp_path):
     """The median token is 0.002 to 0.003 off, the worst 0.017; without rounding activations as
     llama.cpp does, the median is 0.032. In a second layer roundings fall the other way."""
     config = dataclasses.replace(CONFIG, activations="int8")
-    ours, theirs, _ = both_logits(tmp_path / "x.gguf", config, table="F32")
+    types = {"matrices": matrices, "table": "F32"}
+    ours, theirs, batch = both_logits(peer, tmp_path / "x.gguf", config, **types)
     error = errors(theirs, ours)
+    print(matrices, np.median(error), error.max(), errors(batch, ours[-1]))
     assert np.median(error) < 6e-3 and error.max() < 0.05
+
+
+@pytest.mark.parametrize("peer, matrices", PEERS)
+def test_sequences_of_a_peer_do_not_see_each_other(peer, matrices, tmp_path):
+    prompts = [[5, 6, 7], [8], [5, 9]]
+    theirs = peer(write(tmp_path / "x.gguf", matrices=matrices, table="F32"), 64, threads=1)
+    alone = []
+    for prompt in prompts:
+        theirs.call("start")
+        theirs.call("feed", prompt)
+        alone.append(theirs.call("step", [11]) + theirs.call("step", [12]))
+    theirs.call("start", 3)
+    for i, prompt in enumerate(prompts):
+        theirs.call("feed", prompt, i)
+    together = theirs.call("step", [11] * 3), theirs.call("step", [12] * 3)
+    theirs.close()
+    assert list(map(list, zip(*together, strict=True))) == alone
 
 
 @with_llama_cpp
@@ -307,10 +396,15 @@ def test_a_file_that_llama_cpp_does_not_take(tmp_path):
     path = tmp_path / "x.gguf"
     gguf.write(path, {"general.architecture": "grok"}, {})
     with pytest.raises(ValueError, match="llama.cpp cannot read"):
-        llama.LlamaCpp(path, 64)
+        llama.Process(llama.LlamaCpp, path, 64)
 
 
 def test_without_llama_cpp_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(ImportError, match="pip install llama-cpp-python"):
         llama.library()
+
+
+def test_a_folder_without_ik_llama(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no build/src/libllama.so; build ik_llama.cpp"):
+        llama.Process(llama.IkLlama, tmp_path, tmp_path / "x.gguf", 64)
