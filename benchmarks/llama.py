@@ -199,7 +199,8 @@ def check_ik_llama(folder: Path) -> None:
 class IkLlama(LlamaCpp):
     """The same in ik_llama.cpp, which arranges matrices for its own products as it loads them.
 
-    Its libraries have the names of llama.cpp's: one process can use only one of the two.
+    Its libraries have the names of llama.cpp's: one process can use only one of the two. For Grok
+    it takes no cache but F16.
     """
 
     NAME = "ik_llama.cpp"

@@ -55,15 +55,8 @@ with_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
 )
 with_ik_llama = pytest.mark.skipif(not IK_LLAMA, reason="IK_LLAMA does not name a built clone")
-PEERS = [
-    pytest.param(functools.partial(llama.Process, llama.LlamaCpp), "TQ2_0", marks=with_llama_cpp),
-    pytest.param(functools.partial(llama.Process, llama.LlamaCpp), "Q4_0", marks=with_llama_cpp),
-    pytest.param(
-        functools.partial(llama.Process, llama.IkLlama, Path(IK_LLAMA or "")),
-        "IQ2_BN",
-        marks=with_ik_llama,
-    ),
-]
+LLAMA_CPP = functools.partial(llama.Process, llama.LlamaCpp)
+IK = functools.partial(llama.Process, llama.IkLlama, Path(IK_LLAMA or ""))
 
 
 @functools.cache
@@ -335,7 +328,8 @@ def both_logits(peer, path, config, **types):
     ours = np.asarray(run(params(config.num_layers), None, tokens[None]).logits[0])
     tokens = tokens.tolist()
     write(path, config, **types)
-    theirs = peer(path, config.sequence_len, cache="F32", threads=1)
+    cache = "F16" if peer is IK else "F32"
+    theirs = peer(path, config.sequence_len, cache=cache, threads=1)
     single = np.stack([theirs.call("feed", [token]) for token in tokens])
     theirs.call("start")
     batch = theirs.call("feed", tokens)
@@ -354,27 +348,40 @@ def test_llama_cpp_computes_our_logits(tmp_path):
     """The median token is 0.0005 off, the worst of six draws 0.0024: its gelu is a table in
     float16, and it divides the gates by their sum."""
     config = dataclasses.replace(CONFIG, num_layers=2)
-    peer = functools.partial(llama.Process, llama.LlamaCpp)
     types = {"matrices": "F32", "table": "F32"}
-    ours, theirs, batch = both_logits(peer, tmp_path / "x.gguf", config, **types)
+    ours, theirs, batch = both_logits(LLAMA_CPP, tmp_path / "x.gguf", config, **types)
     error = errors(theirs, ours)
     assert np.median(error) < 1e-3 and error.max() < 5e-3
     assert errors(batch, ours[-1]) < 5e-3
 
 
-@pytest.mark.parametrize("peer, matrices", PEERS)
-def test_a_peer_multiplies_our_trits(peer, matrices, tmp_path):
-    """The median token is 0.002 to 0.003 off, the worst 0.017; without rounding activations as
-    llama.cpp does, the median is 0.032. In a second layer roundings fall the other way."""
+@pytest.mark.parametrize(
+    "peer, matrices, median, largest",
+    [
+        pytest.param(LLAMA_CPP, "TQ2_0", 6e-3, 0.05, marks=with_llama_cpp),
+        pytest.param(LLAMA_CPP, "Q4_0", 0.06, 0.3, marks=with_llama_cpp),
+        pytest.param(IK, "IQ2_BN", 0.06, 0.3, marks=with_ik_llama),
+    ],
+)
+def test_a_peer_multiplies_our_trits(peer, matrices, median, largest, tmp_path):
+    """With TQ2_0 the median token is 0.002 to 0.003 off, the worst 0.017. The others round
+    activations in other blocks: 0.032 and 0.11, which is what rounding them or not makes. In a
+    second layer roundings fall the other way."""
     config = dataclasses.replace(CONFIG, activations="int8")
     types = {"matrices": matrices, "table": "F32"}
     ours, theirs, batch = both_logits(peer, tmp_path / "x.gguf", config, **types)
     error = errors(theirs, ours)
     print(matrices, np.median(error), error.max(), errors(batch, ours[-1]))
-    assert np.median(error) < 6e-3 and error.max() < 0.05
+    assert np.median(error) < median and max(error.max(), errors(batch, ours[-1])) < largest
 
 
-@pytest.mark.parametrize("peer, matrices", PEERS)
+@pytest.mark.parametrize(
+    "peer, matrices",
+    [
+        pytest.param(LLAMA_CPP, "TQ2_0", marks=with_llama_cpp),
+        pytest.param(IK, "IQ2_BN", marks=with_ik_llama),
+    ],
+)
 def test_sequences_of_a_peer_do_not_see_each_other(peer, matrices, tmp_path):
     prompts = [[5, 6, 7], [8], [5, 9]]
     theirs = peer(write(tmp_path / "x.gguf", matrices=matrices, table="F32"), 64, threads=1)
@@ -382,13 +389,17 @@ def test_sequences_of_a_peer_do_not_see_each_other(peer, matrices, tmp_path):
     for prompt in prompts:
         theirs.call("start")
         theirs.call("feed", prompt)
-        alone.append(theirs.call("step", [11]) + theirs.call("step", [12]))
+        theirs.call("step", [11])
+        alone.append(theirs.call("_row", 0))
     theirs.call("start", 3)
     for i, prompt in enumerate(prompts):
         theirs.call("feed", prompt, i)
-    together = theirs.call("step", [11] * 3), theirs.call("step", [12] * 3)
+    theirs.call("step", [11] * 3)
+    together = [theirs.call("_row", i) for i in range(3)]
     theirs.close()
-    assert list(map(list, zip(*together, strict=True))) == alone
+    print(matrices, errors(np.array(together), np.array(alone)), errors(alone[0], alone[1]))
+    assert errors(np.array(together), np.array(alone)).max() < 1e-2
+    assert errors(alone[0], alone[1]) > 5e-2
 
 
 @with_llama_cpp
@@ -396,7 +407,7 @@ def test_a_file_that_llama_cpp_does_not_take(tmp_path):
     path = tmp_path / "x.gguf"
     gguf.write(path, {"general.architecture": "grok"}, {})
     with pytest.raises(ValueError, match="llama.cpp cannot read"):
-        llama.Process(llama.LlamaCpp, path, 64)
+        LLAMA_CPP(path, 64)
 
 
 def test_without_llama_cpp_the_error_says_what_to_install(monkeypatch):
