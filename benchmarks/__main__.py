@@ -57,14 +57,19 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="and beside ik_llama.cpp, too, of a clone in which it was built (see README.md)",
     )
     parser.add_argument(
+        "--table",
+        choices=llama.TABLES,
+        help="with only this embedding table of llama.cpp's, and ours like it (by default both)",
+    )
+    parser.add_argument(
         "--onnxruntime",
         action="store_true",
         help="and a token's expert products beside those of onnxruntime, taking turns",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     args = parser.parse_args(argv)
-    if args.ik_llama and not llama.PARTS.keys() & set(chosen(args)):
-        parser.error("--ik-llama FOLDER goes with --llama-cpp or --only llama-cpp")
+    if (args.ik_llama or args.table) and not llama.PARTS.keys() & set(chosen(args)):
+        parser.error("--ik-llama and --table go with --llama-cpp or --only llama-cpp")
     return args
 
 
@@ -110,9 +115,10 @@ def main(argv=None) -> None:
         rows.append(row)
         print(line(row).rstrip(), flush=True)
 
+    tables = [args.table] if args.table else list(llama.TABLES)
+    options = dict.fromkeys(llama.PARTS, {"ik_llama": args.ik_llama, "tables": tables})
     for name in names:
-        options = {"ik_llama": args.ik_llama} if name in llama.PARTS else {}
-        ALL[name](report, limits, **options)
+        ALL[name](report, limits, **options.get(name, {}))
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"machine": machine, "results": rows}, file, indent=2)

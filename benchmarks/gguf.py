@@ -186,8 +186,9 @@ def grok_tensors(
     def scale(module):
         return encode(params[module]["scale"], "F32")
 
+    embeddings = params["language_model/in_out_embed"]["embeddings"]
     tensors = {
-        "token_embd.weight": encode(params["language_model/in_out_embed"]["embeddings"], table),
+        "token_embd.weight": encode(quantize.dequantize(embeddings), table),
         "output_norm.weight": scale("language_model/rms_norm"),
     }
     for i in range(config.num_layers):

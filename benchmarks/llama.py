@@ -14,7 +14,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from operator import methodcaller
 from pathlib import Path
@@ -392,18 +392,17 @@ def peer_program(kind, matrices: str, table: str, params: dict, *options) -> Pro
 
 
 @contextlib.contextmanager
-def loaded(ik_llama: Path | None) -> Iterator[list[Program]]:
-    """Ours and all peers with each of TABLES; ik_llama: the folder of IkLlama, if there is one."""
+def loaded(ik_llama: Path | None, tables: Iterable[str]) -> Iterator[list[Program]]:
+    """Ours and all peers with each of these TABLES; ik_llama: the folder of IkLlama, or None."""
     peers = [(LlamaCpp, "TQ2_0"), (LlamaCpp, "Q4_0")]
     peers += [(IkLlama, "IQ2_BN", ik_llama)] if ik_llama else []
-    programs, floats = [], None
+    programs = []
     with contextlib.ExitStack() as stack:
-        for table in TABLES:
+        for table in tables:
             ours, params = our_program(table)
-            floats = floats or params
             programs.append(ours)
             for kind, matrices, *options in peers:
-                made = peer_program(kind, matrices, table, floats, *options)
+                made = peer_program(kind, matrices, table, params, *options)
                 stack.callback(made.close)
                 programs.append(made)
         yield programs
@@ -435,9 +434,9 @@ def turns(programs: list[Program], measure) -> Iterator[tuple[Program, float, di
         yield program, float(np.median(seconds)), ratio
 
 
-def compare(report, limits, ik_llama: Path | None = None) -> None:
+def compare(report, limits, ik_llama: Path | None = None, tables=TABLES) -> None:
     """Rows of a decoded token and of PROMPTS."""
-    with loaded(ik_llama) as programs:
+    with loaded(ik_llama, tables) as programs:
         used = {program.name: program.memory() for program in programs}
         for length in (None, *PROMPTS):
             measure = f"prefill of {length}" if length else "decode"
@@ -450,9 +449,9 @@ def compare(report, limits, ik_llama: Path | None = None) -> None:
                 report(case=case, program=program.name, **row, **ratio, **used[program.name])
 
 
-def compare_batches(report, limits, ik_llama: Path | None = None) -> None:
+def compare_batches(report, limits, ik_llama: Path | None = None, tables=TABLES) -> None:
     """Rows of a step of each of BATCHES."""
-    with loaded(ik_llama) as programs:
+    with loaded(ik_llama, tables) as programs:
         for count in BATCHES:
             for program, seconds, ratio in turns(programs, methodcaller("step_seconds", count)):
                 row = models.prefill_row(CONFIG, count, seconds, limits, program.read(count))

@@ -118,9 +118,10 @@ def test_a_peer_that_is_missing_is_an_error(peer, package, monkeypatch, capsys):
 
 
 def test_ik_llama_needs_a_build_and_a_part_that_uses_it(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--only", "products", "--ik-llama", str(tmp_path)])
-    assert "--ik-llama FOLDER goes with --llama-cpp" in capsys.readouterr().err
+    for flags in (["--ik-llama", str(tmp_path)], ["--table", "F16"]):
+        with pytest.raises(SystemExit):
+            command.main(["--only", "products", *flags])
+        assert "--ik-llama and --table go with --llama-cpp" in capsys.readouterr().err
     monkeypatch.setattr(llama, "library", lambda: types.SimpleNamespace(__version__="1"))
     assert llama.versions() == {"llama-cpp-python": "1"}
     with pytest.raises(SystemExit, match=f"error: {tmp_path} has no build/src/libllama.so; build"):
