@@ -34,7 +34,7 @@ IK_HEADERS = ("include", "ggml/include")
 TABLES = {"F16": "float", "Q8_0": "int8"}  # peers' embedding tables, and ours beside them
 CALL = 512  # most tokens of a call
 BATCHES = (8, 32)  # sequences that decode together
-START, STEPS = 16, 16  # tokens of their prompts, and decode steps
+START, STEPS = 8, 8  # tokens of their prompts, and decode steps
 ROUNDS = 5
 CONFIG = dataclasses.replace(model.PRESETS["bench"], fprop_dtype="bfloat16")
 # Of peers' processes: large pages for what malloc gives out, and JAX leaves accelerators alone.
