@@ -35,6 +35,10 @@ def library():
     return onnxruntime
 
 
+def versions() -> dict[str, str]:
+    return {"onnxruntime": library().__version__}
+
+
 # --- A model for onnxruntime ----------------------------------------------------------------------
 #
 # Protocol buffers by hand, so that the `onnx` package is not needed. Numbers of fields are those of

@@ -1,4 +1,4 @@
-"""Grok's parameters as a GGUF file: the same model, trit for trit, for llama.cpp.
+"""Grok's parameters as a GGUF file: the same model, trit for trit, for llama.cpp and ik_llama.cpp.
 
 A file is, little-endian: "GGUF", its version, the numbers of tensors and of keys; each key, its
 type and its value; each tensor's name, sizes (inputs first), type and place; then the data of the
@@ -6,8 +6,11 @@ tensors, each at a multiple of 32 bytes. Matrices are [outputs, inputs], transpo
 
     F32, F16   numbers
     Q8_0       for each 32 inputs: a float16 scale and 32 int8
-    TQ2_0      for each 256 inputs: 64 bytes of four trits each and gamma in float16. The bytes are
-               those of `quantize.py` in packing blocks of 32
+    TQ2_0      for each 256 inputs: 64 bytes of four trits each, then gamma in float16. Byte j of
+               each 32 has the weights j, j + 32, j + 64 and j + 96 of its 128, the first lowest
+    Q4_0       for each 32 inputs: gamma in float16, then 16 bytes of two trits each: j and j + 16
+    IQ2_BN     for each output: gamma in float32, then all its inputs, four trits to a byte: of each
+               64 the weights j, j + 16, j + 32 and j + 48. ik_llama.cpp's
 """
 
 import struct
@@ -18,13 +21,41 @@ import jax
 import numpy as np
 
 import quantize
+from benchmarks import models
 from model import LanguageModelConfig
 from quantize import PackedWeight
 
 ALIGNMENT = 32
-TYPES = {"F32": 0, "F16": 1, "Q8_0": 8, "TQ2_0": 35}
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "TQ2_0": 35, "IQ2_BN": 135}
 FLOATS = {"F32": "<f4", "F16": "<f2"}
-TERNARY_BLOCK = 256  # weights of a TQ2_0 block
+
+
+class Ternary(NamedTuple):
+    """How a type holds trits.
+
+    block: inputs that share a gamma, or None for a whole row; bits: of a trit, which is stored with
+    `zero` added; apart: how many inputs lie between those of one byte; gamma: type of the scale;
+    before: whether it comes before its trits
+    """
+
+    block: int | None
+    bits: int
+    zero: int
+    apart: int
+    gamma: str
+    before: bool
+
+    @property
+    def inputs(self) -> int:
+        """What the number of inputs must be a multiple of."""
+        return self.block or self.apart * 8 // self.bits
+
+
+TERNARY = {
+    "TQ2_0": Ternary(256, 2, 1, 32, "<f2", before=False),
+    "Q4_0": Ternary(32, 4, 8, 16, "<f2", before=True),
+    "IQ2_BN": Ternary(None, 2, 1, 16, "<f4", before=True),
+}
 
 
 class Tensor(NamedTuple):
@@ -53,19 +84,34 @@ def encode_q8_0(w: np.ndarray) -> np.ndarray:  # float32 [..., I] -> uint8 [...,
     return np.concatenate([step.astype("<f2").view(np.uint8), integers.view(np.uint8)], axis=-1)
 
 
-def encode_ternary(w: PackedWeight) -> Tensor:
-    """Packed [..., I, O] as TQ2_0 [..., O, I]; only gamma is rounded, to float16."""
+def encode_ternary(w: PackedWeight, kind: str = "TQ2_0") -> Tensor:
+    """Packed [..., I, O], of one gamma for each matrix, as a type of TERNARY, [..., O, I].
+
+    The trits are exact; gamma is rounded to the type's float.
+    """
     *lead, inputs, outputs = w.shape
-    if inputs % TERNARY_BLOCK:
+    form = TERNARY[kind]
+    if inputs % form.inputs:
         raise ValueError(
-            f"TQ2_0 takes inputs in blocks of {TERNARY_BLOCK}, got a matrix of {inputs} inputs; "
+            f"{kind} takes inputs in blocks of {form.inputs}, got a matrix of {inputs} inputs; "
             "write it as F32"
         )
-    packed = quantize.pack(quantize.unpack(w), w.scales, block=32).packed  # [..., O, I / 4]
-    blocks = packed.reshape(*lead, outputs, inputs // TERNARY_BLOCK, TERNARY_BLOCK // 4)
-    gamma = w.scales[..., None].astype("<f2").view(np.uint8)  # [..., 1, 1, 2]
-    gamma = np.broadcast_to(gamma, (*blocks.shape[:-1], 2))
-    return Tensor((*lead, outputs, inputs), "TQ2_0", np.concatenate([blocks, gamma], axis=-1))
+    codes = (quantize.unpack(w).swapaxes(-1, -2) + np.int8(form.zero)).view(np.uint8)
+    block = form.block or inputs
+    data = _bytes_of(codes, form).reshape(*lead, outputs, inputs // block, -1)
+    gamma = w.scales[..., None].astype(form.gamma).view(np.uint8)  # [..., 1, 1, 2 or 4]
+    gamma = np.broadcast_to(gamma, (*data.shape[:-1], gamma.shape[-1]))
+    parts = (gamma, data) if form.before else (data, gamma)
+    return Tensor((*lead, outputs, inputs), kind, np.concatenate(parts, axis=-1))
+
+
+def _bytes_of(codes: np.ndarray, form: Ternary) -> np.ndarray:  # uint8 [..., I] -> [bytes]
+    each = 8 // form.bits  # codes in a byte
+    codes = codes.reshape(-1, each, form.apart)
+    found = codes[:, 0].copy()
+    for i in range(1, each):
+        found |= codes[:, i] << np.uint8(i * form.bits)
+    return found
 
 
 # --- Grok -----------------------------------------------------------------------------------------
@@ -126,22 +172,23 @@ def grok_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of ternary parameters, under llama.cpp's names.
 
-    matrices: type of the ternary ones, "TQ2_0" or a float one; table: type of the embedding table
+    matrices: type of the ternary ones, of TERNARY or a float one; table: type of the embeddings
     """
     params = jax.tree.map(np.asarray, params)
 
     def matrix(w):
         if not isinstance(w, PackedWeight):  # the router
             return encode(w.swapaxes(-1, -2), "F32")
-        if matrices == "TQ2_0":
-            return encode_ternary(w)
+        if matrices in TERNARY:
+            return encode_ternary(w, matrices)
         return encode(quantize.dequantize(w).swapaxes(-1, -2), matrices)
 
     def scale(module):
         return encode(params[module]["scale"], "F32")
 
+    embeddings = params["language_model/in_out_embed"]["embeddings"]
     tensors = {
-        "token_embd.weight": encode(params["language_model/in_out_embed"]["embeddings"], table),
+        "token_embd.weight": encode(quantize.dequantize(embeddings), table),
         "output_norm.weight": scale("language_model/rms_norm"),
     }
     for i in range(config.num_layers):
@@ -151,6 +198,14 @@ def grok_tensors(
         for name, module in MATRICES.items():
             tensors[f"{theirs}.{name}.weight"] = matrix(params[f"{ours}/{module}"]["w"])
     return tensors
+
+
+def step_bytes(config: LanguageModelConfig, tensors: dict[str, Tensor], tokens: int = 1) -> float:
+    """Bytes of weights that a step of so many tokens reads; see `models.expert_share`."""
+    share = models.expert_share(config, tokens)
+    return sum(
+        tensor.data.nbytes * (share if "_exps." in name else 1) for name, tensor in tensors.items()
+    )
 
 
 # --- The file -------------------------------------------------------------------------------------

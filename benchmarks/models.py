@@ -53,12 +53,17 @@ def timing_of(inference: runners.InferenceRunner, length: int, new: int) -> runn
 # --- What they read and multiply ------------------------------------------------------------------
 
 
-def decoded_bytes(runner: runners.ModelRunner) -> int:
-    """Bytes of weights that one token reads: of the experts only the chosen ones."""
-    config, total = runner.config, 0
+def expert_share(config: model.LanguageModelConfig, tokens: int = 1) -> float:
+    """The share of the experts that some tokens need between them, if each takes any."""
+    return 1 - (1 - config.num_selected_experts / config.num_experts) ** tokens
+
+
+def step_bytes(runner: runners.ModelRunner, tokens: int = 1) -> float:
+    """Bytes of weights that a step of so many tokens reads, of the experts `expert_share`."""
+    share, total = expert_share(runner.config, tokens), 0
     for module, entries in runner.params.items():
-        share = config.num_selected_experts / config.num_experts if "/moe/" in module else 1
-        total += sum(int(leaf.nbytes * share) for leaf in jax.tree.leaves(entries))
+        read = sum(leaf.nbytes for leaf in jax.tree.leaves(entries))
+        total += read * (share if "/moe/" in module else 1)
     return total
 
 
@@ -69,7 +74,7 @@ def layer_products(config: model.LanguageModelConfig) -> int:
     return config.num_layers * (experts + heads * config.emb_size)
 
 
-def decode_row(read: int, seconds: float, limits: dict) -> dict:
+def decode_row(read: float, seconds: float, limits: dict) -> dict:
     """The columns of a decoded token that reads so many bytes."""
     return {
         "ms": seconds * 1e3,
@@ -79,13 +84,16 @@ def decode_row(read: int, seconds: float, limits: dict) -> dict:
     }
 
 
-def prefill_row(config, length: int, seconds: float, limits: dict) -> dict:
-    """The columns of a prompt of so many tokens."""
-    limit = 2 * length * layer_products(config) / limits["int8"]
+def prefill_row(config, tokens: int, seconds: float, limits: dict, read: float = 0) -> dict:
+    """The columns of tokens that are computed together and read so many bytes.
+
+    Those of a prompt, whose products take longer than reading, or of a step of as many requests.
+    """
+    products = 2 * tokens * layer_products(config) / limits["int8"]
     return {
         "ms": seconds * 1e3,
-        "of_limit": limit / seconds,
-        "tokens_per_s": length / seconds,
+        "of_limit": max(products, read / limits["bytes"]) / seconds,
+        "tokens_per_s": tokens / seconds,
     }
 
 
@@ -118,7 +126,7 @@ def one_model(name: str, config, report, limits) -> None:
         meter.read()
         return float(np.median([measure() for _ in range(5)]))
 
-    row = decode_row(decoded_bytes(runner), median(decoded), limits)
+    row = decode_row(step_bytes(runner), median(decoded), limits)
     report(case=f"{name}, decode", **row, **meter.read())
     for length in PROMPTS:
         seconds = median(lambda length=length: run(length, 1).prefill_seconds)

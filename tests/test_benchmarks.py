@@ -5,6 +5,7 @@ import importlib.util
 import json
 import runpy
 import sys
+import types
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ import quantize
 import runners
 import train
 from benchmarks import __main__ as command
-from benchmarks import budget, compilation, curves, experts, memory, timer
+from benchmarks import budget, compilation, curves, experts, llama, memory, timer
 from benchmarks.products import random_ternary
 
 with_onnxruntime = pytest.mark.skipif(
@@ -42,10 +43,24 @@ def test_the_meter_sees_what_is_kept_and_the_peak_of_each_part():
 @pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels")
 def test_the_peak_counts_the_products_that_were_made():
     """A group is 8192 rounds of 12 vectors; AMX takes six tiles, a sixteenth as often."""
-    lanes = {0: 64, 1: 12 * 32, 2: 12 * 64, 3: 6 * 16 * 16 * 64 // 16}
-    assert timer.multiply_adds(3) == 3 * 8192 * lanes[kernels.library().BestTernaryPath()]
-    for path in range(min(2, 1 + kernels.library().BestTernaryPath())):
-        assert timer._peak_library().MultiplyAdds(path, 2) == 2 * 8192 * lanes[path]
+    lanes = {"plain": 64, "avx2": 12 * 32, "avxvnni": 12 * 32, "avx512": 12 * 64}
+    lanes |= {"amx": 6 * 16 * 16 * 64 // 16, "neon": 12 * 16}
+    paths = kernels.ternary_paths()
+    assert timer.multiply_adds(3) == 3 * 8192 * lanes[paths[-1]]
+    if "avx_vnni" not in kernels.building.processor():  # the kernels' other encoding of it
+        paths = [path for path in paths if path != "avxvnni"]
+    for path in paths:
+        assert timer.multiply_adds(2, path) == 2 * 8192 * lanes[path]
+
+
+@pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels")
+def test_bandwidth_is_of_reads_that_add_up():
+    numbers = np.random.default_rng(0).integers(-(2**31), 2**31, 10_007, np.int32)
+    total = int(numbers.astype(np.int64).sum()) % 2**32
+    assert timer.sum_read(numbers) == total
+    assert timer.read_bandwidth(1 << 20) > 0
+    with kernels.disabled():
+        assert timer.read_bandwidth(1 << 20) > 0
 
 
 def test_the_limits_of_the_machine_are_numbers(monkeypatch):
@@ -101,6 +116,48 @@ def test_a_peer_that_is_missing_is_an_error(peer, package, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=f"error: .* is not installed; pip install {peer}"):
         command.main([f"--{peer}"])
     assert capsys.readouterr().out == ""
+
+
+def test_ik_llama_needs_a_build_and_a_part_that_uses_it(tmp_path, monkeypatch, capsys):
+    for flags in (["--ik-llama", str(tmp_path)], ["--table", "F16"]):
+        with pytest.raises(SystemExit):
+            command.main(["--only", "products", *flags])
+        assert "--ik-llama and --table go with --llama-cpp" in capsys.readouterr().err
+    monkeypatch.setattr(llama, "library", lambda: types.SimpleNamespace(__version__="1"))
+    assert llama.versions() == {"llama-cpp-python": "1"}
+    with pytest.raises(SystemExit, match=f"error: {tmp_path} has no build/src/libllama.so; build"):
+        command.main(["--only", "llama-cpp", "--ik-llama", str(tmp_path)])
+    (tmp_path / "build/src").mkdir(parents=True)
+    (tmp_path / "build/src/libllama.so").touch()
+    assert llama.versions(tmp_path)["ik_llama.cpp"] == "of an unknown commit"
+
+
+def test_programs_take_turns_and_are_compared_with_ours_of_the_same_table(monkeypatch):
+    monkeypatch.setattr(timer, "REST", 0)
+    seconds = {"ours, float table": 2.0, "a": 3.0, "ours, int8 table": 4.0, "b": 2.0}
+    tables = dict(zip(seconds, ["F16", "F16", "Q8_0", "Q8_0"], strict=True))
+    order = []
+
+    def measure(program):
+        order.append(program.name)
+        return seconds[program.name]
+
+    programs = [llama.Program(name, table, *[None] * 4) for name, table in tables.items()]
+    found = {p.name: (middle, ratio) for p, middle, ratio in llama.turns(programs, measure)}
+    assert order == list(seconds) * (1 + llama.ROUNDS)
+    assert found["a"] == (3.0, {"ours_is_faster": 1.5})
+    assert found["b"] == (2.0, {"ours_is_faster": 0.5})
+    assert found["ours, int8 table"] == (4.0, {})
+
+
+def test_our_batch_decodes_as_many_steps_as_a_peer():
+    config = dataclasses.replace(model.PRESETS["tiny"], vocab_size=1024)
+    runner = runners.ModelRunner(config)
+    runner.init()
+    inference = runners.InferenceRunner(runner, None, 3, 2 * (llama.START + llama.STEPS))
+    assert llama.our_step_seconds(inference) > 0
+    timing = inference.timing
+    assert timing.decode_tokens == 3 * llama.STEPS and not inference.busy
 
 
 def test_curves_give_mean_and_spread_of_the_last_losses(tmp_path, capsys):
