@@ -24,6 +24,7 @@ from files import CheckpointError
 from quantize import PackedWeight, QuantizedWeight
 
 CHUNK = 1 << 21  # bytes of a weight, whole rows, that a thread takes at a time
+ROWS = 512  # at least, that are summed at a time: their sums are as many bytes as 8 rows
 COLUMNS = 2048  # columns of these converted at a time: with 256 rows, they stay in a core's cache
 CHECK = 1 << 18  # floats that are checked at a time: these, too, stay in the cache
 MAGNITUDES = 129  # of int8, 0 to 128
@@ -172,7 +173,7 @@ def _absolute_sums(stack: QuantizedWeight, pool) -> np.ndarray:
         (e, g, rows)
         for e in range(experts)
         for g in range(groups)
-        for rows in slices(g * size, (g + 1) * size, max(1, CHUNK // outputs))
+        for rows in slices(g * size, (g + 1) * size, max(ROWS, CHUNK // outputs))
     ]
     chunks = chunks[jax.process_index() :: jax.process_count()]
     partial = pool.map(lambda at: absolute_sums(stack.codes[at[0], at[2]]), chunks)

@@ -30,7 +30,7 @@
 
 // A function that is compiled for several processors; the library chooses when it is loaded.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
 #define FOR_EVERY_PROCESSOR
 #endif

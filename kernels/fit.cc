@@ -56,15 +56,19 @@ struct Scales {  // of both planes
 
 // --- Packing -------------------------------------------------------------------------------------
 
-// Exchanges the bytes of eight rows, as many times, that lie `distance` off the diagonal.
+// Vectors of a byte, or eight bytes, of each output, whatever the processor's are.
+typedef int8_t Lanes __attribute__((vector_size(kOutputs)));
+typedef uint64_t Words __attribute__((vector_size(kOutputs)));
+
+// Exchanges the bytes of eight rows of Words that lie `distance` off the diagonal.
 template <int distance>
-INLINE void Exchange(uint64_t x[8][kOutputs / 8], uint64_t mask) {
-  for (int k = 0; k < 8; ++k)
-    for (int c = 0; c < kOutputs / 8 && !(k & distance); ++c) {
-      const uint64_t differing = (x[k][c] >> 8 * distance ^ x[k + distance][c]) & mask;
-      x[k + distance][c] ^= differing;
-      x[k][c] ^= differing << 8 * distance;
-    }
+INLINE void Exchange(Words* x, uint64_t mask) {
+  for (int k = 0; k < 8; ++k) {
+    if (k & distance) continue;
+    const Words differing = (x[k] >> 8 * distance ^ x[k + distance]) & mask;
+    x[k + distance] ^= differing;
+    x[k] ^= differing << 8 * distance;
+  }
 }
 
 // Bytes [block, outputs], rows `pitch` apart, turned: of each output its `block`, `width` apart.
@@ -73,14 +77,18 @@ INLINE void Turn(const uint8_t* bytes, int64_t pitch, int64_t block, int64_t out
   int64_t done = 0;  // outputs
   for (; block % 8 == 0 && outputs - done >= kOutputs; done += kOutputs, out += kOutputs * width) {
     uint8_t turned[kOutputs][kMaxBlock];
+    for (int64_t o = 0; o < kOutputs; ++o) __builtin_prefetch(out + o * width, 1);
     for (int64_t j = 0; j < block; j += 8) {
-      uint64_t x[8][kOutputs / 8];
-      for (int k = 0; k < 8; ++k) std::memcpy(x[k], bytes + (j + k) * pitch + done, kOutputs);
+      Words x[8];
+      for (int k = 0; k < 8; ++k) std::memcpy(&x[k], bytes + (j + k) * pitch + done, kOutputs);
       Exchange<1>(x, 0x00ff00ff00ff00ff);
       Exchange<2>(x, 0x0000ffff0000ffff);
       Exchange<4>(x, 0x00000000ffffffff);
       for (int k = 0; k < 8; ++k)
-        for (int c = 0; c < kOutputs / 8; ++c) std::memcpy(&turned[8 * c + k][j], &x[k][c], 8);
+        for (int c = 0; c < kOutputs / 8; ++c) {
+          const uint64_t eight = x[k][c];
+          std::memcpy(&turned[8 * c + k][j], &eight, 8);
+        }
     }
     for (int64_t o = 0; o < kOutputs; ++o)  // whole lines of the cache, each once
       if (block == kMaxBlock)
@@ -112,14 +120,33 @@ FOR_EVERY_PROCESSOR void AddMagnitudes(const int8_t* codes, int64_t stride, int6
     }
 }
 
+INLINE Lanes Load(const int8_t* from, int64_t count) {  // so many, and zeros
+  Lanes lanes = {};
+  if (count >= kOutputs)
+    std::memcpy(&lanes, from, kOutputs);
+  else
+    std::memcpy(&lanes, from, count);
+  return lanes;
+}
+
 constexpr int8_t kZeros[kColumns] = {};  // for rows that there are not: between 0 and 0
 
 struct Codes {  // a row of codes, and the lowest and the highest that are 0 in each column
   const int8_t *row, *lowest, *highest;
 };
 
-INLINE uint8_t TritPlusOne(const Codes& x, int64_t o) {
-  return (x.row[o] > x.highest[o]) + (x.row[o] >= x.lowest[o]);
+// Puts trit + 1 of each code below the bits of packed bytes. next: the row that follows.
+INLINE void Append(const Codes& codes, const int8_t* next, int64_t outputs, uint8_t* bytes) {
+  for (int64_t o = 0; o < outputs; o += kOutputs) {
+    __builtin_prefetch(next + o);
+    const int64_t count = outputs - o;
+    const Lanes row = Load(codes.row + o, count), above = row > Load(codes.highest + o, count),
+                at_least = row >= Load(codes.lowest + o, count);  // -1 where it is so
+    Lanes some;
+    std::memcpy(&some, bytes + o, kOutputs);
+    some = 4 * some - above - at_least;
+    std::memcpy(bytes + o, &some, kOutputs);
+  }
 }
 
 // Packed bytes of a block of inputs [4 * block], each `width` apart for an output, of `outputs`.
@@ -127,11 +154,11 @@ FOR_EVERY_PROCESSOR void PackBlock(const Codes* inputs, int64_t block, int64_t o
                                    uint8_t* packed, int64_t width) {
   uint8_t bytes[kMaxBlock][kColumns];
   for (int64_t i = 0; i < block; ++i) {
-    const Codes a = inputs[i], b = inputs[block + i], c = inputs[2 * block + i],
-                d = inputs[3 * block + i];
-    for (int64_t o = 0; o < outputs; ++o)
-      bytes[i][o] = TritPlusOne(a, o) + 4 * TritPlusOne(b, o) + 16 * TritPlusOne(c, o) +
-                    64 * TritPlusOne(d, o);
+    std::memset(bytes[i], 0, kColumns);
+    for (int slab = 3; slab >= 0; --slab) {
+      const Codes* codes = inputs + slab * block + i;
+      Append(*codes, codes[i + 1 < block].row, outputs, bytes[i]);
+    }
   }
   Turn(bytes[0], kColumns, block, outputs, packed, width);
 }
