@@ -70,7 +70,8 @@ def _load() -> ctypes.CDLL | None:
         loaded.FitInt8.argtypes = [*of_rows, pointer, *sizes, *[pointer] * 3]
         loaded.AbsoluteSums.argtypes = [*of_rows, pointer]
         loaded.PackInt8.argtypes = [*of_rows, pointer, pointer, *sizes, pointer, number, number]
-        for name in ("FromBase3", "ToBase3", "FitInt8", "AbsoluteSums", "PackInt8"):
+        loaded.CopyTrits.argtypes = [pointer, number, pointer, number]
+        for name in ("FromBase3", "ToBase3", "CopyTrits", "FitInt8", "AbsoluteSums", "PackInt8"):
             getattr(loaded, name).restype = number
         loaded.BestTernaryPath.restype = number
         return loaded
@@ -168,7 +169,7 @@ def use_large_pages(arrays) -> None:
                 madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
 
 
-# --- Five trits to a byte -------------------------------------------------------------------------
+# --- Bytes of trits -------------------------------------------------------------------------------
 
 
 def from_base3(digits: np.ndarray) -> np.ndarray:
@@ -196,6 +197,16 @@ def to_base3(packed: np.ndarray) -> np.ndarray:
     )
     assert not failed, (packed.shape, digits.shape)
     return digits
+
+
+def copy_trits(packed: np.ndarray, out: np.ndarray) -> bool:
+    """Copies packed bytes; whether there is a code of 3 among theirs. Both uint8, of one shape, and
+    in one piece. Needs `library()`."""
+    assert packed.dtype == out.dtype == np.uint8 and packed.shape == out.shape, out.shape
+    assert packed.flags.c_contiguous and out.flags.c_contiguous and out.flags.writeable, out.strides
+    found = library().CopyTrits(packed.ctypes.data, packed.size, out.ctypes.data, out.size)
+    assert found >= 0, packed.shape
+    return bool(found)
 
 
 def check_bytes(digits: np.ndarray) -> None:

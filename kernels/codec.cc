@@ -48,7 +48,23 @@ FOR_EVERY_PROCESSOR uint8_t FromBase3Bytes(const uint8_t* digits, int64_t n, uin
   return largest;
 }
 
+// Copies n packed bytes; whether a code of 3, which no trit has, is among theirs.
+FOR_EVERY_PROCESSOR bool CopyBytes(const uint8_t* __restrict packed, int64_t n,
+                                   uint8_t* __restrict out) {
+  uint8_t threes = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    threes |= packed[i] & packed[i] >> 1;
+    out[i] = packed[i];
+  }
+  return threes & 0b01010101;
+}
+
 }  // namespace
+
+// Copies packed [n] to out [out_n]; 1 if it has a code of 3, else 0; -1 if sizes do not fit.
+extern "C" int64_t CopyTrits(const uint8_t* packed, int64_t n, uint8_t* out, int64_t out_n) {
+  return n < 0 || n != out_n ? -1 : CopyBytes(packed, n, out);
+}
 
 // packed [rows, packed_width] -> digits [rows, width], zeros (trits) where five bytes are not full;
 // 0, -1 if widths do not fit.

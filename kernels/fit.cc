@@ -423,7 +423,8 @@ FOR_EVERY_PROCESSOR void Pack(const Row<int8_t>* codes, const Row<float>* scales
             byte = byte * 4 + (trits[slab * block + j][o] >> 2 * p & 3);
           bytes[j][o] = byte;
         }
-      Turn(bytes[0], kOutputs, block, outputs, packed + start / 4 * shape.planes + p * block, width);
+      Turn(bytes[0], kOutputs, block, outputs, packed + start / 4 * shape.planes + p * block,
+           width);
     }
   }
 }
@@ -468,10 +469,10 @@ extern "C" int64_t AbsoluteSums(const int8_t* codes, int64_t stride, int64_t row
   return 0;
 }
 
-// codes [rows, outputs], rows `stride` bytes apart, to packed [outputs, columns], rows `width` bytes apart.
+// codes [rows, outputs], rows `stride` bytes apart, to packed [outputs, columns], `width` apart.
 // lowest and highest [groups, outputs]: the range of 0 of each group of `size` rows, of which the
-// first row is number `first`. What packed bytes hold beyond the rows is zeros. 0; -1 for sizes that
-// do not fit.
+// first row is number `first`. What packed bytes hold beyond the rows is zeros. 0; -1 for sizes
+// that do not fit.
 extern "C" int64_t PackInt8(const int8_t* codes, int64_t stride, int64_t rows, int64_t outputs,
                             const int8_t* lowest, const int8_t* highest, int64_t groups,
                             int64_t size, int64_t first, int64_t block, uint8_t* packed,
@@ -486,9 +487,9 @@ extern "C" int64_t PackInt8(const int8_t* codes, int64_t stride, int64_t rows, i
       Codes inputs[4 * kMaxBlock];
       for (int64_t i = 0; i < 4 * block; ++i) {
         const int64_t row = 4 * start + i, group = (first + row) / size * outputs;
-        inputs[i] = row < rows ? Codes{codes + row * stride + o, lowest + group + o,
-                                       highest + group + o}
-                               : Codes{kZeros, kZeros, kZeros};
+        inputs[i] = row < rows
+                        ? Codes{codes + row * stride + o, lowest + group + o, highest + group + o}
+                        : Codes{kZeros, kZeros, kZeros};
       }
       PackBlock(inputs, block, count, packed + o * width + start, width);
     }
