@@ -438,7 +438,10 @@ void FitTile(const int8_t* codes, int64_t stride, const float* scales, int64_t a
   const auto fitted = std::make_unique<Row<double>[]>(count);
   const auto values = std::make_unique<Row<float>[]>(count);
   const auto counts = std::make_unique<Counts>();
-  for (int64_t i = 0; i < shape.inputs; ++i) std::memcpy(tile[i], codes + i * stride, outputs);
+  for (int64_t i = 0; i < shape.inputs; ++i) {
+    __builtin_prefetch(codes + std::min(i + 24, shape.inputs - 1) * stride);  // another page each
+    std::memcpy(tile[i], codes + i * stride, outputs);
+  }
   for (int64_t i = 0; i < shape.parts; ++i)
     std::memcpy(source[i], scales + i * all, outputs * sizeof(float));
   const auto fit = shape.parts > shape.groups ? FitParts : FitGroups;
