@@ -573,7 +573,11 @@ def _read(array, index: tuple[slice, ...], pool) -> np.ndarray:
 
     def copy(piece):
         pairs = zip(piece, index, strict=True)
-        out[tuple(slice(p.start - i.start, p.stop - i.start) for p, i in pairs)] = array[piece]
+        here = out[tuple(slice(p.start - i.start, p.stop - i.start) for p, i in pairs)]
+        if shards.is_trits(array):
+            array.read(piece, here)
+        else:
+            here[...] = array[piece]
 
     for _ in pool.map(copy, _pieces(index, out.itemsize)):
         pass

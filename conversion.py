@@ -24,6 +24,7 @@ from files import CheckpointError
 from quantize import PackedWeight, QuantizedWeight
 
 CHUNK = 1 << 21  # bytes of a weight, whole rows, that a thread takes at a time
+ROWS = 512  # at least, that are summed at a time: their sums are as many bytes as 8 rows
 COLUMNS = 2048  # columns of these converted at a time: with 256 rows, they stay in a core's cache
 CHECK = 1 << 18  # floats that are checked at a time: these, too, stay in the cache
 MAGNITUDES = 129  # of int8, 0 to 128
@@ -61,9 +62,9 @@ def converter(tensor, name: str, title: str, pool) -> Callable[[Index], quantize
         check_scales(tensor.scales, title)
     stack, format = stacked(tensor), formats.format_named(name)
     if name == "ternary":
-        scales, codes = _absmean(stack, pool)
+        scales, pack = _absmean(stack, pool)
         check_finite(scales, title)  # the sum of all magnitudes
-        return functools.partial(_by_rows, stack.shape, scales, codes, pool)
+        return functools.partial(_by_rows, stack.shape, scales, pack, pool)
     to = format.quantize
     if format.fit:
         planes, group = format.fit
@@ -108,7 +109,10 @@ def aligned_empty(shape: Sequence[int], dtype) -> np.ndarray:
 
 
 def _absmean(stack, pool):
-    """gamma, float32 [E, 1, 1], and a function of expert, rows and columns: trit + 1, uint8.
+    """gamma, float32 [E, 1, 1], and a function that packs trits of an expert.
+
+    It takes the expert, slices of rows and outputs, the block, and where to write, uint8 [O, B],
+    of whole blocks; beyond the last row it writes zeros.
 
     The file is read for the sums that gamma is made of, which must not depend on the mesh or the
     number of processes: they are exact integers, and each process sums its part.
@@ -120,7 +124,7 @@ def _absmean(stack, pool):
             trits = formats.round_to_trits(stack[expert, rows, columns], gamma[expert])
             return (trits + 1).astype(np.uint8)
 
-        return gamma, of_floats
+        return gamma, functools.partial(_pack_codes, of_floats)
     scales = stack.scales.astype(np.float32)
     gamma = absmean_of_sums(_absolute_sums(stack, pool), scales, stack.shape[-2])
     zeros = zero_range(scales, gamma)
@@ -135,7 +139,15 @@ def _absmean(stack, pool):
             int8_to_codes(tile[group], lowest, highest, out=codes[group])
         return codes
 
-    return gamma, of_int8
+    if kernels.library() is None:
+        return gamma, functools.partial(_pack_codes, of_int8)
+
+    def pack(expert, rows, outputs, block, out):
+        ranges = (bound[expert, :, outputs] for bound in zeros)
+        codes = stack.codes[expert, rows, outputs]
+        kernels.pack_int8(codes, *ranges, size, rows.start, block, out)
+
+    return gamma, pack
 
 
 def _mean_magnitudes(stack: np.ndarray, pool) -> np.ndarray:
@@ -161,7 +173,7 @@ def _absolute_sums(stack: QuantizedWeight, pool) -> np.ndarray:
         (e, g, rows)
         for e in range(experts)
         for g in range(groups)
-        for rows in slices(g * size, (g + 1) * size, max(1, CHUNK // outputs))
+        for rows in slices(g * size, (g + 1) * size, max(ROWS, CHUNK // outputs))
     ]
     chunks = chunks[jax.process_index() :: jax.process_count()]
     partial = pool.map(lambda at: absolute_sums(stack.codes[at[0], at[2]]), chunks)
@@ -174,6 +186,8 @@ def _absolute_sums(stack: QuantizedWeight, pool) -> np.ndarray:
 
 def absolute_sums(codes: np.ndarray) -> np.ndarray:
     """Sums of |code| over the rows of int8 [I, O], exact: int64 [O]."""
+    if kernels.library() is not None:
+        return kernels.absolute_sums(codes)
     sums = np.zeros(codes.shape[1], np.int64)
     for start in range(0, len(codes), 256):  # 256 * 128 fits in 16 bits
         magnitude = np.abs(codes[start : start + 256]).view(np.uint8)  # |-128| wraps to 128
@@ -211,8 +225,18 @@ def int8_to_codes(tile: np.ndarray, lowest, highest, out: np.ndarray) -> None:
     out += np.greater_equal(tile, lowest).view(np.uint8)
 
 
-def _by_rows(shape, scales, codes: Callable, pool, index: Index) -> PackedWeight:
-    """A slice of a packed weight of a scale for each matrix, from `codes` as of `_absmean`."""
+def _pack_codes(codes: Callable, expert: int, rows: slice, outputs: slice, block: int, out) -> None:
+    """Writes packed trits, see `_absmean`, of `codes`: trit + 1 of an expert, rows and outputs."""
+    for some in slices(outputs.start, outputs.stop, COLUMNS):
+        tile = np.ones((4 * out.shape[1], some.stop - some.start), np.uint8)
+        tile[: rows.stop - rows.start] = codes(expert, rows, some)
+        # Transposed in the cache first: written across directly, it takes twice as long.
+        turned = np.ascontiguousarray(quantize.pack_codes(tile, block).T)
+        out[some.start - outputs.start : some.stop - outputs.start] = turned
+
+
+def _by_rows(shape, scales, pack: Callable, pool, index: Index) -> PackedWeight:
+    """A slice of a packed weight of a scale for each matrix, by `pack` as of `_absmean`."""
     experts, outputs, width = index
     _, inputs, columns = shape
     block = quantize.packing_block(inputs)
@@ -222,13 +246,7 @@ def _by_rows(shape, scales, codes: Callable, pool, index: Index) -> PackedWeight
         expert, taken = at  # `taken` bytes of each output, whole blocks
         rows = slice(4 * taken.start, min(4 * taken.stop, inputs))
         there = slice(taken.start - width.start, taken.stop - width.start)
-        for some in slices(outputs.start, outputs.stop, COLUMNS):
-            tile = np.ones((4 * (taken.stop - taken.start), some.stop - some.start), np.uint8)
-            tile[: rows.stop - rows.start] = codes(expert, rows, some)
-            here = slice(some.start - outputs.start, some.stop - outputs.start)
-            # Transposed in the cache first: written across directly, it takes twice as long.
-            turned = np.ascontiguousarray(quantize.pack_codes(tile, block).T)
-            packed[expert - experts.start, here, there] = turned
+        pack(expert, rows, outputs, block, packed[expert - experts.start, :, there])
 
     per_chunk = max(1, CHUNK // (4 * block * columns)) * block
     chunks = [

@@ -215,8 +215,8 @@ def interleaves(outputs: int, width: int, block: int) -> bool:
 def interleave(w: Weight) -> Weight:
     """A packed weight with 64 outputs side by side, the form that is fast on a CPU.
 
-    As it is, which is slower there, if it is of another type or sizes do not allow it. What gradients
-    and devices see is the same. NumPy in, NumPy out.
+    As it is, which is slower there, if it is of another type or sizes do not allow it. NumPy in,
+    NumPy out.
     """
     if not isinstance(w, PackedWeight) or w.interleaved:
         return w

@@ -41,6 +41,15 @@ HANDLERS = (
     "RoundRows",
     "Transpose",
 )
+COUNTS = (  # functions of the library that give a number
+    "FromBase3",
+    "ToBase3",
+    "CopyTrits",
+    "FitInt8",
+    "AbsoluteSums",
+    "PackInt8",
+    "InterleaveGroups",
+)
 _LOADING = threading.Lock()
 LARGEST_CAP = 40  # of attention logits: exp(-2 * 40) is still a normal float32
 DISABLE = "TERNARY_GROK_NATIVE"  # environment variable; 0: plain JAX
@@ -66,12 +75,16 @@ def _load() -> ctypes.CDLL | None:
             handler = jax.ffi.pycapsule(getattr(loaded, f"{name}Handler"))
             jax.ffi.register_ffi_target(f"ternary_grok_{name}", handler, platform="cpu")
         number, pointer = ctypes.c_int64, ctypes.c_void_p
+        sizes, of_rows = [number] * 4, [pointer, number, number, number]
         loaded.FromBase3.argtypes = [pointer, number, number, pointer, number]
-        sizes = [number] * 4
-        loaded.FitInt8.argtypes = [pointer, *sizes[:3], pointer, *sizes, *[pointer] * 3]
+        loaded.ToBase3.argtypes = loaded.FromBase3.argtypes
+        loaded.FitInt8.argtypes = [*of_rows, pointer, *sizes, *[pointer] * 3]
+        loaded.AbsoluteSums.argtypes = [*of_rows, pointer]
+        loaded.PackInt8.argtypes = [*of_rows, pointer, pointer, *sizes, pointer, number, number]
+        loaded.CopyTrits.argtypes = [pointer, number, pointer, number]
         loaded.InterleaveGroups.argtypes = [pointer, number, number]
-        for function in (loaded.FromBase3, loaded.FitInt8, loaded.InterleaveGroups):
-            function.restype = number
+        for name in COUNTS:
+            getattr(loaded, name).restype = number
         loaded.TernaryPath.argtypes, loaded.TernaryPath.restype = [number], ctypes.c_char_p
         return loaded
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -168,11 +181,11 @@ def use_large_pages(arrays) -> None:
                 madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
 
 
-# --- Five trits to a byte -------------------------------------------------------------------------
+# --- Bytes of trits -------------------------------------------------------------------------------
 
 
 def from_base3(digits: np.ndarray) -> np.ndarray:
-    """`quantize.from_base3`, with the same errors; needs `library()`."""
+    """`shards.from_base3`, with the same errors; needs `library()`."""
     check_bytes(digits)
     digits = np.ascontiguousarray(digits)
     packed = np.empty((*digits.shape[:-1], digits.shape[-1] // 4 * 5), np.uint8)
@@ -183,6 +196,29 @@ def from_base3(digits: np.ndarray) -> np.ndarray:
     assert largest >= 0, (digits.shape, packed.shape)
     check_digit(largest)
     return packed
+
+
+def to_base3(packed: np.ndarray) -> np.ndarray:
+    """`shards.to_base3`; needs `library()`."""
+    assert packed.dtype == np.uint8, packed.dtype
+    packed = np.ascontiguousarray(packed)
+    *lead, width = packed.shape
+    digits = np.empty((*lead, -(-width // 5) * 4), np.uint8)
+    failed = library().ToBase3(
+        packed.ctypes.data, math.prod(lead), width, digits.ctypes.data, digits.shape[-1]
+    )
+    assert not failed, (packed.shape, digits.shape)
+    return digits
+
+
+def copy_trits(packed: np.ndarray, out: np.ndarray) -> bool:
+    """Copies packed bytes; whether there is a code of 3 among theirs. Both uint8, of one shape, and
+    in one piece. Needs `library()`."""
+    assert packed.dtype == out.dtype == np.uint8 and packed.shape == out.shape, out.shape
+    assert packed.flags.c_contiguous and out.flags.c_contiguous and out.flags.writeable, out.strides
+    found = library().CopyTrits(packed.ctypes.data, packed.size, out.ctypes.data, out.size)
+    assert found >= 0, packed.shape
+    return bool(found)
 
 
 def check_bytes(digits: np.ndarray) -> None:
@@ -198,26 +234,75 @@ def check_digit(largest: int) -> None:
         raise ValueError(f"a byte is {largest}, but the largest that five trits make is 242")
 
 
-# --- Least squares --------------------------------------------------------------------------------
+# --- int8 made ternary ----------------------------------------------------------------------------
+#
+# Of codes int8 [I, O], each row by itself in one piece. Other threads run meanwhile. All need
+# `library()`.
+
+
+def _rows(codes: np.ndarray) -> tuple[int, int, int, int]:
+    """How the C++ is given codes: where they are, the bytes between rows, I and O."""
+    inputs, outputs = codes.shape
+    assert codes.dtype == np.int8 and (outputs < 2 or codes.strides[1] == 1), codes.strides
+    return codes.ctypes.data, codes.strides[0], inputs, outputs
+
+
+def absolute_sums(codes: np.ndarray) -> np.ndarray:
+    """`conversion.absolute_sums`: int64 [O]."""
+    sums = np.zeros(codes.shape[1], np.int64)
+    failed = library().AbsoluteSums(*_rows(codes), sums.ctypes.data)
+    assert not failed, codes.shape
+    return sums
+
+
+def pack_int8(
+    codes: np.ndarray,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+    size: int,
+    first: int,
+    block: int,
+    out: np.ndarray,
+) -> None:
+    """Writes the packed trits of some rows of `conversion.int8_to_codes` to `out`.
+
+    lowest, highest: int8 [G, O], the range of 0 of each group of `size` rows of all
+    first: the number of the first row
+    out: uint8 [O, B], each output by itself in one piece, of whole blocks; what it holds beyond the
+      rows becomes zeros (trits)
+    """
+    outputs, columns = out.shape
+    assert lowest.shape == highest.shape == (len(lowest), codes.shape[1]), lowest.shape
+    assert outputs == codes.shape[1] and out.dtype == np.uint8, (codes.shape, out.shape, out.dtype)
+    assert out.size == 0 or (out.strides[1] == 1 and out.flags.writeable), out.strides
+    lowest, highest = (np.ascontiguousarray(bound, np.int8) for bound in (lowest, highest))
+    failed = library().PackInt8(
+        *_rows(codes),
+        lowest.ctypes.data,
+        highest.ctypes.data,
+        len(lowest),
+        size,
+        first,
+        block,
+        out.ctypes.data,
+        columns,
+        out.strides[0],
+    )
+    assert not failed, (codes.shape, lowest.shape, size, first, block, out.shape)
 
 
 def fit_int8(codes: np.ndarray, scales: np.ndarray, groups: int, planes: int, block: int) -> tuple:
     """The arrays of `conversion.fit_int8`: packed, multipliers or None, scales.
 
-    codes: int8 [I, O], each row by itself in one piece; scales: [parts, O]. Other threads run
-    meanwhile. Needs `library()`.
+    scales: [parts, O]
     """
     inputs, outputs = codes.shape
-    assert outputs < 2 or codes.strides[1] == 1, codes.strides
     scales = np.ascontiguousarray(scales, np.float32)
     packed = np.empty((outputs, planes * inputs // 4), np.uint8)
     multipliers = np.empty((outputs, groups, planes), np.int8) if groups * planes > 1 else None
     unit = np.empty((1, outputs), np.float32)
     failed = library().FitInt8(
-        codes.ctypes.data,
-        codes.strides[0],
-        inputs,
-        outputs,
+        *_rows(codes),
         scales.ctypes.data,
         len(scales),
         groups,
@@ -236,7 +321,9 @@ def fit_int8(codes: np.ndarray, scales: np.ndarray, groups: int, planes: int, bl
 
 
 def interleave(groups: np.ndarray) -> None:
-    """Puts rows of bytes side by side in place: uint8 [n, 64 B] is [n, 64, B], then [n, B / 4, 64, 4].
+    """Puts rows of bytes side by side, in place: uint8 [n, 64 B].
+
+    They are [n, 64, B] before and [n, B / 4, 64, 4] then.
 
     Other threads run meanwhile. Needs `library()`.
     """

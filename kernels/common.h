@@ -27,8 +27,13 @@
 #endif
 
 // A function that is compiled for several processors; the library chooses when it is loaded.
+// ("arch=skylake-avx512" would be chosen on that processor alone, not on those that came after it.)
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#if __GNUC__ >= 12
+#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx2", "default")))
+#endif
 #else
 #define FOR_EVERY_PROCESSOR
 #endif

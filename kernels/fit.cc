@@ -1,5 +1,5 @@
-// int8 codes to packed trits with the least squared error: conversion.fit_int8 and formats.py,
-// which explain the arithmetic, to the last bit.
+// int8 codes to packed trits, by absmean and with the least squared error: conversion.py and
+// formats.py, which explain the arithmetic, to the last bit.
 
 // NumPy rounds each product before it is added. No trap is waited for, which would keep comparisons
 // of floats from being made a vector at a time. (Before the headers, which are not inlined
@@ -53,6 +53,117 @@ struct Scales {  // of both planes
     return first == other.first && second == other.second;
   }
 };
+
+// --- Packing -------------------------------------------------------------------------------------
+
+// Vectors of a byte, or eight bytes, of each output, whatever the processor's are.
+typedef int8_t Lanes __attribute__((vector_size(kOutputs)));
+typedef uint64_t Words __attribute__((vector_size(kOutputs)));
+
+// Exchanges the bytes of eight rows of Words that lie `distance` off the diagonal.
+template <int distance>
+INLINE void Exchange(Words* x, uint64_t mask) {
+  for (int k = 0; k < 8; ++k) {
+    if (k & distance) continue;
+    const Words differing = (x[k] >> 8 * distance ^ x[k + distance]) & mask;
+    x[k + distance] ^= differing;
+    x[k] ^= differing << 8 * distance;
+  }
+}
+
+// Bytes [block, outputs], rows `pitch` apart, turned: of each output its `block`, `width` apart.
+INLINE void Turn(const uint8_t* bytes, int64_t pitch, int64_t block, int64_t outputs, uint8_t* out,
+                 int64_t width) {
+  int64_t done = 0;  // outputs
+  for (; block % 8 == 0 && outputs - done >= kOutputs; done += kOutputs, out += kOutputs * width) {
+    uint8_t turned[kOutputs][kMaxBlock];
+    for (int64_t o = 0; o < kOutputs; ++o) __builtin_prefetch(out + o * width, 1);
+    for (int64_t j = 0; j < block; j += 8) {
+      Words x[8];
+      for (int k = 0; k < 8; ++k) std::memcpy(&x[k], bytes + (j + k) * pitch + done, kOutputs);
+      Exchange<1>(x, 0x00ff00ff00ff00ff);
+      Exchange<2>(x, 0x0000ffff0000ffff);
+      Exchange<4>(x, 0x00000000ffffffff);
+      for (int k = 0; k < 8; ++k)
+        for (int c = 0; c < kOutputs / 8; ++c) {
+          const uint64_t eight = x[k][c];
+          std::memcpy(&turned[8 * c + k][j], &eight, 8);
+        }
+    }
+    for (int64_t o = 0; o < kOutputs; ++o)  // whole lines of the cache, each once
+      if (block == kMaxBlock)
+        std::memcpy(out + o * width, turned[o], kMaxBlock);
+      else
+        std::memcpy(out + o * width, turned[o], block);
+  }
+  for (int64_t o = done; o < outputs; ++o, out += width)
+    for (int64_t j = 0; j < block; ++j) out[j] = bytes[j * pitch + o];
+}
+
+// --- Absmean -------------------------------------------------------------------------------------
+
+constexpr int64_t kColumns = 2048;  // of which a block's bytes stay in a core's cache
+constexpr int64_t kRows = 256;      // whose magnitudes, up to 128, add up to 16 bits at most
+
+// Adds the magnitudes of codes [rows, outputs] to sums [outputs].
+FOR_EVERY_PROCESSOR void AddMagnitudes(const int8_t* codes, int64_t stride, int64_t rows,
+                                       int64_t outputs, int64_t* sums) {
+  for (int64_t first = 0; first < rows; first += kRows)
+    for (int64_t o = 0; o < outputs; o += kColumns) {
+      const int64_t count = std::min(kColumns, outputs - o), last = std::min(first + kRows, rows);
+      uint16_t some[kColumns] = {};
+      for (int64_t i = first; i < last; ++i) {
+        const int8_t* row = codes + i * stride + o;
+        for (int64_t j = 0; j < count; ++j) some[j] += row[j] < 0 ? -row[j] : row[j];
+      }
+      for (int64_t j = 0; j < count; ++j) sums[o + j] += some[j];
+    }
+}
+
+INLINE Lanes Load(const int8_t* from, int64_t count) {  // so many, and zeros
+  Lanes lanes = {};
+  if (count >= kOutputs)
+    std::memcpy(&lanes, from, kOutputs);
+  else
+    std::memcpy(&lanes, from, count);
+  return lanes;
+}
+
+constexpr int8_t kZeros[kColumns] = {};  // for rows that there are not: between 0 and 0
+
+struct Codes {  // a row of codes, and the lowest and the highest that are 0 in each column
+  const int8_t *row, *lowest, *highest;
+};
+
+// Puts trit + 1 of each code below the bits of packed bytes. next: the row that follows.
+INLINE void Append(const Codes& codes, const int8_t* next, int64_t outputs, uint8_t* bytes) {
+  for (int64_t o = 0; o < outputs; o += kOutputs) {
+    __builtin_prefetch(next + o);
+    const int64_t count = outputs - o;
+    const Lanes row = Load(codes.row + o, count), above = row > Load(codes.highest + o, count),
+                at_least = row >= Load(codes.lowest + o, count);  // -1 where it is so
+    Lanes some;
+    std::memcpy(&some, bytes + o, kOutputs);
+    some = 4 * some - above - at_least;
+    std::memcpy(bytes + o, &some, kOutputs);
+  }
+}
+
+// Packed bytes of a block of inputs [4 * block], each `width` apart for an output, of `outputs`.
+FOR_EVERY_PROCESSOR void PackBlock(const Codes* inputs, int64_t block, int64_t outputs,
+                                   uint8_t* packed, int64_t width) {
+  uint8_t bytes[kMaxBlock][kColumns];
+  for (int64_t i = 0; i < block; ++i) {
+    std::memset(bytes[i], 0, kColumns);
+    for (int slab = 3; slab >= 0; --slab) {
+      const Codes* codes = inputs + slab * block + i;
+      Append(*codes, codes[i + 1 < block].row, outputs, bytes[i]);
+    }
+  }
+  Turn(bytes[0], kColumns, block, outputs, packed, width);
+}
+
+// --- Least squares -------------------------------------------------------------------------------
 
 template <class T>
 INLINE void SumsOfTrits(T first, T second, T* sums) {
@@ -312,9 +423,8 @@ FOR_EVERY_PROCESSOR void Pack(const Row<int8_t>* codes, const Row<float>* scales
             byte = byte * 4 + (trits[slab * block + j][o] >> 2 * p & 3);
           bytes[j][o] = byte;
         }
-      uint8_t* out = packed + (start / 4 * shape.planes + p * block);
-      for (int64_t o = 0; o < outputs; ++o)
-        for (int64_t j = 0; j < block; ++j) out[o * width + j] = bytes[j][o];
+      Turn(bytes[0], kOutputs, block, outputs, packed + start / 4 * shape.planes + p * block,
+           width);
     }
   }
 }
@@ -328,7 +438,10 @@ void FitTile(const int8_t* codes, int64_t stride, const float* scales, int64_t a
   const auto fitted = std::make_unique<Row<double>[]>(count);
   const auto values = std::make_unique<Row<float>[]>(count);
   const auto counts = std::make_unique<Counts>();
-  for (int64_t i = 0; i < shape.inputs; ++i) std::memcpy(tile[i], codes + i * stride, outputs);
+  for (int64_t i = 0; i < shape.inputs; ++i) {
+    __builtin_prefetch(codes + std::min(i + 24, shape.inputs - 1) * stride);  // another page each
+    std::memcpy(tile[i], codes + i * stride, outputs);
+  }
   for (int64_t i = 0; i < shape.parts; ++i)
     std::memcpy(source[i], scales + i * all, outputs * sizeof(float));
   const auto fit = shape.parts > shape.groups ? FitParts : FitGroups;
@@ -349,6 +462,43 @@ void FitTile(const int8_t* codes, int64_t stride, const float* scales, int64_t a
 }
 
 }  // namespace
+
+// Adds the magnitudes of codes [rows, outputs], rows `stride` bytes apart, to sums [outputs]. 0; -1
+// for sizes that do not fit.
+extern "C" int64_t AbsoluteSums(const int8_t* codes, int64_t stride, int64_t rows, int64_t outputs,
+                                int64_t* sums) {
+  if (rows < 0 || outputs < 0) return -1;
+  AddMagnitudes(codes, stride, rows, outputs, sums);
+  return 0;
+}
+
+// codes [rows, outputs], rows `stride` bytes apart, to packed [outputs, columns], `width` apart.
+// lowest and highest [groups, outputs]: the range of 0 of each group of `size` rows, of which the
+// first row is number `first`. What packed bytes hold beyond the rows is zeros. 0; -1 for sizes
+// that do not fit.
+extern "C" int64_t PackInt8(const int8_t* codes, int64_t stride, int64_t rows, int64_t outputs,
+                            const int8_t* lowest, const int8_t* highest, int64_t groups,
+                            int64_t size, int64_t first, int64_t block, uint8_t* packed,
+                            int64_t columns, int64_t width) {
+  const bool fits = rows >= 0 && outputs >= 0 && size > 0 && first >= 0 &&
+                    first + rows <= groups * size && block > 0 && block <= kMaxBlock &&
+                    columns % block == 0 && rows <= 4 * columns && columns <= width;
+  if (!fits) return -1;
+  for (int64_t o = 0; o < outputs; o += kColumns) {
+    const int64_t count = std::min(kColumns, outputs - o);
+    for (int64_t start = 0; start < columns; start += block) {
+      Codes inputs[4 * kMaxBlock];
+      for (int64_t i = 0; i < 4 * block; ++i) {
+        const int64_t row = 4 * start + i, group = (first + row) / size * outputs;
+        inputs[i] = row < rows
+                        ? Codes{codes + row * stride + o, lowest + group + o, highest + group + o}
+                        : Codes{kZeros, kZeros, kZeros};
+      }
+      PackBlock(inputs, block, count, packed + o * width + start, width);
+    }
+  }
+  return 0;
+}
 
 // codes [inputs, outputs], rows `stride` bytes apart, and scales [parts, outputs] of a source; to
 // packed [outputs, planes * inputs / 4], multipliers [outputs, groups, planes], which is null for

@@ -91,12 +91,96 @@ def test_limits_are_where_the_formula_turns(gamma, scales):
     np.testing.assert_array_equal(found, expected + 1)
 
 
-def test_sums_of_all_codes_are_exact():
-    weight = np.full((1000, 3), -128, np.int8)
-    weight[:, 1] = np.arange(1000) % 256 - 128
-    np.testing.assert_array_equal(
-        conversion.absolute_sums(weight), np.abs(weight.astype(np.int64)).sum(0)
-    )
+@pytest.mark.parametrize("columns", [3, 64, 2049])
+def test_sums_of_all_codes_are_exact(columns, plain):
+    weight = np.full((1000, columns + 2), -128, np.int8)
+    weight[:, 2] = np.arange(1000) % 256 - 128
+    weight = weight[:, 1:-1]  # a view
+    expected = np.abs(weight.astype(np.int64)).sum(0)
+    np.testing.assert_array_equal(conversion.absolute_sums(weight), expected)
+    np.testing.assert_array_equal(plain(conversion.absolute_sums, weight), expected)
+
+
+@native
+@hypothesis.settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    st.sampled_from([1, 3, 4, 30, 31, 48, 64, 96, 192, 256, 512, 768, 2048]),
+    st.sampled_from([1, 2, 63, 64, 65, 130, 2047, 2115]),
+    st.sampled_from([1, 2, 3, 8]),
+    st.integers(0, 1 << 20),
+)
+@hypothesis.example(2048, 2115, 8, 0)  # blocks of 64 bytes, columns beyond 2048
+@hypothesis.example(64, 130, 1, 0)  # of 2
+@hypothesis.example(256, 65, 8, 0)  # of 8, and a group for each half of one
+def test_absmean_in_cpp_gives_the_bytes_of_numpy(pool, plain, inputs, outputs, parts, seed):
+    hypothesis.assume(inputs % parts == 0)
+    random = np.random.default_rng(seed)
+    codes = random.integers(-128, 128, (2, inputs, outputs + 3)).astype(np.int8)[..., 2:-1]
+    scales = 5e-4 * np.exp(random.standard_normal((2, parts, outputs)))
+    scales[random.random(scales.shape) < 0.05] = 0
+    tensor = QuantizedWeight(codes, scales.astype(ml_dtypes.bfloat16))
+    found = converted(tensor, "ternary", pool)
+    assert_same(found, plain(converted, tensor, "ternary", pool))
+    width, size = found.packed.shape[-1], found.block
+    index = ((1, 2), (outputs // 3, outputs), (size * (width // size // 2), width))
+    found = converted(tensor, "ternary", pool, index)
+    assert_same(found, plain(converted, tensor, "ternary", pool, index))
+
+
+@native
+def test_cpp_is_what_makes_absmean(pool, monkeypatch):
+    for name in ("int8_to_codes", "_pack_codes"):
+        monkeypatch.delattr(conversion, name)
+    converted(int8_weight((2, 256, 70), 8), "ternary", pool)
+
+
+PACK_INT8 = {  # sizes that fit
+    "rows": 6, "outputs": 5, "groups": 2, "size": 4, "first": 2,
+    "block": 1, "columns": 2, "width": 2,
+}  # fmt: skip
+
+
+@native
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"rows": -1},
+        {"rows": 7},  # more than the groups have
+        {"rows": 9, "groups": 3},  # more than the packed bytes have
+        {"outputs": -1},
+        {"groups": 1},
+        {"groups": -1},
+        {"size": 0},
+        {"size": -4},
+        {"first": -1},
+        {"first": 3},
+        {"block": 0},
+        {"block": -1},
+        {"block": 4},
+        {"block": 128, "columns": 128, "width": 128},
+        {"columns": 1},
+        {"columns": 3},
+    ],
+)
+def test_the_library_itself_refuses_sizes_that_do_not_fit(other):
+    codes, packed = np.zeros((6, 5), np.int8), np.zeros((5, 2), np.uint8)
+    bounds = [np.zeros((2, 5), np.int8).ctypes.data] * 2
+    n = PACK_INT8 | other
+
+    def pack(n):
+        return kernels.library().PackInt8(
+            codes.ctypes.data, 5, n["rows"], n["outputs"], *bounds, n["groups"], n["size"],
+            n["first"], n["block"], packed.ctypes.data, n["columns"], n["width"],
+        )  # fmt: skip
+
+    assert pack(PACK_INT8) == 0
+    assert pack(n) == -1
+    assert kernels.library().AbsoluteSums(None, 5, -1, 5, None) == -1
+    assert kernels.library().AbsoluteSums(None, 5, 1, -5, None) == -1
 
 
 def test_gamma_does_not_depend_on_the_order_of_columns():

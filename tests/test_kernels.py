@@ -522,6 +522,35 @@ def test_bytes_with_gaps_between_them(from_base3):
 @pytest.mark.parametrize("rows, width, packed", [(2, 7, 8), (2, 8, 9), (2, 8, 11), (-1, 4, 5)])
 def test_the_library_itself_refuses_widths_that_do_not_fit(rows, width, packed):
     assert kernels.library().FromBase3(None, rows, width, None, packed) == -1
+    assert kernels.library().ToBase3(None, rows, packed, None, width) == -1
+    assert kernels.library().CopyTrits(None, width, None, packed) == -1
+
+
+@native
+@pytest.mark.parametrize("width", [5, 6, 9, 320, 1536])
+def test_five_trits_to_a_byte_in_cpp_is_numpy(width, monkeypatch):
+    packed = np.random.default_rng(0).choice(
+        [a + 4 * b + 16 * c + 64 * d for a in range(3) for b in range(3) for c in range(3)
+         for d in range(3)], (3, 7, width + 2),
+    ).astype(np.uint8)  # fmt: skip
+    views = [packed[..., 1:-1], packed[:, ::2, :-2], packed[0, 0, 2:], packed[:0]]
+    found = [shards.to_base3(view) for view in views]
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    for view, digits in zip(views, found, strict=True):
+        np.testing.assert_array_equal(shards.to_base3(view), digits)
+
+
+@native
+@pytest.mark.parametrize("at", [None, 0, 63, 200, 299])
+@pytest.mark.parametrize("code", [0b11, 0b11_00, 0b11_00_00, 0b11_00_00_00])
+def test_copies_of_trits(at, code):
+    packed = np.random.default_rng(0).choice([0, 1, 2, 0b10_01_10_00, 0b10_10_10_10], (3, 100))
+    packed = packed.astype(np.uint8)
+    if at is not None:
+        packed.reshape(-1)[at] = code
+    out = np.zeros_like(packed)
+    assert kernels.copy_trits(packed, out) == (at is not None)
+    np.testing.assert_array_equal(out, packed)
 
 
 # --- Large pages ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from factories import join_header, mend_sums, split_header
 from hypothesis import strategies as st
 
 import checkpoint
+import files
 import formats
 import quantize
 import shards
@@ -626,6 +627,18 @@ def test_narrower_rows_of_trits_never_reach_the_kernels(tmp_path):
     mend_sums(folder)
     with pytest.raises(CheckpointError, match=r"expected .*trits uint8 \[8, 9, 16\], found.* 15\]"):
         restore(folder, params)
+
+
+def test_sums_are_parsed_once_in_a_load(tmp_path, monkeypatch):
+    params = mixed()
+    folder = save(tmp_path / "saved", params)
+    parsed, parse = [], files.parse_json
+    monkeypatch.setattr(files, "parse_json", lambda text: parsed.append(text) or parse(text))
+    checkpoint.read_config(folder)
+    checkpoint.stored_precision(folder)
+    restore(folder, params)
+    content = (folder / shards.CHECKSUMS).read_bytes()
+    assert parsed.count(content) == 1
 
 
 # --- Numbers that no model has --------------------------------------------------------------------
