@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import hashlib
 import json
@@ -23,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 import checkpoint
 import conversion
 import formats
+import kernels
 import model
 import quantize
 import sharding
@@ -628,6 +630,52 @@ def test_meshes_that_cut_a_packing_block(tmp_path, no_conversion, monkeypatch):
         CheckpointError, match="linear/w: a shard of 2 packed bytes cuts a block of 16"
     ):
         checkpoint.restore(tmp_path, template, [("w", "ternary")], rows)
+
+
+@pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels")
+@pytest.mark.parametrize("mesh", [None, (1, 2), (2, 4)])
+@pytest.mark.parametrize("name", ["ternary", "ternary-fit-64", "ternary2-128"])
+@pytest.mark.parametrize("stored", [True, False], ids=["converted", "released"])
+def test_outputs_side_by_side_on_every_mesh(tmp_path, name, mesh, stored):
+    """Where 64 outputs of a device's part lie in whole groups, and else in rows."""
+    shapes = {"moe/linear": (2, 256, 512), "moe/linear_1": (2, 2048, 192), "moe/linear_v": (40, 96)}
+    params = {f"layer/{module}": {"w": random_weight(s, 1)} for module, s in shapes.items()}
+    template = {m: {"w": jax.ShapeDtypeStruct(w["w"].shape, np.float32)} for m, w in params.items()}
+    checkpoint.save(tmp_path / "released", params)
+    rules = [("w", name)]
+    rows = checkpoint.restore(tmp_path / "released", template, rules)
+    config = checkpoint.quantization(name, rules)
+    checkpoint.save_converted(tmp_path / "converted", rows, config)
+    folder = tmp_path / ("converted" if stored else "released")
+
+    def shardings(tree):
+        axes = {"linear": (None, "model"), "linear_1": ("model", None), "linear_v": (None, None)}
+
+        def one(module, w):
+            *lead, inputs, outputs = (None, *axes[module.rpartition("/")[2]])[-len(w.shape) :]
+            on = functools.partial(NamedSharding, sharding.make_mesh(*mesh))
+            last = [None] * w.interleaved
+            return dataclasses.replace(
+                w,
+                packed=on(P(*lead, outputs, inputs, *last, *last)),
+                scales=on(P()),
+                multipliers=w.multipliers and on(P(*lead, outputs, inputs, None, *last)),
+            )
+
+        return {module: {"w": one(module, w["w"])} for module, w in tree.items()}
+
+    found = checkpoint.restore(
+        folder, template, rules, mesh and shardings, interleave=True, threads=2
+    )
+    assert [w["w"].interleaved for w in found.values()] == [True, True, False]
+    assert_same(jax.tree.map(np.asarray, _in_rows(found)), rows)
+    checkpoint.save_converted(tmp_path / "again", found, config)
+    assert_same(checkpoint.restore(tmp_path / "again", template, rules), rows)
+
+
+def _in_rows(params):
+    """Each of the weights as `quantize.in_rows` has it."""
+    return {module: {"w": quantize.in_rows(w["w"])} for module, w in params.items()}
 
 
 # --- Writing --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import kernels
+import quantize
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,8 +24,9 @@ pytestmark = pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels"
 
 SIZES = {
     "blocks": 2, "R": 3, "I": 13, "E": 5, "O": 7, "B": 4, "D": 11, "V": 9,
-    "T": 3, "N": 6, "K": 2, "S": 4, "H": 8, "C": 17,
+    "T": 3, "K": 2, "S": 4, "H": 8, "C": 17,
     "G": 2, "P": 1,
+    "N": 6, "N64": 2, "Q": 1, "64": 64, "4": 4, "128": 128,
 }  # fmt: skip
 Q, CACHE, POSITIONS = "float32 B T N H", "float32 B K S H", "int32 B T"
 ATTENTION = {"q": Q, "k": CACHE, "v": CACHE, "positions": POSITIONS}
@@ -40,6 +42,16 @@ CALLS = {
             "multipliers": "int8 E O G P",
         },
         {"sums": "int32 blocks R O"},
+        {"block": np.int64(2), "path": np.int64(-1)},
+    ),
+    "TernarySums interleaved": (
+        {
+            "x": "int8 blocks R I",
+            "packed": "uint8 E N64 Q 64 4",
+            "experts": "int32 blocks",
+            "multipliers": "int8 E N64 G P 64",
+        },
+        {"sums": "int32 blocks R 128"},
         {"block": np.int64(2), "path": np.int64(-1)},
     ),
     "TableDot": (
@@ -71,6 +83,7 @@ CALLS = {
 # group of them all, and any number of slots.
 FREE = {
     "TernarySums": {("I", 12), ("G", 1)},
+    "TernarySums interleaved": {("I", 12), ("G", 1)},
     "WriteSlots": {("S", 3), ("S", 256)},
 }
 OTHER_DTYPES = {("TableDot", "table", "bfloat16"), ("TableDot", "table", "int8")}
@@ -94,7 +107,7 @@ def call(name, arrays=None, **other_attributes):
         for array, (dtype, axes) in (arrays or arrays_of(name)).items()
     }
     f = jax.ffi.ffi_call(
-        f"ternary_grok_{name}",
+        f"ternary_grok_{name.split()[0]}",
         [structs[result] for result in results],
         input_output_aliases={list(arguments).index(r): 0 for r in results if r in arguments},
     )
@@ -217,7 +230,8 @@ def test_a_cache_that_is_not_written_in_place_is_an_error():
 @pytest.mark.parametrize("expert", [-1, 5, 2**31 - 1, -(2**31)])
 def test_an_expert_that_is_not_there_gives_zeros(expert):
     x, packed = jnp.ones((2, 3, 13), jnp.int8), jnp.ones((5, 7, 4), jnp.uint8)
-    sums = kernels.ternary_sums(x, packed, jnp.array([expert, 0], jnp.int32), 2)
+    w = quantize.PackedWeight(packed, None, block=2)
+    sums = kernels.ternary_sums(x, w, jnp.array([expert, 0], jnp.int32))
     assert (sums[0] == 0).all() and (sums[1] != 0).all()
 
 

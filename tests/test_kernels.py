@@ -119,6 +119,16 @@ def test_every_block_size_of_the_packing(rows, block, path):
 
 
 @native
+@pytest.mark.parametrize("rows, inputs", [(1, 6144), (3, 384), (6, 512), (40, 2560)])
+def test_outputs_side_by_side(rows, inputs, path):
+    x, weight, chosen = problem(2, rows, inputs, 192, 2)
+    weights = [weight, *(grouped(inputs, 192, 2, planes, slabs) for planes, slabs in KINDS)]
+    interleaved = [quantize.interleave(w) for w in weights]
+    assert all(w.interleaved for w in interleaved)
+    assert_exact(x, interleaved, chosen, path)
+
+
+@native
 @pytest.mark.parametrize("planes, slabs", [(1, 1), (1, 4), (2, 0), (2, 2)])
 def test_the_sums_of_a_row_do_not_depend_on_other_rows(planes, slabs, path):
     x, _, chosen = problem(1, 21, 1536, 70, 1)

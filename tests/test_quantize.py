@@ -110,6 +110,66 @@ def test_packing_inside_transformations(shape):
         assert np.array_equal(jax.vmap(quantize.unpack)(mapped), trits)
 
 
+@pytest.mark.parametrize("multipliers", [None, (1, 1), (2, 2)])
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_outputs_side_by_side(lead, multipliers):
+    """Four bytes of each of 64 outputs, in turn; and back."""
+    random = np.random.default_rng(0)
+    scales = np.ones((*lead, 1, 1), np.float32)
+    if multipliers is None:
+        w = quantize.pack(random.integers(-1, 2, (*lead, 256, 128)).astype(np.int8), scales)
+    else:
+        groups, planes = multipliers
+        trits = random.integers(-1, 2, (*lead, planes, 256, 128)).astype(np.int8)
+        shape = (*lead, 128, groups, planes)
+        w = quantize.pack(trits, scales, random.integers(0, 64, shape, np.int8))
+    for made in (quantize.interleave(w), jax.jit(quantize.interleave)(w)):
+        assert made.interleaved and (made.shape, made.planes) == (w.shape, w.planes)
+        o, byte = 70, 13
+        found = made.packed[..., o // 64, byte // 4, o % 64, byte % 4]
+        np.testing.assert_array_equal(found, w.packed[..., o, byte])
+        assert quantize.interleave(made) is made
+        back = quantize.in_rows(made)
+        for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(w), strict=True):
+            np.testing.assert_array_equal(x, y)
+        assert jax.tree.structure(back) == jax.tree.structure(w)
+        np.testing.assert_array_equal(quantize.unpack(made), quantize.unpack(w))
+        np.testing.assert_array_equal(quantize.dequantize(made), quantize.dequantize(w))
+
+
+@pytest.mark.parametrize("inputs, outputs", [(256, 96), (40, 128), (1000, 64)])
+def test_sizes_that_do_not_lie_side_by_side(inputs, outputs):
+    w = quantize.pack(random_trits(inputs, outputs), np.ones((1, 1), np.float32))
+    assert quantize.interleave(w) is w and quantize.in_rows(w) is w
+    floats = np.ones((256, 128), np.float32)
+    assert quantize.interleave(floats) is floats
+
+
+@pytest.mark.parametrize("activations", ["float", "int8", "int15"])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_interleaved_products_in_plain_jax(planes, activations, monkeypatch):
+    """In tiles of columns; to the last bit, and the gradient, too."""
+    monkeypatch.setattr(quantize, "TILE", 256 * 100)  # of 64 outputs, then, and not of 100
+    random = np.random.default_rng(0)
+    trits = random.integers(-1, 2, (3, planes, 256, 192)).astype(np.int8)
+    multipliers = random.integers(1, 64, (3, 192, 4, planes), np.int8)
+    w = quantize.pack(trits, random.random((3, 1, 192), np.float32), multipliers)
+    x = jnp.asarray(random.standard_normal((6, 256)), jnp.float32)
+
+    def product(x, w):
+        experts = jnp.array([2, -1, 0])
+        return quantize.grouped_dot(x, w, experts, activations=activations)
+
+    def both(w):
+        w = jax.tree.map(jnp.asarray, w)
+        with kernels.disabled():
+            gradient = jax.grad(lambda x: jnp.sum(jnp.sin(product(x, w))))
+            return jax.jit(product)(x, w), jax.jit(gradient)(x)
+
+    for found, wanted in zip(both(quantize.interleave(w)), both(w), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_a_packed_weight_keeps_its_layout_through_tree_map():
     packed = quantize.pack(random_trits(30, 4), np.ones((1, 1), np.float32))
     copy = jax.tree.map(np.copy, packed)
