@@ -532,8 +532,13 @@ def test_bytes_with_gaps_between_them(from_base3):
 @pytest.mark.parametrize("rows, width, packed", [(2, 7, 8), (2, 8, 9), (2, 8, 11), (-1, 4, 5)])
 def test_the_library_itself_refuses_widths_that_do_not_fit(rows, width, packed):
     assert kernels.library().FromBase3(None, rows, width, None, packed) == -1
-    assert kernels.library().ToBase3(None, rows, packed, None, width) == -1
     assert kernels.library().CopyTrits(None, width, None, packed) == -1
+
+
+@native
+@pytest.mark.parametrize("rows, packed, width", [(2, 11, 8), (2, 10, 4), (2, -1, 0), (-1, 5, 4)])
+def test_five_trits_to_a_byte_need_widths_that_fit(rows, packed, width):
+    assert kernels.library().ToBase3(None, rows, packed, None, width) == -1
 
 
 @native
