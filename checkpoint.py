@@ -531,7 +531,7 @@ def _side_by_side(parts: PackedWeight, pool) -> PackedWeight:
     """`parts` of a weight in rows, functions of an index, as those of an interleaved one."""
 
     def packed(index):
-        rows = parts.packed(_packed_rows(index))
+        rows = np.ascontiguousarray(parts.packed(_packed_rows(index)))  # changed in place
         groups = rows.reshape(-1, quantize.LANES * rows.shape[-1])
         for _ in pool.map(kernels.interleave, np.array_split(groups, -(-len(groups) // 8))):
             pass

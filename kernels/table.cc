@@ -52,6 +52,24 @@ AVX512 inline __m512 Load16(const int8_t* p, __mmask16 mask) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
 }
 
+// Adds the products of 64 numbers; mask: which of each 16 there are.
+template <class T, int M, int N>
+AVX512 INLINE void AddLanes(const T* table, const float* x, int64_t size,
+                            const __mmask16 (&mask)[4], __m512 (&sums)[M][N][4]) {
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    __m512 w[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) w[n] = Load16(table + n * size + 16 * k, mask[k]);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const __m512 some = _mm512_maskz_loadu_ps(mask[k], x + m * size + 16 * k);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[m][n][k] = _mm512_fmadd_ps(w[n], some, sums[m][n][k]);
+    }
+  }
+}
+
 // M rows of x times N rows of the table.
 template <class T, int M, int N>
 AVX512 void Avx512Tile(const T* table, const float* x, int64_t size, int64_t vocab, float* out) {
@@ -62,20 +80,6 @@ AVX512 void Avx512Tile(const T* table, const float* x, int64_t size, int64_t voc
     for (auto& pair : row)
 #pragma GCC unroll 4
       for (auto& sum : pair) sum = _mm512_setzero_ps();
-  auto add = [&](int64_t i, auto mask) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      __m512 w[N];
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) w[n] = Load16(table + n * size + i + 16 * k, mask(k));
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const __m512 some = _mm512_maskz_loadu_ps(mask(k), x + m * size + i + 16 * k);
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sums[m][n][k] = _mm512_fmadd_ps(w[n], some, sums[m][n][k]);
-      }
-    }
-  };
   int64_t i = 0;
 #pragma GCC unroll 1
   for (; i + kLanes <= size; i += kLanes) {
@@ -84,14 +88,19 @@ AVX512 void Avx512Tile(const T* table, const float* x, int64_t size, int64_t voc
       for (size_t line = 0; line < kLanes * sizeof(T); line += 64)
         _mm_prefetch(ahead + line, _MM_HINT_T0);
     }
-    add(i, [](int) -> __mmask16 { return 0xffff; });
+    AddLanes<T, M, N>(table + i, x + i, size, {0xffff, 0xffff, 0xffff, 0xffff}, sums);
   }
-  if (i < size)
-    add(i, [&](int k) -> __mmask16 {
+  if (i < size) {
+    __mmask16 mask[4];
+    for (int k = 0; k < 4; ++k) {
       const int64_t left = size - i - 16 * k;
-      return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-    });
+      mask[k] = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+    }
+    AddLanes<T, M, N>(table + i, x + i, size, mask, sums);
+  }
+#pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const __m512(&s)[4] = sums[m][n];
       alignas(64) float lanes[16];
