@@ -130,13 +130,6 @@ def put(learned: Params, params: Params, form: Callable[[Latent], Any]) -> Param
     return {module: weights | made.get(module, {}) for module, weights in params.items()}
 
 
-def forward(params: Params, h: jax.Array, config) -> jax.Array:
-    """A layer's hidden states [B, T, D] for those that reach it."""
-    for half in ("attention", "experts"):
-        h = calibration.run(params, h, config=config, half=half, want="h")
-    return h
-
-
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
 def step(learned: Params, state, params: Params, unit: Params, h, wanted, rate, *, config):
     """What is learned, and the state of Adam, after a step towards the wanted hidden states.
@@ -145,7 +138,7 @@ def step(learned: Params, state, params: Params, unit: Params, h, wanted, rate, 
     """
 
     def loss(learned):
-        made = forward(put(learned, params, values), h, config)
+        made = calibration.run_layer(put(learned, params, values), h, config=config).hidden
         return jnp.mean(jnp.square(made.astype(jnp.float32) - wanted))
 
     direction, state = optax.scale_by_adam().update(jax.grad(loss)(learned), state)
@@ -170,7 +163,7 @@ class RecoveredLayer(calibration.Layer):
         self.errors = [self._error(params, before) for params in (converted, learned)]
         if self.errors[1] < self.errors[0]:
             self.student = learned
-            for batch, h in self._outputs(learned, before, slice(0, len(before))):
+            for batch, h in self._made_by(learned, before, slice(0, len(before))):
                 self.streams.student[batch] = h
         return self.student
 
@@ -183,15 +176,17 @@ class RecoveredLayer(calibration.Layer):
         errors = [error if math.isfinite(error) else None for error in self.errors]
         return super().report() | {"layers": [{"errors": errors}]}
 
-    def _outputs(self, params: Params, before: np.ndarray, of: slice):
+    def _made_by(self, params: Params, before: np.ndarray, of: slice):
         """Slices of windows, and what the layer makes of the hidden states there."""
-        for batch, there in self._batches(of):
-            h = np.pad(before[batch], [(0, np.sum(~there)), (0, 0), (0, 0)])
-            yield batch, np.asarray(forward(params, h, self.config))[there]
+
+        def hidden(h):
+            return calibration.run_layer(params, h, config=self.config).hidden
+
+        return self._outputs(hidden, before, of)
 
     def _error(self, params: Params, before: np.ndarray) -> float:
         lost = moved = 0.0
-        for batch, h in self._outputs(params, before, slice(self.seen, len(before))):
+        for batch, h in self._made_by(params, before, slice(self.seen, len(before))):
             wanted = self.streams.teacher[batch].astype(np.float32)
             lost += np.square(h - wanted).sum(dtype=float)
             moved += np.square(before[batch] - wanted).sum(dtype=float)
