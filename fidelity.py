@@ -71,9 +71,13 @@ class Walker:
         self.layer = functools.partial(calibration.run_layer, config=config)
         self.head = jax.jit(hk.without_apply_rng(hk.transform(head)).apply)
 
+    def params(self, prefix: str = "") -> dict:
+        """All at once, or those of modules with this prefix, the embedding table among them."""
+        return runners.cast_embeddings(self._restore(prefix), self.config)
+
     def outer_params(self) -> dict:
         """The embedding table and the last norm."""
-        return runners.cast_embeddings(self._restore("language_model/"), self.config)
+        return self.params("language_model/")
 
     def layer_params(self, i: int) -> dict:
         """Layer i, under the name of layer 0: all have one program."""

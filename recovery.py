@@ -141,9 +141,26 @@ def step(learned: Params, state, params: Params, unit: Params, h, wanted, rate, 
         made = calibration.run_layer(put(learned, params, values), h, config=config).hidden
         return jnp.mean(jnp.square(made.astype(jnp.float32) - wanted))
 
-    direction, state = optax.scale_by_adam().update(jax.grad(loss)(learned), state)
-    move = functools.partial(jax.tree.map, lambda x, d, unit: x - rate * unit * d)
-    return move(learned, direction, unit), state
+    return moved(learned, state, jax.grad(loss)(learned), unit, rate)
+
+
+def moved(learned: Params, state, gradient: Params, unit: Params, rate):
+    """What is learned, and the state of Adam, a step on."""
+    direction, state = optax.scale_by_adam().update(gradient, state)
+    return jax.tree.map(lambda x, d, unit: x - rate * unit * d, learned, direction, unit), state
+
+
+def turns(windows: int, size: int, steps: int, rate: float):
+    """For each step, the indices of so many of the windows, and its rate, which a cosine lowers.
+
+    In a random order, in which each comes once before any comes again.
+    """
+    random, order = np.random.default_rng(0), np.empty(0, int)
+    for i in range(steps):
+        while len(order) < size:
+            order = np.concatenate([order, random.permutation(windows)])
+        yield order[:size], rate * (1 + math.cos(math.pi * i / steps)) / 2
+        order = order[size:]
 
 
 class RecoveredLayer(calibration.Layer):
@@ -196,15 +213,10 @@ class RecoveredLayer(calibration.Layer):
         """The layer after steps on the windows that are not held out, in a random order."""
         size = max(1, TOKENS // before.shape[1])
         steps = -(-self.tokens // (size * before.shape[1]))
-        random, order = np.random.default_rng(0), np.empty(0, int)
         learned = learnable(self.student, self.teacher)
         unit, state = units(learned), optax.scale_by_adam().init(learned)
-        for i in range(steps):
-            while len(order) < size:
-                order = np.concatenate([order, random.permutation(self.seen)])
-            windows, order = order[:size], order[size:]
+        for i, (windows, rate) in enumerate(turns(self.seen, size, steps, RATE)):
             rows = before[windows], self.streams.teacher[windows]
-            rate = RATE * (1 + math.cos(math.pi * i / steps)) / 2
             learned, state = step(
                 learned, state, self.student, unit, *rows, rate, config=self.config
             )

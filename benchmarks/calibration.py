@@ -32,7 +32,7 @@ import quantize
 from benchmarks import memory, timer
 
 WEIGHTS = "ternary-fit-128"
-PIECE = 1 << 26  # weights that are rounded at a time
+PIECE = 1 << 25  # weights that are rounded at a time
 PAPER = 1 << 18  # tokens to calibrate with that the outlook is for
 # Matrices with the same inputs are converted together, in this order.
 STEPS = {
