@@ -32,7 +32,7 @@ import quantize
 from benchmarks import memory, timer
 
 WEIGHTS = "ternary-fit-128"
-PIECE = 1 << 25  # weights that are rounded at a time
+PIECE = 1 << 24  # weights that are rounded at a time
 PAPER = 1 << 18  # tokens to calibrate with that the outlook is for
 # Matrices with the same inputs are converted together, in this order.
 STEPS = {
@@ -122,6 +122,10 @@ class MeasuredLayer(calibration.Layer):
     def _convert(self, half, names, want):
         self.block = "attention" if half == "attention" else "expert"
         super()._convert(half, names, want)
+
+    def _move_on(self, half):
+        if half == "attention":  # what comes out of the layer, nobody asks for
+            super()._move_on(half)
 
     def _round(self, at, expert, tokens, seen, held):
         inputs, outputs = self.tensors[at].shape
@@ -215,11 +219,12 @@ def convert(config, windows: int, length: int, folder: Path, pieces: int | None)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         layer = MeasuredLayer(config, entries, streams, pool, folder=folder, pieces=pieces)
         run, add = calibration.run, gptq.add
+        rows, calibration.ROWS = calibration.ROWS, length  # so that no batch is padded
         calibration.run, gptq.add = layer.note("hidden states", run), layer.note("moments", add)
         try:
             layer.convert(jax.local_devices())
         finally:
-            calibration.run, gptq.add = run, add
+            calibration.run, gptq.add, calibration.ROWS = run, add, rows
     return layer
 
 
@@ -246,8 +251,9 @@ def operations(config, tokens: int) -> Parts:
             found[block, "moments"] += 4.0 * tokens * inputs * size
             for name in names:
                 product = 2.0 * math.prod(sizes[name])
-                # In both models; of the first step once more, for the inputs of the second.
-                found[block, "hidden states"] += 2 * tokens * product * (2 - number)
+                # In both models; first for the inputs of the second step, then for the streams.
+                often = {"attention": 2 - number, "expert": 1 - number}[block]
+                found[block, "hidden states"] += 2 * tokens * product * often
                 found[block, "factor"] += 4 / 3 * inputs * size**2
                 for part, count in PRODUCTS.items():
                     found[block, part] += count * size * product
@@ -274,10 +280,14 @@ def of_layer(parts: Parts, config, tokens: int) -> Parts:
     """Of a layer with all experts and PAPER tokens, from what a block takes with so many tokens."""
     found = {}
     for (block, part), value in parts.items():
-        often = PAPER / tokens, 1.0
-        if block == "expert":
-            often = config.num_selected_experts * PAPER / tokens, float(config.num_experts)
-        found[block, part] = value * often[part not in ("hidden states", "moments")]
+        expert, often = block == "expert", PAPER / tokens
+        if part not in ("hidden states", "moments"):
+            often = config.num_experts if expert else 1
+        elif expert:
+            often *= config.num_selected_experts
+            if part == "hidden states":  # two products of five: the streams were not moved on
+                often *= 5 / 2
+        found[block, part] = value * often
     return found
 
 
