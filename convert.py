@@ -751,8 +751,9 @@ def tune(args: argparse.Namespace, source: Path, output: Path) -> None:
         calibrate=make,
         noted=files.read_json(untuned / REPORT),
     )
-    before, after = files.read_json(output / REPORT)["tuned"]["divergences"]
-    report(tuned=f"KL of {before} to {after} nats per token on what was held out")
+    found = files.read_json(output / REPORT)["tuned"]["divergences"]
+    before, after = ("no number" if x is None else f"{x:.4f}" for x in found)
+    report(tuned=f"KL from {before} to {after} nats per token, on windows that were held out")
 
 
 def windows_of(folder: Path, config, text: str, tokens: int) -> np.ndarray:
