@@ -78,7 +78,7 @@ class Choice:
 
 WAYS = ("plain", "swept", "descended")
 
-# --- Running half a layer -------------------------------------------------------------------------
+# --- A layer at a time ----------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -96,7 +96,8 @@ def embed(params: Params, tokens: jax.Array, *, config) -> jax.Array:
 def run(params: Params, h: jax.Array, *, config, half: str, want: str) -> Any:
     """What half a layer, "attention" or "experts", makes of h [B, T, D], or a part of it meets.
 
-    want: "h", the new hidden states [B, T, D]; or the inputs of a module of this name, a tuple
+    want: "h", the new hidden states [B, T, D]; "output", of experts, the model.LayerOutput; or the
+      inputs of a module of this name, a tuple
     """
     inputs = {}
 
@@ -114,10 +115,17 @@ def run(params: Params, h: jax.Array, *, config, half: str, want: str) -> Any:
             if half == "attention":
                 positions = jnp.broadcast_to(jnp.arange(h.shape[1]), h.shape[:2])
                 return model.add_attention(config, h, positions, None)[0]
-            return model.add_experts(config, h, jnp.ones(h.shape[:2], bool)).hidden
+            output = model.add_experts(config, h, jnp.ones(h.shape[:2], bool))
+            return output if want == "output" else output.hidden
 
-    h = hk.without_apply_rng(hk.transform(forward)).apply(params, h)
-    return h if want == "h" else inputs[want]
+    made = hk.without_apply_rng(hk.transform(forward)).apply(params, h)
+    return made if want in ("h", "output") else inputs[want]
+
+
+def run_layer(params: Params, h: jax.Array, *, config) -> model.LayerOutput:
+    """What a whole layer, called LAYER, makes of h [B, T, D]."""
+    h = run(params, h, config=config, half="attention", want="h")
+    return run(params, h, config=config, half="experts", want="output")
 
 
 def as_multiplied(x: jax.Array, activations: str) -> jax.Array:
@@ -230,18 +238,22 @@ class Layer:
             there = np.arange(size) < batch.stop - batch.start
             yield batch, there
 
-    def _run(self, whose: str, batch: slice, size: int, half: str, want: str):
-        h = getattr(self.streams, whose)[batch]
-        h = np.pad(h, [(0, size - len(h)), (0, 0), (0, 0)])
+    def _outputs(self, f: Callable, h: np.ndarray, of: slice):
+        """Slices of windows, and f, an array or a tree, of the hidden states h [W, T, D] there."""
+        for batch, there in self._batches(of):
+            made = f(padded(h[batch], len(there)))
+            yield batch, jax.tree.map(lambda x, there=there: np.asarray(x)[there], made)
+
+    def _run(self, half: str, want: str, whose: str, h):
         config = self.config if whose == "student" else self.of_teacher
         return run(getattr(self, whose), h, config=config, half=half, want=want)
 
     def _move_on(self, half: str) -> None:
         for whose in self.models:
             stream = getattr(self.streams, whose)
-            for batch, there in self._batches(slice(0, len(stream))):
-                h = self._run(whose, batch, len(there), half, "h")
-                stream[batch] = np.asarray(h)[there]
+            moved = functools.partial(self._run, half, "h", whose)
+            for batch, h in self._outputs(moved, stream, slice(0, len(stream))):
+                stream[batch] = h
 
     def _convert(self, half: str, names: list[str], want: str) -> None:
         """Converts matrices with the same inputs, those of the module `want`."""
@@ -253,7 +265,8 @@ class Layer:
         for part in (slice(0, self.seen), slice(self.seen, windows)):
             moments = gptq.Moments.zeros(self.tensors[keys[0]].shape[-2])
             for batch, there in self._batches(part):
-                met = [self._run(w, batch, len(there), half, want)[0] for w in self.models]
+                h = [padded(getattr(self.streams, w)[batch], len(there)) for w in self.models]
+                met = [self._run(half, want, w, x)[0] for w, x in zip(self.models, h, strict=True)]
                 weights = jnp.repeat(jnp.asarray(there, jnp.float32), met[0].shape[1])
                 x, other = (y.reshape(-1, y.shape[-1]) for y in (met[0], met[-1]))
                 x = as_multiplied(x, self.config.activations)
@@ -317,10 +330,9 @@ class Layer:
 
     def _routing(self):
         """The teacher's choices, expert index and gate [W, T, A] each."""
-        found = []
-        for batch, there in self._batches(slice(0, len(self.streams.teacher))):
-            _, gates, index, _ = self._run("teacher", batch, len(there), "experts", "moe")
-            found.append((np.asarray(index)[there], np.asarray(gates)[there]))
+        met = functools.partial(self._run, "experts", "moe", "teacher")  # x, gates, index, valid
+        h = self.streams.teacher
+        found = [made for _, made in self._outputs(lambda h: met(h)[2:0:-1], h, slice(0, len(h)))]
         return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
     def _convert_expert(self, expert: int, keys, index, gates) -> dict:
@@ -373,6 +385,11 @@ class Layer:
                     moments[i] = gptq.add(moments[i], x, other, weights)
             made[down] = self._round(down, expert, tokens, *moments)
         return made
+
+
+def padded(h: np.ndarray, size: int) -> np.ndarray:
+    """Windows [W, T, D] and as many of zeros as make up `size`."""
+    return np.pad(h, [(0, size - len(h)), (0, 0), (0, 0)])
 
 
 def one_matrix(make: Callable[[conversion.Index], Any], expert: int, shapes: Any):

@@ -47,6 +47,7 @@ import quantize
 import recovery
 import shards
 import tokenizer
+import tuning
 from checkpoint import CheckpointError, readable_size
 from conversion import slices
 from quantize import PackedWeight, QuantizedWeight
@@ -503,6 +504,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="then take gradients of N of these tokens in each layer, towards the source's outputs",
     )
     add(
+        "--tune",
+        type=functools.partial(positive, int),
+        metavar="N",
+        help="at last take gradients of N tokens in the whole model, if it fits: scales, norms and "
+        "routers learn the source's predictions",
+    )
+    add(
         "--activations",
         choices=quantize.ACTIVATIONS,
         help="what the converted matrices are to be multiplied with (as the source says)",
@@ -523,10 +531,15 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("give SOURCE and OUTPUT folders, or one of the flags with its own")
     if args.budget and not args.calibrate:
         parser.error("--budget chooses by a text; give one with --calibrate")
-    for name in ("calibration_tokens", "recover"):
+    for name in ("calibration_tokens", "recover", "tune"):
         if getattr(args, name) and not args.calibrate:
             parser.error(f"--{name.replace('_', '-')} is of a text; give one with --calibrate")
     args.calibration_tokens = args.calibration_tokens or calibration.TOKENS
+    if args.tune and args.stream:
+        parser.error(
+            "--tune takes the whole release into memory, and --stream deletes it; --download it, "
+            "then convert the folder"
+        )
     if args.budget and args.stream:
         parser.error(
             "--budget reads the release twice, and --stream would fetch it twice; --download it, "
@@ -618,6 +631,9 @@ def convert_command(args: argparse.Namespace) -> None:
     source, output = (None, args.stream) if args.stream else args.folders
     if source is not None:
         check_source(source)
+    if args.tune and not output.exists():
+        tune(args, source, output)
+        return
     config = resolve_config(source, args.preset)
     if args.activations:
         config = dataclasses.replace(config, activations=args.activations)
@@ -642,10 +658,11 @@ def convert_command(args: argparse.Namespace) -> None:
         about["quantization_config"]["calibration"] = {
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "tokens": args.calibration_tokens,
-        } | ({"recover": args.recover} if args.recover else {})
+        } | {name: getattr(args, name) for name in ("recover", "tune") if getattr(args, name)}
     if output.exists():
         check_complete(output, about)
-        for folder in (scratch, kept):  # what an interruption after the last rename left
+        untuned = [untuned_folder(output)] if args.tune else []
+        for folder in (scratch, kept, *untuned):  # what an interruption after the last rename left
             shutil.rmtree(folder, ignore_errors=True)
         report(done=f"{output} is complete already; --verify compares it with its checksums")
         return
@@ -698,6 +715,45 @@ def convert_command(args: argparse.Namespace) -> None:
         written=f"{readable_size(written)} to {output}",
         memory=f"{readable_size(peak_memory())} at the peak, mapped pages of files included",
     )
+
+
+def untuned_folder(output: Path) -> Path:
+    """Where a model is converted to that then learns as a whole."""
+    return output.parent / f"{output.name}.untuned"
+
+
+def tune(args: argparse.Namespace, source: Path, output: Path) -> None:
+    """Converts without --tune to a folder of its own, and that to the output."""
+    untuned = untuned_folder(output)
+    convert_command(argparse.Namespace(**vars(args) | {"folders": [source, untuned], "tune": None}))
+    about, config = checkpoint.read_config(untuned), resolve_config(untuned)
+    about["quantization_config"]["calibration"]["tune"] = args.tune
+    text = data.split(data.load_text(args.calibrate))[0]
+    count = args.tune * calibration.HELD // (calibration.HELD - 1)  # with those held out
+    make = functools.partial(
+        tuning.Tuning, source, untuned, windows_of(untuned, config, text, count), args.tune
+    )
+    named = checkpoint.stored_precision(untuned)
+    entries = checkpoint.check_files(untuned, model.abstract_params(config), named)
+    entries = sorted(entries, key=lambda entry: calibration.order(entry.module))
+    shard_size = round(args.shard_size * 1e9)
+    check_space(output, entries, args.packing, shard_size, streamed=False)
+    convert(
+        entries,
+        output,
+        about,
+        find_tokenizer(untuned, config.vocab_size),
+        source=str(source.resolve()),
+        packing=args.packing,
+        shard_size=shard_size,
+        threads=args.threads,
+        progress=sys.stderr.isatty(),
+        calibrate=make,
+        noted=files.read_json(untuned / REPORT),
+    )
+    found = files.read_json(output / REPORT)["tuned"]["divergences"]
+    before, after = ("no number" if x is None else f"{x:.4f}" for x in found)
+    report(tuned=f"KL from {before} to {after} nats per token, on windows that were held out")
 
 
 def windows_of(folder: Path, config, text: str, tokens: int) -> np.ndarray:

@@ -10,7 +10,6 @@ Shape letters as in `model.py`; W windows of T tokens. Of two things, the teache
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import haiku as hk
@@ -63,22 +62,22 @@ class Walker:
         shardings = functools.partial(sharding.parameter_shardings, mesh)
         self.placement = checkpoint.placement_of(self.entries, shardings)
 
-        def layer(h):
-            valid = jnp.ones(h.shape[:2], bool)
-            positions = jnp.broadcast_to(jnp.arange(h.shape[1]), valid.shape)
-            return model.DecoderLayer(config, "decoder_layer_0")(h, positions, valid, None)[0]
-
         def head(h):
-            h = model.RMSNorm(config.rms_norm_eps)(h)
-            return model.InOutEmbed(config).decode(h)
+            with hk.name_scope("language_model"):
+                h = model.RMSNorm(config.rms_norm_eps)(h)
+                return model.InOutEmbed(config).decode(h)
 
-        self.embed = _compiled("language_model", lambda tokens: model.InOutEmbed(config)(tokens))
-        self.layer = _compiled("transformer", layer)
-        self.head = _compiled("language_model", head)
+        self.embed = functools.partial(calibration.embed, config=config)
+        self.layer = functools.partial(calibration.run_layer, config=config)
+        self.head = jax.jit(hk.without_apply_rng(hk.transform(head)).apply)
+
+    def params(self, prefix: str = "") -> dict:
+        """All at once, or those of modules with this prefix, the embedding table among them."""
+        return runners.cast_embeddings(self._restore(prefix), self.config)
 
     def outer_params(self) -> dict:
         """The embedding table and the last norm."""
-        return runners.cast_embeddings(self._restore("language_model/"), self.config)
+        return self.params("language_model/")
 
     def layer_params(self, i: int) -> dict:
         """Layer i, under the name of layer 0: all have one program."""
@@ -89,17 +88,6 @@ class Walker:
     def _restore(self, prefix: str) -> dict:
         entries = [entry for entry in self.entries if entry.module.startswith(prefix)]
         return checkpoint.restore_entries(entries, self.placement)
-
-
-def _compiled(scope: str, f: Callable) -> Callable:
-    """f of an array, with modules of this scope, as a compiled function of parameters, too."""
-
-    def scoped(x):
-        with hk.name_scope(scope):
-            return f(x)
-
-    apply = hk.transform(scoped).apply
-    return jax.jit(lambda params, x: apply(params, None, x))
 
 
 def open_teacher(folder: Path, mesh) -> Walker:

@@ -130,13 +130,6 @@ def put(learned: Params, params: Params, form: Callable[[Latent], Any]) -> Param
     return {module: weights | made.get(module, {}) for module, weights in params.items()}
 
 
-def forward(params: Params, h: jax.Array, config) -> jax.Array:
-    """A layer's hidden states [B, T, D] for those that reach it."""
-    for half in ("attention", "experts"):
-        h = calibration.run(params, h, config=config, half=half, want="h")
-    return h
-
-
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
 def step(learned: Params, state, params: Params, unit: Params, h, wanted, rate, *, config):
     """What is learned, and the state of Adam, after a step towards the wanted hidden states.
@@ -145,12 +138,29 @@ def step(learned: Params, state, params: Params, unit: Params, h, wanted, rate, 
     """
 
     def loss(learned):
-        made = forward(put(learned, params, values), h, config)
+        made = calibration.run_layer(put(learned, params, values), h, config=config).hidden
         return jnp.mean(jnp.square(made.astype(jnp.float32) - wanted))
 
-    direction, state = optax.scale_by_adam().update(jax.grad(loss)(learned), state)
-    move = functools.partial(jax.tree.map, lambda x, d, unit: x - rate * unit * d)
-    return move(learned, direction, unit), state
+    return moved(learned, state, jax.grad(loss)(learned), unit, rate)
+
+
+def moved(learned: Params, state, gradient: Params, unit: Params, rate):
+    """What is learned, and the state of Adam, a step on."""
+    direction, state = optax.scale_by_adam().update(gradient, state)
+    return jax.tree.map(lambda x, d, unit: x - rate * unit * d, learned, direction, unit), state
+
+
+def turns(windows: int, size: int, steps: int, rate: float):
+    """For each step, the indices of so many of the windows, and its rate, which a cosine lowers.
+
+    In a random order, in which each comes once before any comes again.
+    """
+    random, order = np.random.default_rng(0), np.empty(0, int)
+    for i in range(steps):
+        while len(order) < size:
+            order = np.concatenate([order, random.permutation(windows)])
+        yield order[:size], rate * (1 + math.cos(math.pi * i / steps)) / 2
+        order = order[size:]
 
 
 class RecoveredLayer(calibration.Layer):
@@ -170,7 +180,7 @@ class RecoveredLayer(calibration.Layer):
         self.errors = [self._error(params, before) for params in (converted, learned)]
         if self.errors[1] < self.errors[0]:
             self.student = learned
-            for batch, h in self._outputs(learned, before, slice(0, len(before))):
+            for batch, h in self._made_by(learned, before, slice(0, len(before))):
                 self.streams.student[batch] = h
         return self.student
 
@@ -183,15 +193,17 @@ class RecoveredLayer(calibration.Layer):
         errors = [error if math.isfinite(error) else None for error in self.errors]
         return super().report() | {"layers": [{"errors": errors}]}
 
-    def _outputs(self, params: Params, before: np.ndarray, of: slice):
+    def _made_by(self, params: Params, before: np.ndarray, of: slice):
         """Slices of windows, and what the layer makes of the hidden states there."""
-        for batch, there in self._batches(of):
-            h = np.pad(before[batch], [(0, np.sum(~there)), (0, 0), (0, 0)])
-            yield batch, np.asarray(forward(params, h, self.config))[there]
+
+        def hidden(h):
+            return calibration.run_layer(params, h, config=self.config).hidden
+
+        return self._outputs(hidden, before, of)
 
     def _error(self, params: Params, before: np.ndarray) -> float:
         lost = moved = 0.0
-        for batch, h in self._outputs(params, before, slice(self.seen, len(before))):
+        for batch, h in self._made_by(params, before, slice(self.seen, len(before))):
             wanted = self.streams.teacher[batch].astype(np.float32)
             lost += np.square(h - wanted).sum(dtype=float)
             moved += np.square(before[batch] - wanted).sum(dtype=float)
@@ -201,15 +213,10 @@ class RecoveredLayer(calibration.Layer):
         """The layer after steps on the windows that are not held out, in a random order."""
         size = max(1, TOKENS // before.shape[1])
         steps = -(-self.tokens // (size * before.shape[1]))
-        random, order = np.random.default_rng(0), np.empty(0, int)
         learned = learnable(self.student, self.teacher)
         unit, state = units(learned), optax.scale_by_adam().init(learned)
-        for i in range(steps):
-            while len(order) < size:
-                order = np.concatenate([order, random.permutation(self.seen)])
-            windows, order = order[:size], order[size:]
+        for i, (windows, rate) in enumerate(turns(self.seen, size, steps, RATE)):
             rows = before[windows], self.streams.teacher[windows]
-            rate = RATE * (1 + math.cos(math.pi * i / steps)) / 2
             learned, state = step(
                 learned, state, self.student, unit, *rows, rate, config=self.config
             )

@@ -20,6 +20,7 @@ import runners
 import train
 from benchmarks import __main__ as command
 from benchmarks import budget, compilation, curves, experts, llama, memory, timer
+from benchmarks import calibration as of_a_layer
 from benchmarks.products import random_ternary
 
 with_onnxruntime = pytest.mark.skipif(
@@ -230,3 +231,32 @@ def test_controls_of_a_budget_take_other_changes_first():
     assert chosen["attention first"] == {paths[0], paths[2]}
     assert chosen["last layers first"] == {paths[2], paths[3]}
     assert {len(found) for found in chosen.values()} == {2}
+
+
+def test_the_outlook_counts_all_outputs_and_experts_and_the_tokens_that_each_gets():
+    config, tokens = model.PRESETS["grok-1"], 4096
+    count = of_a_layer.operations(config, tokens)
+    d, f, block = 6144, 32768, 4096
+    assert count["attention", "moments"] == 2 * 4 * tokens * d * d
+    assert count["expert", "moments"] == 4 * tokens * (d * d + f * block)
+    assert count["expert", "sweep"] == 2 * (2 * d * d * f + block * f * d)
+    assert count["expert", "hidden states"] == 2 * 2 * 2 * tokens * d * f
+    whole = of_a_layer.of_layer(count, config, tokens)
+    assert whole["attention", "moments"] == 64 * count["attention", "moments"]
+    assert whole["expert", "moments"] == 2 * 64 * count["expert", "moments"]
+    assert whole["expert", "hidden states"] == 5 * 64 * count["expert", "hidden states"]
+    assert whole["attention", "sweep"] == count["attention", "sweep"]
+    assert whole["expert", "sweep"] == 8 * count["expert", "sweep"]
+
+    parts = dict.fromkeys(of_a_layer.PARTS[2:], 1.5)
+    rounded = {
+        f"{of}-{name}": 2 * [{"outputs": outputs // 8, "parts": parts}]
+        for of in of_a_layer.STEPS
+        for name, (_, outputs) in of_a_layer.shapes(config, of).items()
+    }
+    seconds = {("expert", "moments"): 7.0}
+    layer = types.SimpleNamespace(config=config, seconds=seconds, rounded=rounded)
+    found = of_a_layer.measured(layer)
+    assert found["expert", "moments"] == 7 and found["attention", "moments"] == 0
+    assert found["expert", "fits"] == 3 * 8 * 1.5  # of a quarter of the outputs of each matrix
+    assert found["expert", "factor"] == 3 * 1.5

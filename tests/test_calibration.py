@@ -33,6 +33,7 @@ import runners
 import sharding
 import shards
 import tokenizer
+import tuning
 
 # All matrices of one shape, 48 x 48, so that there is little to compile.
 CONFIG = dataclasses.replace(
@@ -239,15 +240,57 @@ def test_what_serves_no_other_windows_is_not_kept(folder, tmp_path, monkeypatch)
     assert found and found == expected
 
 
+def test_tuning_moves_scales_gains_and_routers_and_no_trit(folder, tmp_path, monkeypatch):
+    """And predictions come nearer to the source's. It goes on after the conversion, if that is
+    there."""
+    flags = [*WEIGHTS, "--calibrate", text_of(folder), *FEW]
+    before, tuned = converted(folder, tmp_path / "before", *flags), tmp_path / "tuned"
+    shutil.copytree(before, tmp_path / "tuned.untuned")
+    monkeypatch.setattr(calibration.Layer, "convert", None)
+    after = converted(folder, tuned, *flags, "--tune", "16384")
+    leaves = [shards.open_shards(made) for made in (before, after)]
+    assert leaves[0].keys() == leaves[1].keys()
+    for path in leaves[0]:
+        old, new = (made[path][1] for made in leaves)
+        learned = re.search("decoder_layer.*(norm_?[123]?/scale|router/w)$", path)
+        if isinstance(old, quantize.PackedWeight):
+            assert np.array_equal(old.packed.stored, new.packed.stored)
+            assert np.array_equal(old.multipliers, new.multipliers)
+            old, new, learned = old.scales, new.scales, True
+        assert np.mean(old != new) > 0.9 if learned else np.array_equal(old, new), path
+    assert divergence(after, folder) < 0.9 * divergence(before, folder)
+    report, errors = json_of(after), json_of(after)["tuned"]["divergences"]
+    assert errors[1] < 0.9 * errors[0] and report["matrices"] == json_of(before)["matrices"]
+    about = checkpoint.read_config(after)["quantization_config"]["calibration"]
+    assert about.pop("tune") == 16384
+    assert about == checkpoint.read_config(before)["quantization_config"]["calibration"]
+    assert {path.name for path in tmp_path.iterdir()} == {"before", "tuned"}
+    converted(folder, tuned, *flags, "--tune", "16384")  # it is there already
+    assert "another quantization_config.calibration.tune" in refused(folder, tuned, *flags)
+
+
+def test_tuning_that_serves_no_other_windows_is_not_kept(folder, calibrated, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "RATE", 1.0)
+    flags = [*WEIGHTS, "--calibrate", text_of(folder), "--tune", "2048"]
+    kept = converted(folder, tmp_path / "kept", *flags)
+    errors = json_of(kept)["tuned"]["divergences"]
+    assert errors[1] is None or errors[1] > errors[0]
+    found, expected = weights_of(kept), weights_of(calibrated)
+    assert found and found == expected
+
+
 def weights_of(folder) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if "safetensors" in name}
 
 
 def test_a_text_is_asked_for(folder, tmp_path, capsys):
-    for flag in ("--recover", "--calibration-tokens"):
+    for flag in ("--recover", "--tune", "--calibration-tokens"):
         with pytest.raises(SystemExit):
             convert.main([str(folder), str(tmp_path / "out"), flag, "100"])
         assert f"{flag} is of a text; give one with --calibrate" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convert.main(["--stream", str(tmp_path / "out"), "--tune", "1", "--calibrate", "tiny"])
+    assert "--tune takes the whole release into memory" in capsys.readouterr().err
 
 
 KILLED = """
