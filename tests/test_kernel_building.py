@@ -143,10 +143,32 @@ def test_what_was_built_is_kept(compiler, cache, monkeypatch):
 def test_each_file_is_compiled_and_all_are_linked(compiler, cache, tmp_path):
     kernels.build(folder=cache)
     *compiled, linked = all_runs(tmp_path)
-    names = sorted(path.name for path in building.SOURCE.glob("*.cc"))
+    other = {f"ternary_{name}.cc" for name in building.PATHS.keys() - building.path_flags().keys()}
+    names = sorted({path.name for path in building.SOURCE.glob("*.cc")} - other)
     assert sorted(Path(run.split(" -c ")[1].split(" -o ")[0]).name for run in compiled) == names
     objects = {run.split(" -o ")[1] for run in compiled}
     assert set(linked.split(" -shared ")[1].split(" -o ")[0].split()) == objects
+
+
+def test_only_what_the_processor_takes_is_compiled(compiler, cache, tmp_path, monkeypatch):
+    """And another processor that shares the folder has another library."""
+    libraries = set()
+    for flags, paths in (
+        ({"sse2"}, set()),
+        ({"avx2", "avx_vnni"}, {"avx2", "avxvnni"}),
+        ({"asimddp"}, {"neon"}),
+    ):
+        monkeypatch.setattr(building, "processor", lambda flags=flags: flags)
+        libraries.add(kernels.build(folder=cache))
+        runs = all_runs(tmp_path)
+        (tmp_path / "runs").unlink()
+        for name in building.PATHS:
+            of_path = [run for run in runs if f"ternary_{name}.cc" in run]
+            assert bool(of_path) == (name in paths)
+            assert all(f"-DTERNARY_{name.upper()}" in run for run in of_path)
+            needed = {building.INSTRUCTIONS[one] for one in flags & building.INSTRUCTIONS.keys()}
+            assert all(needed & set(run.split()) for run in of_path)
+    assert len(libraries) == 3
 
 
 @pytest.mark.parametrize("name", ["one.cc", "two.cc", "two.h"])
