@@ -58,6 +58,7 @@ struct Scales {  // of both planes
 
 // Vectors of a byte, or eight bytes, of each output, whatever the processor's are.
 typedef int8_t Lanes __attribute__((vector_size(kOutputs)));
+typedef uint8_t Bytes __attribute__((vector_size(kOutputs)));
 typedef uint64_t Words __attribute__((vector_size(kOutputs)));
 
 // Exchanges the bytes of eight rows of Words that lie `distance` off the diagonal.
@@ -142,9 +143,9 @@ INLINE void Append(const Codes& codes, const int8_t* next, int64_t outputs, uint
     const int64_t count = outputs - o;
     const Lanes row = Load(codes.row + o, count), above = row > Load(codes.highest + o, count),
                 at_least = row >= Load(codes.lowest + o, count);  // -1 where it is so
-    Lanes some;
+    Bytes some;
     std::memcpy(&some, bytes + o, kOutputs);
-    some = 4 * some - above - at_least;
+    some = 4 * some - reinterpret_cast<Bytes>(above) - reinterpret_cast<Bytes>(at_least);
     std::memcpy(bytes + o, &some, kOutputs);
   }
 }
