@@ -539,9 +539,7 @@ def _side_by_side(parts: PackedWeight, pool) -> PackedWeight:
 
     def multipliers(index):
         rows = parts.multipliers(_multiplier_rows(index))
-        *lead, outputs, groups, planes = rows.shape
-        rows = rows.reshape(*lead, -1, quantize.LANES, groups, planes)
-        return np.ascontiguousarray(np.moveaxis(rows, -3, -1))
+        return np.ascontiguousarray(quantize.interleave_multipliers(rows))
 
     return dataclasses.replace(
         parts,

@@ -226,9 +226,15 @@ def interleave(w: Weight) -> Weight:
     packed = w.packed.reshape(*lead, outputs // LANES, LANES, width // QUAD, QUAD)
     packed, multipliers = packed.swapaxes(-3, -2), w.multipliers
     if multipliers is not None:
-        multipliers = multipliers.reshape(*lead, -1, LANES, *multipliers.shape[-2:])
-        multipliers = multipliers.swapaxes(-3, -2).swapaxes(-2, -1)
+        multipliers = interleave_multipliers(multipliers)
     return dataclasses.replace(w, packed=packed, multipliers=multipliers, interleaved=True)
+
+
+def interleave_multipliers(multipliers):
+    """int8 [..., O, G, P] as [..., O / 64, G, P, 64]."""
+    *lead, outputs, groups, planes = multipliers.shape
+    multipliers = multipliers.reshape(*lead, outputs // LANES, LANES, groups, planes)
+    return multipliers.swapaxes(-3, -2).swapaxes(-2, -1)
 
 
 def in_rows(w: Weight) -> Weight:
@@ -549,8 +555,7 @@ def _packed_product(x, w, expert):
             starts = (expert, start // step, *[0] * (array.ndim - 2))
             return lax.dynamic_slice(array, starts, (1, size // step, *array.shape[2:]))[0]
 
-        tile = jax.tree.map(part, dataclasses.replace(w, scales=None))
-        tile = in_rows(tile)
+        tile = in_rows(jax.tree.map(part, dataclasses.replace(w, scales=None)))
         packed = tile.packed.reshape(size, -1, w.planes, 1, w.block)
         multipliers = _of_slabs(tile.multipliers, packed.shape[1])
 

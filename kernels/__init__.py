@@ -323,12 +323,15 @@ def fit_int8(codes: np.ndarray, scales: np.ndarray, groups: int, planes: int, bl
 def interleave(groups: np.ndarray) -> None:
     """Puts rows of bytes side by side, in place: uint8 [n, 64 B].
 
-    They are [n, 64, B] before and [n, B / 4, 64, 4] then.
-
-    Other threads run meanwhile. Needs `library()`.
+    They are [n, 64, B] before and [n, B / 4, 64, 4] then; B is a multiple of 4. Other threads run
+    meanwhile. Needs `library()`.
     """
     assert groups.flags.c_contiguous and groups.dtype == np.uint8, groups.strides
-    if library().InterleaveGroups(groups.ctypes.data, len(groups), groups.shape[-1] // 64):
+    count, size = groups.shape
+    assert size % 64 == 0, size
+    failed = library().InterleaveGroups(groups.ctypes.data, count, size // 64)
+    assert failed >= 0, groups.shape
+    if failed:
         raise MemoryError("no memory left to interleave weights")
 
 

@@ -9,7 +9,8 @@ namespace kernels {
 
 struct Avx512 {
   using Type = __m512i;
-  static constexpr int kLanes = 16, kVectors = 4, kFew = 4, kSums = 24, kRows = 6, kRowVectors = 4;
+  static constexpr int kLanes = 16, kMostVectors = 4, kFew = 4, kSums = 24, kRows = 6,
+                       kRowVectors = 4;
   static constexpr uint32_t kOffset = 127;
 
   static INLINE Type Fill(int32_t v) { return _mm512_set1_epi32(v); }
@@ -45,9 +46,7 @@ struct Avx512 {
   static INLINE Type Add(Type a, Type b) { return _mm512_add_epi8(a, b); }
   // Not _mm512_dpbusd_epi32: gcc 12 copies each sum to another register before and after it.
   static INLINE void AddDots(Type& sums, Type codes, const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    const Type all = _mm512_set1_epi32(four);
+    const Type all = Fill(FourOf(x));
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(all));
   }
 };

@@ -1,5 +1,5 @@
-// What the kernels of this folder share: checks of what XLA hands over, threads and memory, the
-// floats that they take, and which instructions the processor has.
+// What the kernels that XLA calls share: checks of what it hands over, threads, the floats that
+// they take, and which instructions the processor has.
 
 #ifndef KERNELS_COMMON_H_
 #define KERNELS_COMMON_H_
@@ -15,6 +15,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "memory.h"
 #include "xla/ffi/api/ffi.h"
@@ -84,9 +85,9 @@ class Sizes {
 
  private:
   int64_t Known(std::string_view name, int64_t size) {  // the size of this name, from now on
-    for (int i = 0; i < count_; ++i)
-      if (sizes_[i].first == name) return sizes_[i].second;
-    sizes_[count_++] = {name, size};
+    for (const auto& [known, its] : sizes_)
+      if (known == name) return its;
+    sizes_.emplace_back(name, size);
     return size;
   }
   static std::string Text(ffi::Span<const int64_t> sizes) {
@@ -94,8 +95,7 @@ class Sizes {
     for (const int64_t size : sizes) text += (text.empty() ? "[" : ", ") + std::to_string(size);
     return text.empty() ? "[]" : text + "]";
   }
-  std::pair<std::string_view, int64_t> sizes_[12];
-  int count_ = 0;
+  std::vector<std::pair<std::string_view, int64_t>> sizes_;
 };
 
 inline void CheckFloats(const char* what, const ffi::AnyBuffer& x) {

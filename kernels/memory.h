@@ -32,6 +32,13 @@ inline char* Kept(Aligned& memory, int64_t size) {
   return memory.data;
 }
 
+// Four activations, to be multiplied with four bytes of each lane.
+INLINE int32_t FourOf(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return four;
+}
+
 }  // namespace kernels
 
 #endif  // KERNELS_MEMORY_H_

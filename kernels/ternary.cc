@@ -73,17 +73,19 @@ void Arrange(const int8_t* from, int64_t inputs, int64_t block_bytes, int8_t* to
 
 // Rows of `bytes` each as a group: [quads, 64, 4], zeros where there are no such rows.
 void Interleave(const uint8_t* rows, int64_t count, int64_t bytes, uint8_t* to) {
-  for (int64_t begin = 0; begin < bytes; begin += kCacheLine)
-    for (int64_t o = 0; o < kLanes; ++o)
-      for (int64_t j = begin; j < std::min(bytes, begin + kCacheLine); j += 4) {
-        uint8_t* four = to + j * kLanes + 4 * o;
-        if (o < count && j + 4 <= bytes) {
-          std::memcpy(four, rows + o * bytes + j, 4);
-        } else {
-          std::memset(four, 0, 4);
-          if (o < count) std::memcpy(four, rows + o * bytes + j, bytes - j);
-        }
-      }
+  const int64_t whole = bytes / kCacheLine * kCacheLine;
+  if (count < kLanes || whole < bytes) std::memset(to, 0, RoundUp(bytes, 4) * kLanes);
+  for (int64_t begin = 0; begin < whole; begin += kCacheLine)
+    for (int64_t o = 0; o < count; ++o) {
+      const uint8_t* line = rows + o * bytes + begin;
+      __builtin_prefetch(line + 4 * kCacheLine);  // of more rows than a processor foresees
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kCacheLine; j += 4)
+        std::memcpy(to + (begin + j) * kLanes + 4 * o, line + j, 4);
+    }
+  for (int64_t j = whole; j < bytes; j += 4)
+    for (int64_t o = 0; o < count; ++o)
+      std::memcpy(to + j * kLanes + 4 * o, rows + o * bytes + j, std::min<int64_t>(4, bytes - j));
 }
 
 // --- The product ---------------------------------------------------------------------------------
@@ -242,8 +244,10 @@ extern "C" const char* TernaryPath(int64_t path) {
   return path < static_cast<int64_t>(paths.size()) ? paths[path].name : nullptr;
 }
 
-// Groups of 64 rows, [n, 64, bytes], in place as [n, bytes / 4, 64, 4]. 1 without memory, else 0.
+// Groups of 64 rows, [n, 64, bytes], in place as [n, bytes / 4, 64, 4]. 0; 1 without memory, -1 for
+// rows of no whole quads.
 extern "C" int64_t InterleaveGroups(uint8_t* rows, int64_t n, int64_t bytes) {
+  if (n < 0 || bytes < 0 || bytes % 4) return -1;
   try {
     static thread_local kernels::Aligned kept(0);
     const int64_t size = kernels::kLanes * bytes;

@@ -24,7 +24,6 @@ constexpr int64_t kLanes = 64;         // outputs of a group
 constexpr int64_t kQuad = 4 * kLanes;  // packed bytes of a quad
 constexpr int64_t kInputs = 16;        // of a quad of one plane
 constexpr int64_t kRowTile = 16;       // rows of activations come in as many, for AMX
-constexpr int64_t kMostOfBlock = 4;    // groups of inputs with their own multipliers, in a block
 
 // R rows of activations times a group.
 struct Group {

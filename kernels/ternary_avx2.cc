@@ -7,8 +7,6 @@
 #include "memory.h"
 #include "ternary.h"
 
-#if defined(__x86_64__)
-
 namespace kernels {
 namespace {
 
@@ -17,12 +15,6 @@ constexpr int64_t kVector = 32;
 constexpr int64_t kAhead = 4096;  // packed bytes, to be prefetched
 
 __m256i Load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-
-INLINE __m256i Four(const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return _mm256_set1_epi32(four);
-}
 
 // Sums of 16 bits of M rows times G vectors, of `count` quads, slabs `first` to first + S - 1.
 template <int M, int G, int S>
@@ -47,7 +39,8 @@ INLINE void Products(const uint8_t* w, const int8_t* x, int64_t width, int64_t c
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
           few[m][g] = _mm256_add_epi16(
-              few[m][g], _mm256_maddubs_epi16(codes, Four(x + m * width + 4 * (first + r))));
+              few[m][g], _mm256_maddubs_epi16(
+                             codes, _mm256_set1_epi32(FourOf(x + m * width + 4 * (first + r)))));
       }
     }
   }
@@ -112,5 +105,3 @@ void Avx2Group(const Group& p) {
 }
 
 }  // namespace kernels
-
-#endif

@@ -7,7 +7,8 @@ namespace {
 
 struct AvxVnni {
   using Type = __m256i;
-  static constexpr int kLanes = 8, kVectors = 4, kFew = 2, kSums = 8, kRows = 6, kRowVectors = 2;
+  static constexpr int kLanes = 8, kMostVectors = 4, kFew = 2, kSums = 8, kRows = 6,
+                       kRowVectors = 2;
   static constexpr uint32_t kOffset = 127;
 
   static INLINE Type Fill(int32_t v) { return _mm256_set1_epi32(v); }
@@ -40,9 +41,7 @@ struct AvxVnni {
   }
   static INLINE Type Add(Type a, Type b) { return _mm256_add_epi8(a, b); }
   static INLINE void AddDots(Type& sums, Type codes, const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    const Type all = Fill(four);
+    const Type all = Fill(FourOf(x));
 #if defined(__AVX512VNNI__)  // the same instruction in another encoding, on processors with both
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(all));
 #else

@@ -9,7 +9,8 @@ namespace {
 
 struct Neon {
   using Type = int8x16_t;
-  static constexpr int kLanes = 4, kVectors = 8, kFew = 2, kSums = 16, kRows = 6, kRowVectors = 4;
+  static constexpr int kLanes = 4, kMostVectors = 8, kFew = 2, kSums = 16, kRows = 6,
+                       kRowVectors = 4;
   static constexpr uint32_t kOffset = 0;
 
   static INLINE Type Fill(int32_t v) { return vreinterpretq_s8_s32(vdupq_n_s32(v)); }
@@ -44,9 +45,7 @@ struct Neon {
   }
   static INLINE Type Add(Type a, Type b) { return vaddq_s8(a, b); }
   static INLINE void AddDots(Type& sums, Type codes, const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    const int32x4_t all = vdotq_s32(vreinterpretq_s32_s8(sums), codes, Fill(four));
+    const int32x4_t all = vdotq_s32(vreinterpretq_s32_s8(sums), codes, Fill(FourOf(x)));
     sums = vreinterpretq_s8_s32(all);
   }
 };

@@ -1,18 +1,21 @@
 // Products of a group on processors with a dot product of bytes, by their vectors `V`:
 //
-//     V::kLanes        outputs of a vector
-//     V::kOffset       what a code with multipliers counts too much: 127, or 0 of signed ones
-//     V::Type          a vector; Zero, Load and Store, at multiples of its size
-//     V::Codes<r>(v)   the codes, trit + 1, of slab r
-//     V::Table(m, p)   what plane p makes of the codes 0, 1 and 2, from the multipliers at m
-//     V::Look<r>(t, v) the codes of slab r by such a table
-//     V::Add(a, b)     bytes
-//     V::AddDots(s, c, x)  s + codes times the four activations at x, in each lane
-//     V::Multipliers(m)    int8 at m, as lanes; V::MultiplyAdd(t, s, m)  t + s m
+//     V::Type                a vector, with Fill, and Load and Store anywhere
+//     V::Codes<r>(v)         the codes, trit + 1, of slab r
+//     V::Table(m, q)         what plane q makes of the codes 0, 1 and 2, by the multipliers at m
+//     V::Look<r>(t, v)       the codes of slab r by such a table; V::Add adds those of planes
+//     V::AddDots(s, c, x)    s + codes times the four activations at x, in each lane
+//     V::Multipliers(m)      int8 at m, as lanes; V::MultiplyAdd(t, s, m)  t + s m
 //
-// and how many vectors and rows it takes at a time. Few rows are multiplied as codes are unpacked,
-// with all sums in registers; those of inputs with one multiplier are multiplied by it. For more
-// rows, a chunk of codes, with their multipliers, is unpacked to L1 first.
+//     V::kLanes              outputs of a vector
+//     V::kOffset             what a code by tables counts too much: 127, or 0 of signed ones
+//     V::kFew                up to so many rows are few;
+//     V::kSums, kMostVectors their sums that fit the registers, and vectors that are read at a time
+//     V::kRows, kRowVectors  rows and vectors of a tile of many rows
+//
+// Few rows are multiplied as codes are unpacked, with all sums in registers; those of inputs with
+// one multiplier are multiplied by it. For more rows, a chunk of codes, with their multipliers, is
+// unpacked to L1 first.
 
 #ifndef KERNELS_TERNARY_TILE_H_
 #define KERNELS_TERNARY_TILE_H_
@@ -111,7 +114,7 @@ class Tile {
   // M rows times the vectors that there are registers for.
   template <int C, int M>
   static constexpr int VectorsOf() {
-    int g = V::kVectors;
+    int g = V::kMostVectors;
     while (g > 1 && std::max(C, 1) * M * g > V::kSums) g /= 2;
     return g;
   }
@@ -213,7 +216,7 @@ class Tile {
   // multipliers. They count V::kOffset too much, or 1 without.
   template <int P>
   static void Unpack(const Group& p, int64_t begin, int64_t count, uint8_t* to) {
-    constexpr int G = V::kLanes < 16 ? 4 : kVectors;
+    constexpr int G = 4;
     for (int first = 0; first < kVectors; first += G) {
       Type v[2][G], codes[G];
       Tables<P, G> tables;

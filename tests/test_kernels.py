@@ -119,13 +119,24 @@ def test_every_block_size_of_the_packing(rows, block, path):
 
 
 @native
-@pytest.mark.parametrize("rows, inputs", [(1, 6144), (3, 384), (6, 512), (40, 2560)])
+@pytest.mark.parametrize("rows, inputs", [(1, 6144), (3, 384), (6, 512), (40, 2560), (7, 126)])
 def test_outputs_side_by_side(rows, inputs, path):
     x, weight, chosen = problem(2, rows, inputs, 192, 2)
     weights = [weight, *(grouped(inputs, 192, 2, planes, slabs) for planes, slabs in KINDS)]
     interleaved = [quantize.interleave(w) for w in weights]
     assert all(w.interleaved for w in interleaved)
     assert_exact(x, interleaved, chosen, path)
+
+
+@native
+def test_rows_are_interleaved_in_place():
+    groups = np.random.default_rng(0).integers(0, 256, (3, 64 * 76), np.uint8)  # more than a line
+    expected = groups.reshape(3, 64, 19, 4).swapaxes(1, 2).reshape(3, -1)
+    kernels.interleave(groups)
+    np.testing.assert_array_equal(groups, expected)
+    for width in (64 * 6, 100):
+        with pytest.raises(AssertionError):
+            kernels.interleave(np.zeros((2, width), np.uint8))
 
 
 @native
