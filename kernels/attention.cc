@@ -24,6 +24,7 @@ struct Attention {
   void* out;                 // [B, T, N, H]
   int64_t batch, queries, heads, kv_heads, slots, size;
   float multiplier, cap;
+  bool half;  // bfloat16
   int64_t group() const { return heads / kv_heads; }
   int64_t padded() const { return RoundUp(size, kWidth); }
   int64_t rows() const { return queries * group(); }  // of one key/value head: row = query, head
@@ -90,11 +91,28 @@ INLINE Lanes Sums(Lanes v[kWidth]) {
 }
 
 template <class T>
-INLINE void ToFloats(const T* from, int64_t count, int64_t size, int64_t padded, float* out) {
+INLINE void Widen(const T* from, int64_t count, int64_t size, int64_t padded, float* out) {
   for (int64_t s = 0; s < count; ++s) {
     for (int64_t h = 0; h < size; ++h) out[s * padded + h] = ToFloat(from[s * size + h]);
     for (int64_t h = size; h < padded; ++h) out[s * padded + h] = 0;
   }
+}
+
+// Rows of H floats from the one at `at` on, of q, k, v or what is like them, filled up with zeros.
+INLINE void ToFloats(const Attention& a, const void* from, int64_t at, int64_t count, float* out) {
+  if (a.half)
+    Widen(static_cast<const uint16_t*>(from) + at, count, a.size, a.padded(), out);
+  else
+    Widen(static_cast<const float*>(from) + at, count, a.size, a.padded(), out);
+}
+
+// A row of H floats to its place in an array like q, k and v.
+INLINE void FromFloats(const Attention& a, const float* from, void* to, int64_t at) {
+  for (int64_t h = 0; h < a.size; ++h)
+    if (a.half)
+      FromFloat(from[h], static_cast<uint16_t*>(to) + at + h);
+    else
+      FromFloat(from[h], static_cast<float*>(to) + at + h);
 }
 
 // What a thread has at hand, in float32.
@@ -180,7 +198,6 @@ INLINE void AddSlots(const Attention& a, int64_t b, int64_t row, int64_t s, cons
 
 // Sums over the slots of one part, for the rows from first on, whose queries are in scratch:
 // [rows, H] of weighted values and, behind, the sum of the weights, kWidth floats for each row.
-template <class T>
 INLINE void PartSums(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
                      int64_t part, Scratch& scratch, float* sums) {
   const int64_t padded = a.padded(), at = (b * a.kv_heads + g) * a.slots;
@@ -189,8 +206,8 @@ INLINE void PartSums(const Attention& a, int64_t b, int64_t g, int64_t first, in
   const int64_t end = std::min((part + 1) * kPart, a.last(b, first, rows) + 1);
   for (int64_t s = part * kPart; s < end; s += kSlots) {
     const int64_t count = std::min(kSlots, end - s);  // what lies behind is not read
-    ToFloats(static_cast<const T*>(a.k) + (at + s) * a.size, count, a.size, padded, scratch.k);
-    ToFloats(static_cast<const T*>(a.v) + (at + s) * a.size, count, a.size, padded, scratch.v);
+    ToFloats(a, a.k, (at + s) * a.size, count, scratch.k);
+    ToFloats(a, a.v, (at + s) * a.size, count, scratch.v);
     for (int64_t i = count * padded; i < kSlots * padded; ++i) scratch.k[i] = scratch.v[i] = 0;
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4)
@@ -203,74 +220,34 @@ INLINE void PartSums(const Attention& a, int64_t b, int64_t g, int64_t first, in
 }
 
 // The sums of parts from begin to end, added in order, of the rows from first on.
-template <class T>
-INLINE void PartsSums(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
-                      int64_t begin, int64_t end, float* sums) {
+void PartsSums(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows, int64_t begin,
+               int64_t end, float* sums) {
   static thread_local Aligned kept(0);
   const int64_t size = rows * (a.padded() + kWidth);
   float* more = reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
   Scratch scratch(a.padded());
   for (int64_t r = 0; r < rows; ++r)
-    ToFloats(static_cast<const T*>(a.q) + a.offset(b, g, first + r), 1, a.size, a.padded(),
-             scratch.q + r * a.padded());
-  PartSums<T>(a, b, g, first, rows, begin, scratch, sums);
+    ToFloats(a, a.q, a.offset(b, g, first + r), 1, scratch.q + r * a.padded());
+  PartSums(a, b, g, first, rows, begin, scratch, sums);
   for (int64_t part = begin + 1; part < end; ++part) {
-    PartSums<T>(a, b, g, first, rows, part, scratch, more);
+    PartSums(a, b, g, first, rows, part, scratch, more);
     for (int64_t i = 0; i < size; ++i) sums[i] += more[i];
   }
 }
 
-// Less optimised where vectors are emulated: that took most of the 23 seconds of compiling.
-#define PLAIN __attribute__((optimize("O1")))
-#define AVX2 __attribute__((target("avx2,fma"), optimize("O1", "fp-contract=fast")))
-#define FUSED __attribute__((optimize("fp-contract=fast")))
-
-template <class T>
-PLAIN void PlainParts(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
-                      int64_t begin, int64_t end, float* sums) {
-  PartsSums<T>(a, b, g, first, rows, begin, end, sums);
-}
-
-#if defined(__x86_64__)
-
-template <class T>
-AVX2 void Avx2Parts(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
-                    int64_t begin, int64_t end, float* sums) {
-  PartsSums<T>(a, b, g, first, rows, begin, end, sums);
-}
-
-template <class T>
-AVX512 FUSED void Avx512Parts(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
-                              int64_t begin, int64_t end, float* sums) {
-  PartsSums<T>(a, b, g, first, rows, begin, end, sums);
-}
-
-#endif
-
-template <class T>
-auto BestParts() {
-#if defined(__x86_64__)
-  if (HasAvx512()) return Avx512Parts<T>;
-  if (HasAvx2()) return Avx2Parts<T>;
-#endif
-  return PlainParts<T>;
-}
-
 // The output of the rows from first on, from their sums; zeros for one that sees no slot.
-template <class T>
-void Finish(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows,
-            const float* sums) {
+void Finish(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows, float* sums) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* weights = sums + rows * a.padded() + r * kWidth;
     float total = 0;
     for (int i = 0; i < kWidth; ++i) total += weights[i];
     if (total == 0) total = 1;
-    T* out = static_cast<T*>(a.out) + a.offset(b, g, first + r);
-    for (int64_t h = 0; h < a.size; ++h) FromFloat(sums[r * a.padded() + h] / total, out + h);
+    float* row = sums + r * a.padded();
+    for (int64_t h = 0; h < a.size; ++h) row[h] /= total;
+    FromFloats(a, row, a.out, a.offset(b, g, first + r));
   }
 }
 
-template <class T>
 void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
   const int64_t rows = a.rows(), tiles = (rows + kQueries - 1) / kQueries;
   const int64_t parts = (a.slots + kPart - 1) / kPart, tasks = a.batch * a.kv_heads * tiles;
@@ -280,7 +257,7 @@ void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
   float* sums = reinterpret_cast<float*>(memory.data);
   double seen = 0;
   for (int64_t b = 0; b < a.batch; ++b) seen += a.last(b, 0, rows) + 1;
-  const double bytes = seen * a.kv_heads * a.size * sizeof(T) * 2 * tiles;
+  const double bytes = seen * a.kv_heads * a.size * (a.half ? 4 : 8) * tiles;
   struct Task {
     int64_t b, g, first, rows, parts;
   };
@@ -297,8 +274,8 @@ void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
     if (part >= t.parts) return;
     float* to =
         split ? sums + i * size : reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
-    BestParts<T>()(a, t.b, t.g, t.first, t.rows, part, split ? part + 1 : t.parts, to);
-    if (!split) Finish<T>(a, t.b, t.g, t.first, t.rows, to);
+    PartsSums(a, t.b, t.g, t.first, t.rows, part, split ? part + 1 : t.parts, to);
+    if (!split) Finish(a, t.b, t.g, t.first, t.rows, to);
   });
   if (!split) return;
   for (int64_t i = 0; i < tasks; ++i) {
@@ -306,7 +283,7 @@ void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
     float* to = sums + i * parts * size;
     for (int64_t part = 1; part < t.parts; ++part)
       for (int64_t j = 0; j < size; ++j) to[j] += to[part * size + j];
-    Finish<T>(a, t.b, t.g, t.first, t.rows, to);
+    Finish(a, t.b, t.g, t.first, t.rows, to);
   }
 }
 
@@ -338,7 +315,8 @@ Attention AttentionOf(Sizes& sizes, const ffi::AnyBuffer& q, const ffi::AnyBuffe
           slots,
           sizes["H"],
           multiplier,
-          cap};
+          cap,
+          q.element_type() == ffi::BF16};
 }
 
 // q [B, T, N, H] over k, v [B, K, S, H], all float32 or all bfloat16, and positions int32 [B, T]
@@ -348,7 +326,7 @@ void Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBu
             float cap) {
   Sizes sizes;
   const Attention a = AttentionOf(sizes, q, k, v, positions, *out, multiplier, cap);
-  (q.element_type() == ffi::BF16 ? AttendAll<uint16_t> : AttendAll<float>)(pool, a);
+  AttendAll(pool, a);
 }
 
 }  // namespace
@@ -410,7 +388,7 @@ INLINE void ProductsWithColumns(const float* rows, int64_t padded, const float* 
   std::memcpy(out, sums, sizeof sums);
 }
 
-INLINE void Gradient(const GradientTask& t) {
+void Gradient(const GradientTask& t) {
   constexpr int R = kGradientRows;
   constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Attention& a = t.a;
@@ -472,25 +450,6 @@ INLINE void Gradient(const GradientTask& t) {
   }
 }
 
-PLAIN void PlainGradient(const GradientTask& t) { Gradient(t); }
-
-#if defined(__x86_64__)
-
-AVX2 void Avx2Gradient(const GradientTask& t) { Gradient(t); }
-
-AVX512 FUSED void Avx512Gradient(const GradientTask& t) { Gradient(t); }
-
-#endif
-
-auto BestGradient() {
-#if defined(__x86_64__)
-  if (HasAvx512()) return Avx512Gradient;
-  if (HasAvx2()) return Avx2Gradient;
-#endif
-  return PlainGradient;
-}
-
-template <class T>
 void AttendGradients(ffi::ThreadPool& pool, const Attention& a, const void* y, const void* dy,
                      void* dk, void* dv) {
   const int64_t padded = a.padded(), slots = RoundUp(a.slots, kSlots);
@@ -499,40 +458,36 @@ void AttendGradients(ffi::ThreadPool& pool, const Attention& a, const void* y, c
   Parallel(pool, a.batch * a.kv_heads, flops, [=](int64_t i) {
     const int64_t b = i / a.kv_heads, g = i % a.kv_heads;
     static thread_local Aligned kept(0);
-    const int64_t floats = 4 * rows * padded + 5 * slots * padded + 2 * kGradientRows * slots;
+    const int64_t floats = 4 * rows * padded + 6 * slots * padded + 2 * kGradientRows * slots;
     float* next = reinterpret_cast<float*>(Kept(kept, floats * sizeof(float)));
     std::memset(next, 0, floats * sizeof(float));
     auto take = [&next](int64_t count) { return (next += count) - count; };
     auto rows_of = [=](const void* from, float* to) {
       for (int64_t r = 0; r < a.rows(); ++r)
-        ToFloats(static_cast<const T*>(from) + a.offset(b, g, r), 1, a.size, padded,
-                 to + r * padded);
+        ToFloats(a, from, a.offset(b, g, r), 1, to + r * padded);
       return to;
     };
-    auto transposed = [=](const void* from, float* to) {
-      const T* x = static_cast<const T*>(from) + i * a.slots * a.size;
+    auto transposed = [=](const float* from, float* to) {
       for (int64_t s = 0; s < a.slots; ++s)
-        for (int64_t h = 0; h < a.size; ++h) to[h * slots + s] = ToFloat(x[s * a.size + h]);
+        for (int64_t h = 0; h < a.size; ++h) to[h * slots + s] = from[s * padded + h];
       return to;
     };
     const int64_t many = rows * padded, all = slots * padded;
     GradientTask t{a, b, slots};
     t.q = rows_of(a.q, take(many)), t.y = rows_of(y, take(many)), t.dy = rows_of(dy, take(many));
-    float* k = take(all);
-    ToFloats(static_cast<const T*>(a.k) + i * a.slots * a.size, a.slots, a.size, padded, k);
-    t.k = k, t.keys = transposed(a.k, take(all)), t.values = transposed(a.v, take(all));
+    float *k = take(all), *v = take(all);
+    ToFloats(a, a.k, i * a.slots * a.size, a.slots, k);
+    ToFloats(a, a.v, i * a.slots * a.size, a.slots, v);
+    t.k = k, t.keys = transposed(k, take(all)), t.values = transposed(v, take(all));
     t.dq = take(many), t.dk = take(all), t.dv = take(all);
     t.capped = take(kGradientRows * slots), t.weights = take(kGradientRows * slots);
-    BestGradient()(t);
+    Gradient(t);
     for (int64_t r = 0; r < a.rows(); ++r)
-      for (int64_t h = 0; h < a.size; ++h)
-        FromFloat(t.dq[r * padded + h], static_cast<T*>(a.out) + a.offset(b, g, r) + h);
-    for (int64_t s = 0; s < a.slots; ++s)
-      for (int64_t h = 0; h < a.size; ++h) {
-        const int64_t at = (i * a.slots + s) * a.size + h;
-        FromFloat(t.dk[s * padded + h], static_cast<T*>(dk) + at);
-        FromFloat(t.dv[s * padded + h], static_cast<T*>(dv) + at);
-      }
+      FromFloats(a, t.dq + r * padded, a.out, a.offset(b, g, r));
+    for (int64_t s = 0; s < a.slots; ++s) {
+      FromFloats(a, t.dk + s * padded, dk, (i * a.slots + s) * a.size);
+      FromFloats(a, t.dv + s * padded, dv, (i * a.slots + s) * a.size);
+    }
   });
 }
 
@@ -547,9 +502,8 @@ void AttendGradient(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ff
   sizes.Match("dy [B, T, N, H]", dy, q.element_type());
   sizes.Match("dk [B, K, S, H]", *dk, q.element_type());
   sizes.Match("dv [B, K, S, H]", *dv, q.element_type());
-  auto gradients =
-      q.element_type() == ffi::BF16 ? AttendGradients<uint16_t> : AttendGradients<float>;
-  gradients(pool, a, y.untyped_data(), dy.untyped_data(), dk->untyped_data(), dv->untyped_data());
+  AttendGradients(pool, a, y.untyped_data(), dy.untyped_data(), dk->untyped_data(),
+                  dv->untyped_data());
 }
 
 }  // namespace

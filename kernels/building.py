@@ -21,8 +21,10 @@ import jax
 import files
 
 SOURCE = Path(__file__).parent
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-w")
-# Files that only some processors take, ternary_NAME.cc: what one of them must have, any line of it.
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-trapping-math")
+CONTRACTED = ("attention", "table")  # files where a product need not be rounded before it is added
+# Files of one path, ternary_NAME.cc, for whatever processor has its instructions: what one of them
+# must have, any line of it. All others are compiled for this processor.
 PATHS = {
     "avx2": ({"avx2"},),
     "avxvnni": ({"avx2", "avx_vnni"}, {"avx2", "avx512vl", "avx512_vnni"}),
@@ -56,14 +58,14 @@ def build(source: Path = SOURCE, folder: Path | None = None) -> Path:
     folder = private_folder(folder or files.cache_folder() / "kernels")
     command = [*compiler(), *FLAGS]
     content = [(path.name, path.read_bytes()) for path in _files(source, "*.cc", "*.h")]
-    flags = path_flags()
-    known = (content, jax.lib.__version__, platform.machine(), command, sys.platform, flags)
+    machine = (platform.machine(), sys.platform, _processor_lines(), path_flags())
+    known = (content, jax.lib.__version__, command, CONTRACTED, machine)
     name = f"{source.stem}-{_sum(repr(known).encode())}"
     with _BUILDING:  # of several threads one
         for path in folder.glob(f"{name}-*.so"):
             if _is_private(path) and path.name == f"{name}-{_sum(path.read_bytes())}.so":
                 return path
-        content = _compiled(command, source, flags)
+        content = _compiled(command, source)
         path = folder / f"{name}-{_sum(content)}.so"
         with files.replacing(path, shared=True) as part:
             part.write_bytes(content)
@@ -82,21 +84,20 @@ def _sum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _compiled(command: list[str], source: Path, flags: dict[str, list[str]]) -> bytes:
-    """The library that a compiler makes, of each file by itself, at once; OSError if it fails.
-
-    flags: of each of PATHS that the processor takes
-    """
-    print(f"note: compiling {source.name}, some 40 s on two cores, once", file=sys.stderr)
-    defined = [f"-DTERNARY_{name.upper()}" for name in flags]
-    of_file = {f"ternary_{name}": flags.get(name) for name in PATHS}
-    sources = [path for path in _files(source, "*.cc") if of_file.get(path.stem, []) is not None]
+def _compiled(command: list[str], source: Path) -> bytes:
+    """The library that a compiler makes, of each file by itself, at once; OSError if it fails."""
+    print(f"note: compiling {source.name}, some 15 s on two cores, once", file=sys.stderr)
+    of_path = path_flags()
+    options = [*INCLUDES, *(f"-DTERNARY_{name.upper()}" for name in of_path)]
+    own = {f"ternary_{name}": of_path.get(name) for name in PATHS} | {"ternary_plain": []}
+    here = ["-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"]
+    own |= {name: [*here, "-ffp-contract=fast"] for name in CONTRACTED}
+    sources = [path for path in _files(source, "*.cc") if own.get(path.stem, here) is not None]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(sources)) as pool:
         objects = [f"{folder}/{path.stem}.o" for path in sources]
-        options = [*INCLUDES, *defined]
         tasks = [
             pool.submit(
-                _run, command, *options, *of_file.get(path.stem, []), "-c", str(path), "-o", to
+                _run, command, *options, *own.get(path.stem, here), "-c", str(path), "-o", to
             )
             for path, to in zip(sources, objects, strict=True)
         ]

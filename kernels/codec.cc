@@ -4,14 +4,14 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common.h"
+#include "memory.h"
 
 namespace {
 
 constexpr int64_t kSome = 256;  // bytes of five trits at a time
 
 // shards.to_base3, which explains the arithmetic, of n bytes, a multiple of 5.
-FOR_EVERY_PROCESSOR void ToBase3Bytes(const uint8_t* packed, int64_t n, uint8_t* digits) {
+void ToBase3Bytes(const uint8_t* packed, int64_t n, uint8_t* digits) {
   uint8_t four[kSome], fifth[kSome];
   for (int64_t left = n / 5; left > 0; left -= kSome / 4, digits += kSome) {
     const int64_t count = std::min(kSome / 4, left);
@@ -28,7 +28,7 @@ FOR_EVERY_PROCESSOR void ToBase3Bytes(const uint8_t* packed, int64_t n, uint8_t*
 }
 
 // shards.from_base3, which explains the arithmetic, of n bytes, a multiple of 4; the largest one.
-FOR_EVERY_PROCESSOR uint8_t FromBase3Bytes(const uint8_t* digits, int64_t n, uint8_t* packed) {
+uint8_t FromBase3Bytes(const uint8_t* digits, int64_t n, uint8_t* packed) {
   uint8_t low[kSome], fifth[kSome], largest = 0;
   for (int64_t i = 0; i < n; i += kSome, packed += kSome / 4 * 5) {
     const int64_t count = std::min(kSome, n - i);
@@ -49,8 +49,7 @@ FOR_EVERY_PROCESSOR uint8_t FromBase3Bytes(const uint8_t* digits, int64_t n, uin
 }
 
 // Copies n packed bytes; whether a code of 3, which no trit has, is among theirs.
-FOR_EVERY_PROCESSOR bool CopyBytes(const uint8_t* __restrict packed, int64_t n,
-                                   uint8_t* __restrict out) {
+bool CopyBytes(const uint8_t* __restrict packed, int64_t n, uint8_t* __restrict out) {
   uint8_t threes = 0;
   for (int64_t i = 0; i < n; ++i) {
     threes |= packed[i] & packed[i] >> 1;

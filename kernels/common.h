@@ -1,5 +1,5 @@
-// What the kernels that XLA calls share: checks of what it hands over, threads, the floats that
-// they take, and which instructions the processor has.
+// What the kernels that XLA calls share: checks of what it hands over, threads, and the floats
+// that they take.
 
 #ifndef KERNELS_COMMON_H_
 #define KERNELS_COMMON_H_
@@ -19,25 +19,6 @@
 
 #include "memory.h"
 #include "xla/ffi/api/ffi.h"
-
-#if defined(__x86_64__)
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define AVX512 __attribute__((target("avx512f,avx512bw")))
-#endif
-
-// A function that is compiled for several processors; the library chooses when it is loaded.
-// ("arch=skylake-avx512" would be chosen on that processor alone, not on those that came after it.)
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#if __GNUC__ >= 12
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
-#else
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx2", "default")))
-#endif
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
 
 namespace kernels {
 
@@ -172,17 +153,6 @@ inline void FromFloat(float value, uint16_t* out) {  // to nearest, halves to ev
   std::memcpy(&bits, &value, 4);
   *out = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-
-// --- Instructions --------------------------------------------------------------------------------
-
-#if defined(__x86_64__)
-inline bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-inline bool HasAvx512() { return __builtin_cpu_supports("avx512bw"); }
-inline bool HasTiles() {                                             // of AMX
-  static const bool has = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ask the system for them
-  return has;
-}
-#endif
 
 }  // namespace kernels
 

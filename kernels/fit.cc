@@ -1,15 +1,6 @@
 // int8 codes to packed trits, by absmean and with the least squared error: conversion.py and
 // formats.py, which explain the arithmetic, to the last bit.
 
-// NumPy rounds each product before it is added. No trap is waited for, which would keep comparisons
-// of floats from being made a vector at a time. (Before the headers, which are not inlined
-// otherwise.)
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#else
-#pragma GCC optimize("fp-contract=off", "no-trapping-math")
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -18,7 +9,7 @@
 #include <new>
 #include <vector>
 
-#include "common.h"
+#include "memory.h"
 
 namespace {
 
@@ -29,11 +20,6 @@ constexpr int kRounds = 12;           // formats.ROUNDS
 
 // Sums of two trits, a first + b second, in the order in which formats.nearest tries them.
 constexpr int kSums = 5, kA[kSums] = {0, 0, 1, 1, 1}, kB[kSums] = {0, 1, -1, 0, 1};
-
-template <class T>
-INLINE T Larger(T a, T b) {  // std::max, which is not inlined for every processor
-  return a > b ? a : b;
-}
 
 template <class T>
 using Row = T[kOutputs];  // something of each output
@@ -107,8 +93,8 @@ constexpr int64_t kColumns = 2048;  // of which a block's bytes stay in a core's
 constexpr int64_t kRows = 256;      // whose magnitudes, up to 128, add up to 16 bits at most
 
 // Adds the magnitudes of codes [rows, outputs] to sums [outputs].
-FOR_EVERY_PROCESSOR void AddMagnitudes(const int8_t* codes, int64_t stride, int64_t rows,
-                                       int64_t outputs, int64_t* sums) {
+void AddMagnitudes(const int8_t* codes, int64_t stride, int64_t rows, int64_t outputs,
+                   int64_t* sums) {
   for (int64_t first = 0; first < rows; first += kRows)
     for (int64_t o = 0; o < outputs; o += kColumns) {
       const int64_t count = std::min(kColumns, outputs - o), last = std::min(first + kRows, rows);
@@ -151,8 +137,8 @@ INLINE void Append(const Codes& codes, const int8_t* next, int64_t outputs, uint
 }
 
 // Packed bytes of a block of inputs [4 * block], each `width` apart for an output, of `outputs`.
-FOR_EVERY_PROCESSOR void PackBlock(const Codes* inputs, int64_t block, int64_t outputs,
-                                   uint8_t* packed, int64_t width) {
+void PackBlock(const Codes* inputs, int64_t block, int64_t outputs, uint8_t* packed,
+               int64_t width) {
   uint8_t bytes[kMaxBlock][kColumns];
   for (int64_t i = 0; i < block; ++i) {
     std::memset(bytes[i], 0, kColumns);
@@ -196,14 +182,14 @@ INLINE void BestPrefix(Counts& counts, double* first) {
       total[o] = counts.total[m][o] = counts.total[m + 1][o] + m * counts.of[m][o];
     }
     for (int o = 0; o < kOutputs; ++o) {
-      const double gain = total[o] * total[o] / Larger(number[o], 1.);
+      const double gain = total[o] * total[o] / std::max(number[o], 1.);
       at[o] = gain >= best[o] ? m : at[o];
-      best[o] = Larger(best[o], gain);
+      best[o] = std::max(best[o], gain);
     }
   }
   for (int o = 0; o < kOutputs; ++o) {
     const int m = at[o];
-    first[o] = 1. * counts.total[m][o] / Larger(counts.number[m][o], 1);
+    first[o] = 1. * counts.total[m][o] / std::max(counts.number[m][o], 1);
   }
 }
 
@@ -330,8 +316,8 @@ Scales TwoPlanes(const std::vector<Some>& some, double first) {
 // --- A tile of outputs ---------------------------------------------------------------------------
 
 // formats.fit_scales, [groups, planes], each group with one scale of the source.
-FOR_EVERY_PROCESSOR void FitGroups(const Row<int8_t>* codes, const Row<float>* scales,
-                                   const Shape& shape, Counts& counts, Row<double>* fitted) {
+void FitGroups(const Row<int8_t>* codes, const Row<float>* scales, const Shape& shape,
+               Counts& counts, Row<double>* fitted) {
   const int64_t size = shape.inputs / shape.groups;
   for (int64_t g = 0; g < shape.groups; ++g) {
     const Row<float>& scale = scales[g * shape.parts / shape.groups];
@@ -349,8 +335,8 @@ FOR_EVERY_PROCESSOR void FitGroups(const Row<int8_t>* codes, const Row<float>* s
 }
 
 // The same of one group with several scales of the source.
-FOR_EVERY_PROCESSOR void FitParts(const Row<int8_t>* codes, const Row<float>* scales,
-                                  const Shape& shape, Counts& counts, Row<double>* fitted) {
+void FitParts(const Row<int8_t>* codes, const Row<float>* scales, const Shape& shape,
+              Counts& counts, Row<double>* fitted) {
   std::vector<Some> some[kOutputs];
   const int64_t size = shape.inputs / shape.parts;
   for (int64_t part = 0; part < shape.parts; ++part) {
@@ -372,11 +358,12 @@ INLINE void AsMultiples(const Shape& shape, Row<double>* fitted, float* unit) {
     for (int o = 0; o < kOutputs; ++o) {
       double sum = fitted[g * shape.planes][o];
       if (shape.planes == 2) sum += fitted[2 * g + 1][o];
-      largest[o] = Larger(largest[o], sum);
+      largest[o] = std::max(largest[o], sum);
     }
   for (int o = 0; o < kOutputs; ++o) unit[o] = largest[o] / (128 - shape.planes);
   for (int64_t i = 0; i < shape.groups * shape.planes; ++i)
-    for (int o = 0; o < kOutputs; ++o) fitted[i][o] = rint(fitted[i][o] / Larger(unit[o], 1e-37f));
+    for (int o = 0; o < kOutputs; ++o)
+      fitted[i][o] = rint(fitted[i][o] / std::max(unit[o], 1e-37f));
 }
 
 // The nearest trits of a code of each output: trit + 1 of the first plane, 4 (trit + 1) of the
@@ -403,11 +390,10 @@ INLINE void NearestTrits(const int8_t* codes, const float* scale, const float* f
 }
 
 // Packed bytes [outputs, planes * inputs / 4], see quantize.py; values: of planes [groups, planes].
-FOR_EVERY_PROCESSOR void Pack(const Row<int8_t>* codes, const Row<float>* scales,
-                              const Row<float>* values, const Shape& shape, int64_t outputs,
-                              uint8_t* packed) {
+void Pack(const Row<int8_t>* codes, const Row<float>* scales, const Row<float>* values,
+          const Shape& shape, int64_t outputs, uint8_t* packed) {
   const int64_t block = shape.block, width = shape.planes * shape.inputs / 4;
-  const int64_t pieces = Larger(shape.groups, shape.parts);  // with the same scales throughout
+  const int64_t pieces = std::max(shape.groups, shape.parts);  // with the same scales throughout
   Row<uint8_t> trits[4 * kMaxBlock], bytes[kMaxBlock];
   for (int64_t start = 0; start < shape.inputs; start += 4 * block) {
     for (int64_t i = 0; i < 4 * block; ++i) {

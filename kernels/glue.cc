@@ -12,16 +12,9 @@ namespace {
 // Two products, added: XLA contracts the one or the other into a fused multiply-add, by the shape
 // of its loop. Here both are rounded before they are added, on every processor.
 
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#define ROUNDED
-#else
-#define ROUNDED __attribute__((optimize("fp-contract=off")))
-#endif
-
 template <class T>
-ROUNDED void RotateHeads(const T* x, const float* sin, const float* cos, int64_t heads,
-                         int64_t half, T* out) {
+void RotateHeads(const T* x, const float* sin, const float* cos, int64_t heads, int64_t half,
+                 T* out) {
   for (int64_t n = 0; n < heads; ++n, x += 2 * half, out += 2 * half)
     for (int64_t i = 0; i < half; ++i) {
       const float a = ToFloat(x[i]), b = ToFloat(x[i + half]);
@@ -78,7 +71,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RotateHandler, Kernel<Rotate>::Call,
 namespace {
 
 template <class T>
-ROUNDED void AddGated(const T* row, float gate, int64_t size, float* sum) {
+void AddGated(const T* row, float gate, int64_t size, float* sum) {
   for (int64_t i = 0; i < size; ++i) sum[i] += gate * ToFloat(row[i]);
 }
 

@@ -12,8 +12,7 @@ constexpr int kLanes = 64;  // partial sums of a product, the same on every path
 // Lane i sums the products i, i + 64, ...; then the lanes are added in halves. The order depends on
 // the size only; paths differ in whether a product is rounded before it is added.
 template <class T>
-inline __attribute__((always_inline)) void AnyRow(const T* table, const float* x, int64_t rows,
-                                                  int64_t size, int64_t vocab, float* out) {
+void Row(const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab, float* out) {
   for (int64_t m = 0; m < rows; ++m, x += size, out += vocab) {
     float lanes[kLanes] = {};
     int64_t i = 0;
@@ -26,36 +25,22 @@ inline __attribute__((always_inline)) void AnyRow(const T* table, const float* x
   }
 }
 
-template <class T>
-void PlainRow(const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab,
-              float* out) {
-  AnyRow(table, x, rows, size, vocab, out);
-}
+#if defined(__AVX512BW__)
 
-#if defined(__x86_64__)
-
-template <class T>
-__attribute__((target("avx2,fma"), optimize("fp-contract=fast"))) void Avx2Row(
-    const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab, float* out) {
-  AnyRow(table, x, rows, size, vocab, out);
-}
-
-AVX512 inline __m512 Load16(const float* p, __mmask16 mask) {
-  return _mm512_maskz_loadu_ps(mask, p);
-}
-AVX512 inline __m512 Load16(const uint16_t* p, __mmask16 mask) {
+inline __m512 Load16(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline __m512 Load16(const uint16_t* p, __mmask16 mask) {
   const __m256i half = _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(mask, p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-AVX512 inline __m512 Load16(const int8_t* p, __mmask16 mask) {
+inline __m512 Load16(const int8_t* p, __mmask16 mask) {
   const __m128i quarter = _mm512_castsi512_si128(_mm512_maskz_loadu_epi8(mask, p));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
 }
 
 // Adds the products of 64 numbers; mask: which of each 16 there are.
 template <class T, int M, int N>
-AVX512 INLINE void AddLanes(const T* table, const float* x, int64_t size,
-                            const __mmask16 (&mask)[4], __m512 (&sums)[M][N][4]) {
+INLINE void AddLanes(const T* table, const float* x, int64_t size, const __mmask16 (&mask)[4],
+                     __m512 (&sums)[M][N][4]) {
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
     __m512 w[N];
@@ -72,7 +57,7 @@ AVX512 INLINE void AddLanes(const T* table, const float* x, int64_t size,
 
 // M rows of x times N rows of the table.
 template <class T, int M, int N>
-AVX512 void Avx512Tile(const T* table, const float* x, int64_t size, int64_t vocab, float* out) {
+void Avx512Tile(const T* table, const float* x, int64_t size, int64_t vocab, float* out) {
   __m512 sums[M][N][4];
 #pragma GCC unroll 4
   for (auto& row : sums)
@@ -114,8 +99,8 @@ AVX512 void Avx512Tile(const T* table, const float* x, int64_t size, int64_t voc
 
 // As many rows of the table, in pairs, which load each activation once for both.
 template <class T, int M>
-AVX512 void Avx512Rows(const T* table, int64_t count, const float* x, int64_t size, int64_t vocab,
-                       float* out) {
+void Avx512Rows(const T* table, int64_t count, const float* x, int64_t size, int64_t vocab,
+                float* out) {
   constexpr int N = M > 1 ? 2 : 1;  // one row waits for memory, and reads on and on
   int64_t v = 0;
   for (; v + N <= count; v += N) Avx512Tile<T, M, N>(table + v * size, x, size, vocab, out + v);
@@ -128,24 +113,14 @@ AVX512 void Avx512Rows(const T* table, int64_t count, const float* x, int64_t si
 template <class T>
 void Panel(const T* table, int64_t count, const float* x, int64_t rows, int64_t size, int64_t vocab,
            float* out) {
-#if defined(__x86_64__)
-  if (HasAvx512()) {
-    for (int64_t left = rows; left > 0; x += 3 * size, out += 3 * vocab, left -= 3)
-      left >= 3   ? Avx512Rows<T, 3>(table, count, x, size, vocab, out)
-      : left == 2 ? Avx512Rows<T, 2>(table, count, x, size, vocab, out)
-                  : Avx512Rows<T, 1>(table, count, x, size, vocab, out);
-    return;
-  }
+#if defined(__AVX512BW__)
+  for (int64_t left = rows; left > 0; x += 3 * size, out += 3 * vocab, left -= 3)
+    left >= 3   ? Avx512Rows<T, 3>(table, count, x, size, vocab, out)
+    : left == 2 ? Avx512Rows<T, 2>(table, count, x, size, vocab, out)
+                : Avx512Rows<T, 1>(table, count, x, size, vocab, out);
+#else
+  for (int64_t v = 0; v < count; ++v) Row(table + v * size, x, rows, size, vocab, out + v);
 #endif
-  for (int64_t v = 0; v < count; ++v) {
-#if defined(__x86_64__)
-    if (HasAvx2()) {
-      Avx2Row(table + v * size, x, rows, size, vocab, out + v);
-      continue;
-    }
-#endif
-    PlainRow(table + v * size, x, rows, size, vocab, out + v);
-  }
 }
 
 template <class T>

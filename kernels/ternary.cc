@@ -15,6 +15,11 @@
 
 #include "common.h"
 
+#if defined(TERNARY_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace kernels {
 namespace {
 
@@ -44,7 +49,8 @@ const std::vector<Path>& Paths() {
     found.push_back({"avx512", Avx512Group});
 #endif
 #if defined(TERNARY_AMX)
-    if (HasTiles()) found.push_back({"amx", AmxGroup});
+    if (syscall(SYS_arch_prctl, 0x1023, 18) == 0)  // the system has to be asked for tiles
+      found.push_back({"amx", AmxGroup});
 #endif
 #if defined(TERNARY_NEON)
     found.push_back({"neon", NeonGroup});
