@@ -136,10 +136,8 @@ def mixture(
     num_experts = linear.shape[0]
     flat = functools.partial(jnp.reshape, shape=(batch * queries, -1))
     blocks = group_by_expert(flat(index), valid.reshape(-1), num_experts)
-    dot = functools.partial(
-        quantize.grouped_dot, experts=blocks.expert_of_block, activations=activations
-    )
-    rows = rows_of_tokens(flat(x), blocks)  # [R, D]
-    hidden = jax.nn.gelu(dot(rows, linear)) * dot(rows, linear_v)  # [R, F]
-    out = dot(hidden, linear_1, axis_name=axis_name, scale_last=scale_last)  # [R, D]
+    rows, chosen = rows_of_tokens(flat(x), blocks), blocks.expert_of_block  # [R, D]
+    hidden = quantize.gated_dot(rows, linear, linear_v, chosen, activations=activations)  # [R, F]
+    options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
+    out = quantize.grouped_dot(hidden, linear_1, chosen, **options)  # [R, D]
     return gated_sums(out, flat(gates), blocks).reshape(batch, queries, size)

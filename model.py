@@ -364,6 +364,19 @@ def matrix(*shape: int):
     return hk.get_parameter("w", shape, init=hk.initializers.TruncatedNormal(shape[-2] ** -0.5))
 
 
+def products(x: jax.Array, weights, axes: sharding.Axes, activations: str) -> list[jax.Array]:
+    """x [B, T, I] times each of some weights [I, O], of these logical axes: [B, T, O] each."""
+    inputs, outputs = axes
+    scale_last = [quantize.has_last_scale(w) for w in weights]
+    options = {"axis_name": sharding.mesh_axis(inputs, x.shape[-1]), "scale_last": scale_last}
+
+    def dots(x, *weights):
+        return list(quantize.dots(x, weights, activations=activations, **options))
+
+    in_axes = (("batch", None, inputs), *[axes] * len(weights))
+    return sharding.shard_map(dots, in_axes, [("batch", None, outputs)] * len(weights))(x, *weights)
+
+
 @dataclasses.dataclass
 class Linear(hk.Module):
     """x @ w; no bias, as in Grok-1."""
@@ -374,16 +387,8 @@ class Linear(hk.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, I] -> [B, T, O]
         w = matrix(x.shape[-1], self.output_size)
-        inputs, outputs = sharding.parameter_axes(f"{self.module_name}/w", 2)
-        axis = sharding.mesh_axis(inputs, x.shape[-1])
-        dot = functools.partial(
-            quantize.dot,
-            activations=self.activations,
-            axis_name=axis,
-            scale_last=quantize.has_last_scale(w),
-        )
-        in_axes = (("batch", None, inputs), (inputs, outputs))
-        return sharding.shard_map(dot, in_axes, ("batch", None, outputs))(x, w)
+        axes = sharding.parameter_axes(f"{self.module_name}/w", 2)
+        return products(x, [w], axes, self.activations)[0]
 
 
 @dataclasses.dataclass
@@ -441,15 +446,20 @@ class MultiHeadAttention(hk.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array, memory: KVMemory | None):
         """x [B, T, D], positions [B, T] -> [B, T, D] and the cache with the new keys and values."""
-        c = self.config
-
-        def project(heads, name):
-            y = Linear(heads * c.key_size, c.activations, name)(x)
-            return y.reshape(*x.shape[:2], heads, c.key_size)
-
-        q = rotary_embedding(project(c.num_q_heads, "query"), positions, c.rope_base)
-        k = rotary_embedding(project(c.num_kv_heads, "key"), positions, c.rope_base)
-        v = project(c.num_kv_heads, "value")
+        c, weights = self.config, []
+        for name, heads in (
+            ("query", c.num_q_heads),
+            ("key", c.num_kv_heads),
+            ("value", c.num_kv_heads),
+        ):
+            with hk.name_scope(name):
+                weights.append(matrix(x.shape[-1], heads * c.key_size))
+        axes = sharding.parameter_axes(f"{self.module_name}/query/w", 2)
+        q, k, v = (
+            y.reshape(*x.shape[:2], -1, c.key_size)
+            for y in products(x, weights, axes, c.activations)
+        )
+        q, k = (rotary_embedding(y, positions, c.rope_base) for y in (q, k))
         if memory is None:
             look, seen = attention.attend, KVMemory(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:

@@ -305,7 +305,7 @@ def _rounded_rows(x, *, levels, dtype, axis_name=None):
     largest = _row_maxima(x)
     if axis_name is not None:
         largest = lax.pmax(largest, axis_name)
-    step = in_this_order(jnp.maximum(largest, 1e-30) / levels)
+    step = in_this_order(jnp.maximum(largest, 1e-30) * np.float32(1 / levels))
     return _divided(x, step, dtype=dtype), step
 
 
@@ -355,38 +355,66 @@ def dot(
     axis_name: inside `shard_map`, the mesh axis that I is split over; the result is the whole sum
     scale_last: `has_last_scale` of the whole weight, where a device's part does not tell
     """
-    stack = jax.tree.map(lambda leaf: leaf[None], w)
-    rows = x.reshape(-1, x.shape[-1])
-    only, options = jnp.zeros(1, jnp.int32), {"axis_name": axis_name, "scale_last": scale_last}
-    y = grouped_dot(rows, stack, only, activations=activations, **options)
-    return y.reshape(*x.shape[:-1], w.shape[-1])
+    options = {"activations": activations, "axis_name": axis_name, "scale_last": (scale_last,)}
+    return dots(x, (w,), **options)[0]
+
+
+def dots(x: jax.Array, weights: Sequence[Weight], **options) -> tuple[jax.Array, ...]:
+    """`dot` of the same x with several weights, which may be one kernel."""
+    stacks = [jax.tree.map(lambda leaf: leaf[None], w) for w in weights]
+    rows, only = x.reshape(-1, x.shape[-1]), jnp.zeros(1, jnp.int32)
+    products = grouped_dots(rows, stacks, only, **options)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in products)
 
 
 def grouped_dot(
+    x: jax.Array, w: Weight, experts: jax.Array, *, scale_last: bool | None = None, **options
+) -> jax.Array:
+    """Rows in equal blocks, each block times one expert's matrix: [R, I] -> [R, O].
+
+    x: [R, I], R a multiple of the number of blocks
+    w: [E, I, O]; experts are read where they lie
+    experts: int32 [blocks]; a block whose expert is -1 is skipped, and its rows are zeros
+    scale_last, options: as `dot` has them
+    """
+    return grouped_dots(x, (w,), experts, scale_last=(scale_last,), **options)[0]
+
+
+def grouped_dots(
     x: jax.Array,
-    w: Weight,
+    weights: Sequence[Weight],
     experts: jax.Array,
     *,
     activations: str = "float",
     axis_name: str | None = None,
-    scale_last: bool | None = None,
-) -> jax.Array:  # [R, I] -> [R, O]
-    """Rows in equal blocks, each block times one expert's matrix; experts are read where they lie.
-
-    x: [R, I], R a multiple of the number of blocks
-    w: [E, I, O]
-    experts: int32 [blocks]; a block whose expert is -1 is skipped, and its rows are zeros
-    """
+    scale_last: Sequence[bool | None] | None = None,
+) -> tuple[jax.Array, ...]:
+    """`grouped_dot` of the same rows with several weights, of each its `scale_last`."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
+    scale_last = tuple(scale_last or [None] * len(weights))
+    options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
+    return _grouped_dots(x, tuple(weights), experts, **options)
+
+
+@kernels.accelerated("ternary_dots")
+def _grouped_dots(x, weights, experts, *, activations, axis_name, scale_last):
+    rows = None if activations == "float" else quantize_rows(x, axis_name, activations)
+    product = functools.partial(_grouped_dot, activations=activations, axis_name=axis_name)
+    pairs = zip(weights, scale_last, strict=True)
+    return tuple(product(x, rows, w, experts, scale_last=last) for w, last in pairs)
+
+
+def _grouped_dot(x, rows, w, experts, activations, axis_name, scale_last):
+    """rows: x as `quantize_rows` gives it; None for float activations"""
     if in_training(w) and activations != "int8":
         w, scale_last = dequantize(w), False  # bfloat16 has 8 bits
     scale_last = has_last_scale(w) if scale_last is None else scale_last
     sums, step = functools.partial(_sums, axis_name=axis_name, scale_last=scale_last), None
-    if activations == "float":
+    if rows is None:
         y = sums(x, w, experts)
     else:
-        rounded, step = quantize_rows(x, axis_name, activations)
+        rounded, step = rows
         scaled = x.astype(jnp.float32) / step
         if isinstance(w, jax.Array):  # floats, in training: rounded rows and no step
             y = sums(straight_through(x, (rounded * step).astype(x.dtype)), w, experts)
@@ -401,6 +429,16 @@ def grouped_dot(
         gamma = jnp.repeat(gamma, x.shape[0] // experts.shape[0], axis=0)
         scale = gamma if step is None else in_this_order(gamma * step)
     return (y if scale is None else y * scale).astype(x.dtype)
+
+
+@kernels.accelerated("gated_dot")
+def gated_dot(x, gate, up, experts, *, activations):  # [R, I] -> [R, O]
+    """gelu(x @ gate) * (x @ up), for blocks of rows and weights as in `grouped_dot`.
+
+    Floats may differ in the last bit from those of the two products and `jax.nn.gelu`.
+    """
+    gates, ups = grouped_dots(x, (gate, up), experts, activations=activations)
+    return jax.nn.gelu(gates) * ups
 
 
 def in_training(w: Weight) -> bool:

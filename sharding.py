@@ -196,7 +196,7 @@ def mesh_axis(axis: str | None, size: int) -> str | None:
     return None if mesh.empty or name is None or size % mesh.shape[name] else name
 
 
-def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:
+def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes | list[Axes]) -> Callable:
     """f on each device's shards under `jax.set_mesh`, and f itself where there is no mesh.
 
     Each argument is an array or a weight of any format, its axes are logical ones. An axis that
@@ -219,7 +219,11 @@ def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:
             return tuple(None if axis in uneven else axis for axis in axes)
 
         in_specs = tuple(weight_specs(even(axes), x) for x, axes in zip(args, in_axes, strict=True))
-        out_specs = P(*(AXES[axis] for axis in even(out_axes)))
+        out_specs = jax.tree.map(
+            lambda axes: P(*(AXES[axis] for axis in even(axes))),
+            out_axes,
+            is_leaf=lambda axes: isinstance(axes, tuple),
+        )
         # Sums over the mesh are explicit in f, and replication is for AXES to say, not to infer.
         return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 

@@ -29,7 +29,7 @@ from kernels.building import build as build
 from kernels.building import keep_compilations as keep_compilations
 
 HANDLERS = (
-    "TernarySums",
+    "TernaryDots",
     "TableDot",
     "RmsNorm",
     "Attend",
@@ -351,14 +351,43 @@ def ternary_sums(x: jax.Array, w, experts: jax.Array, path: int = -1) -> jax.Arr
     path: the fastest to take, an index of `ternary_paths()`; -1 for any
     Needs `on_cpu()`.
     """
-    out = jax.ShapeDtypeStruct((*x.shape[:2], w.shape[-1]), jnp.int32)
-    multipliers = w.multipliers
-    if multipliers is None:
-        *lead, lanes = (*w.packed.shape[:2], w.packed.shape[3:4])
-        multipliers = jnp.zeros((*lead, 0, 1, *lanes), jnp.int8)
-    call = jax.ffi.ffi_call("ternary_grok_TernarySums", out)
-    attributes = {"block": np.int64(w.block), "path": np.int64(path)}
-    return call(x, w.packed, experts, multipliers, **attributes)
+    return _ternary(x, (w,), experts, jnp.int32, path=path)[0]
+
+
+def ternary_dots(x: jax.Array, weights, experts: jax.Array, *, activations: str, **_) -> tuple:
+    """`quantize.grouped_dots` of rows x [R, I] and `quantize.PackedWeight`s, for each [R, O].
+
+    Rounded, multiplied and scaled in one call. Needs `on_cpu()`, and weights that are packed alike.
+    """
+    return _rounded_dots(x, weights, experts, activations)
+
+
+def gated_dot(x: jax.Array, gate, up, experts: jax.Array, *, activations: str) -> jax.Array:
+    """`quantize.gated_dot`, as `ternary_dots`; GELU in float32, rounded to the dtype of x."""
+    return _rounded_dots(x, (gate, up), experts, activations, gated=1)[0]
+
+
+def _rounded_dots(x, weights, experts, activations, **attributes):
+    levels = 127 if activations == "int8" else 127 * 128
+    rows = x.reshape(len(experts), -1, x.shape[-1])
+    found = _ternary(rows, weights, experts, x.dtype, levels=levels, **attributes)
+    return tuple(y.reshape(len(x), -1) for y in found)
+
+
+def _ternary(x, weights, experts, dtype, path=-1, levels=0, gated=0) -> list[jax.Array]:
+    """Products of rows x [blocks, R, I] with weights that are packed alike, see ternary.cc."""
+    arrays = []
+    for w in weights:
+        multipliers = w.multipliers
+        if multipliers is None:
+            *lead, lanes = (*w.packed.shape[:2], w.packed.shape[3:4])
+            multipliers = jnp.zeros((*lead, 0, 1, *lanes), jnp.int8)
+        scales = w.scales.astype(jnp.float32) if levels else jnp.zeros((len(w.packed), 1, 1))
+        arrays += [w.packed, multipliers, scales]
+    outs = [jax.ShapeDtypeStruct((*x.shape[:2], w.shape[-1]), dtype) for w in weights]
+    attributes = {"block": weights[0].block, "path": path, "levels": levels, "gated": gated}
+    call = jax.ffi.ffi_call("ternary_grok_TernaryDots", outs[:1] if gated else outs)
+    return call(x, experts, *arrays, **{name: np.int64(n) for name, n in attributes.items()})
 
 
 def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -502,6 +531,26 @@ def _takes_table(x, table) -> bool:
     return table.dtype in (*FLOATS, jnp.int8)
 
 
+def _takes_dots(x, weights, experts, *, activations, axis_name=None, **_) -> bool:
+    first, packed = weights[0], all(hasattr(w, "packed") for w in weights)
+    return (
+        packed
+        and x.dtype in FLOATS
+        and activations != "float"
+        and (axis_name is None or jax.lax.axis_size(axis_name) == 1)
+        and all(_packing(w) == _packing(first) and w.shape[-2] == x.shape[-1] for w in weights)
+    )
+
+
+def _packing(w) -> tuple:
+    groups = None if w.multipliers is None else w.multipliers.shape[2]
+    return w.block, w.planes, w.padding, w.interleaved, groups
+
+
+def _takes_gated(x, gate, up, experts, *, activations) -> bool:
+    return _takes_dots(x, (gate, up), experts, activations=activations)
+
+
 def _gpu_sums(x, w, experts):
     return _gpu("ternary_sums")(x, w.packed, experts, w.block, w.multipliers)
 
@@ -511,6 +560,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
         "cpu": (attend, _takes_cap),
         "gpu": (_gpu("attend"), _takes_cap, _gpu("takes_attend")),
     },
+    "gated_dot": {"cpu": (gated_dot, _takes_gated)},
     "gated_sums": {"cpu": (gated_sums,)},
     "quantize_rows": {"gpu": (_gpu("quantize_rows"), lambda x, axis_name=None, **_: not axis_name)},
     "rms_norm": {"cpu": (rms_norm,), "gpu": (_gpu("rms_norm"),)},
@@ -518,6 +568,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     "round_rows": {"cpu": (round_rows, _takes_floats)},
     "row_maxima": {"cpu": (row_maxima, _takes_floats)},
     "table_dot": {"cpu": (table_dot, _takes_table)},
+    "ternary_dots": {"cpu": (ternary_dots, _takes_dots)},
     "ternary_sums": {
         "cpu": (ternary_sums, lambda x, *_: x.dtype == jnp.int8),
         "gpu": (_gpu_sums, _gpu("takes_weight")),

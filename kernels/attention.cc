@@ -7,13 +7,11 @@
 #include <limits>
 
 #include "common.h"
+#include "lanes.h"
 
 namespace kernels {
 namespace {
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t IntLanes __attribute__((vector_size(64)));
-constexpr int64_t kWidth = 16;    // floats in Lanes
 constexpr int64_t kSlots = 32;    // that are turned into float32 and taken at a time
 constexpr int64_t kPart = 256;    // slots
 constexpr int64_t kQueries = 64;  // rows of a task: queries of the heads that share keys and values
@@ -40,44 +38,6 @@ struct Attention {
     return largest;
   }
 };
-
-INLINE Lanes LoadLanes(const float* p) {
-  Lanes v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// exp of numbers from -87 to 0, by 2^n and a polynomial in what is left, to about one unit in the
-// last place.
-INLINE Lanes Exp(Lanes x) {
-  const Lanes shifted = x * 1.44269504f + 12582912.f;  // rounds: no fraction fits beside 1.5 * 2^23
-  const Lanes n = shifted - 12582912.f;
-  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Lanes p = r * 1.98412698e-4f + 1.38888889e-3f;
-  p = p * r + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.f;
-  const IntLanes bits = (__builtin_convertvector(n, IntLanes) + 127) << 23;
-  Lanes power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
-
-INLINE Lanes Tanh(Lanes x) {
-  const Lanes zero = {}, magnitude = x < 0 ? -x : x, square = x * x;
-  const Lanes few = magnitude > 40.f ? zero + 40.f : magnitude;
-  const Lanes e = Exp(-2.f * few);
-  const Lanes large = (1.f - e) / (1.f + e);
-  // Near zero, where 1 - e loses digits: the first terms of its series.
-  Lanes p = 2.1869489e-2f - square * 8.8632356e-3f;
-  p = p * square - 5.3968254e-2f;
-  p = p * square + 1.3333333e-1f;
-  p = p * square - 3.3333333e-1f;
-  const Lanes small = x + x * square * p;
-  return magnitude < 0.25f ? small : (x < 0 ? -large : large);
-}
 
 // Lane i of the result is the sum of the lanes of v[i].
 INLINE Lanes Sums(Lanes v[kWidth]) {

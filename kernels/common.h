@@ -154,6 +154,13 @@ inline void FromFloat(float value, uint16_t* out) {  // to nearest, halves to ev
   *out = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// To nearest, halves to even, of numbers up to 2^22; beyond it, some number as large.
+inline int32_t Rounded(float value) {
+  // Added, what is too large for a fraction beside it rounds.
+  constexpr float limit = 4194304, large = 3 * limit;
+  return static_cast<int32_t>(std::min(std::max(-limit, value), limit) + large - large);
+}
+
 }  // namespace kernels
 
 #endif  // KERNELS_COMMON_H_

@@ -155,12 +155,8 @@ void Round(ffi::ThreadPool& pool, const void* x, const float* steps, int64_t row
   Parallel(pool, rows, 1. * rows * size * sizeof(T), [=](int64_t r) {
     const T* row = static_cast<const T*>(x) + r * size;
     Integer* to = static_cast<Integer*>(out) + r * size;
-    // Added, what is too large for a fraction beside it rounds to nearest, halves to even.
-    constexpr float limit = 4194304, large = 3 * limit;
-    for (int64_t i = 0; i < size; ++i) {
-      const float value = std::min(std::max(-limit, ToFloat(row[i]) / steps[r]), limit);
-      to[i] = static_cast<Integer>(static_cast<int32_t>(value + large - large));
-    }
+    for (int64_t i = 0; i < size; ++i)
+      to[i] = static_cast<Integer>(Rounded(ToFloat(row[i]) / steps[r]));
   });
 }
 

@@ -11,9 +11,11 @@
 
 #include "ternary.h"
 
+#include <cmath>
 #include <vector>
 
 #include "common.h"
+#include "lanes.h"
 
 #if defined(TERNARY_AMX)
 #include <sys/syscall.h>
@@ -62,19 +64,27 @@ const std::vector<Path>& Paths() {
 
 // --- Groups --------------------------------------------------------------------------------------
 
-// The activations of a row in the order of `Group`. to: zeros, as many as there are and more
+// The activations of a row in the order of `Group`. to: zeros where a packed byte has no input
 void Arrange(const int8_t* from, int64_t inputs, int64_t block_bytes, int8_t* to) {
-  for (int64_t begin = 0, byte = 0; begin < inputs; begin += 4 * block_bytes, byte += block_bytes)
+  typedef int32_t Fours __attribute__((vector_size(16)));  // of one slab; or of one quad, turned
+  for (int64_t begin = 0, byte = 0; begin < inputs; begin += 4 * block_bytes, byte += block_bytes) {
+    if (block_bytes % 16 == 0 && inputs - begin >= 4 * block_bytes) {
+      for (int64_t i = 0; i < block_bytes; i += 16) {
+        Fours v[4];
+        for (int r = 0; r < 4; ++r) std::memcpy(&v[r], from + begin + r * block_bytes + i, 16);
+        for (int j = 0; j < 4; ++j) {
+          const Fours quad = {v[0][j], v[1][j], v[2][j], v[3][j]};
+          std::memcpy(to + (byte + i) * 4 + kInputs * j, &quad, 16);
+        }
+      }
+      continue;
+    }
     for (int64_t r = 0; r < 4; ++r) {
       const int64_t at = begin + r * block_bytes, end = std::min(inputs - at, block_bytes);
-      if (block_bytes % 4 == 0) {
-        for (int64_t i = 0; i < end; i += 4)
-          std::memcpy(to + (byte + i) * 4 + 4 * r, from + at + i, std::min<int64_t>(4, end - i));
-      } else {
-        for (int64_t i = 0; i < end; ++i)
-          to[(byte + i) / 4 * kInputs + 4 * r + (byte + i) % 4] = from[at + i];
-      }
+      for (int64_t i = 0; i < end; ++i)
+        to[(byte + i) / 4 * kInputs + 4 * r + (byte + i) % 4] = from[at + i];
     }
+  }
 }
 
 // Rows of `bytes` each as a group: [quads, 64, 4], zeros where there are no such rows.
@@ -94,21 +104,31 @@ void Interleave(const uint8_t* rows, int64_t count, int64_t bytes, uint8_t* to) 
       std::memcpy(to + j * kLanes + 4 * o, rows + o * bytes + j, std::min<int64_t>(4, bytes - j));
 }
 
-// --- The product ---------------------------------------------------------------------------------
+// --- What is multiplied --------------------------------------------------------------------------
 
-// x int8 [blocks, R, I], packed uint8 [E, O, B], experts int32 [blocks], multipliers int8
-// [E, O, G, P] -> int32 [blocks, R, O]; or of groups of 64 outputs packed [E, N, B / 4, 64, 4] and
-// multipliers [E, N, G, P, 64].
-// G: groups of inputs; 0 and P = 1 where all multipliers are 1. block: bytes in a packing block of
-// one plane; path: the fastest one to take, -1 for all that there are.
-void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> packed,
-                 ffi::Buffer<ffi::S32> experts, ffi::Buffer<ffi::S8> multipliers,
-                 ffi::ResultBuffer<ffi::S32> out, int64_t block, int64_t path) {
+struct Packing {
+  bool grouped;
+  int64_t all, planes, groups;  // packed bytes of an output, P, G
+  bool operator==(const Packing& other) const {
+    return grouped == other.grouped && all == other.all && planes == other.planes &&
+           groups == other.groups;
+  }
+};
+
+// A packed matrix of each expert.
+struct Weight {
+  Packing packing;
+  const uint8_t* packed;
+  const int8_t* multipliers;
+  const float* scales;  // [E, 1, C]
+  int64_t experts, outputs, columns;
+};
+
+// A weight that fits the sizes of x and its own result; throws what does not.
+Weight WeightOf(Sizes sizes, const ffi::Buffer<ffi::U8>& packed,
+                const ffi::Buffer<ffi::S8>& multipliers, const ffi::Buffer<ffi::F32>& scales,
+                int64_t block) {
   const bool grouped = packed.dimensions().size() == 5;
-  Sizes sizes;
-  sizes.Match("x [blocks, R, I]", x);
-  sizes.Match("experts [blocks]", experts);
-  sizes.Match("sums [blocks, R, O]", *out);
   if (grouped) {
     sizes.Match("packed [E, N, Q, 64, 4]", packed);
     sizes.Match("multipliers [E, N, G, P, 64]", multipliers);
@@ -120,127 +140,354 @@ void TernarySums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::
     sizes.Match("packed [E, O, B]", packed);
     sizes.Match("multipliers [E, O, G, P]", multipliers);
   }
-  const int64_t blocks = sizes["blocks"], rows = sizes["R"], inputs = sizes["I"],
-                count = sizes["E"], outputs = sizes["O"],
-                all = grouped ? 4 * sizes["Q"] : sizes["B"], groups = sizes["G"],
+  sizes.Match("scales [E, 1, C]", scales);
+  const int64_t columns = sizes["C"];
+  Check(sizes["1"] == 1 && (columns == 1 || columns == sizes["O"]), "scales [E, 1, C] have ",
+        sizes["1"], " rows and ", columns, " columns for ", sizes["O"], " outputs");
+  const int64_t all = grouped ? 4 * sizes["Q"] : sizes["B"], groups = sizes["G"],
                 planes = sizes["P"], bytes = all / std::max<int64_t>(1, planes);
   Check(planes == 1 || (planes == 2 && groups), planes, " planes with ", groups,
         " groups of multipliers; what there is are one, and two with multipliers");
   Check(all <= kWidest, all, " packed bytes of an output, more than ", kWidest);
-  Check(inputs <= 4 * bytes, inputs, " inputs do not fit ", bytes, " packed bytes");
+  Check(sizes["I"] <= 4 * bytes, sizes["I"], " inputs do not fit ", bytes, " packed bytes");
   Check(block > 0 && bytes % block == 0 && all == planes * bytes, all,
         " packed bytes are no whole blocks of ", block, " for each of ", planes, " planes");
-  const int64_t in_all = bytes / block;
-  Check(groups < 2 || groups == in_all || groups == 2 * in_all || groups == 4 * in_all, groups,
-        " groups are neither 1 nor 1, 2 or 4 for each of ", in_all, " blocks");
+  const int64_t blocks = bytes / block;
+  Check(groups < 2 || groups == blocks || groups == 2 * blocks || groups == 4 * blocks, groups,
+        " groups are neither 1 nor 1, 2 or 4 for each of ", blocks, " blocks");
   Check(!groups || 4 * bytes * 127 * 127 < 1ll << 31, 4 * bytes,
         " inputs with multipliers, whose sums might exceed int32");
+  return {{grouped, all, planes, groups},
+          packed.typed_data(),
+          multipliers.typed_data(),
+          scales.typed_data(),
+          sizes["E"],
+          sizes["O"],
+          columns};
+}
 
-  const bool plain = groups && (block % 4 || block > kCacheLine);
-  const int64_t last = Paths().size() - 1;
-  const Path& chosen_path = Paths()[plain ? 0 : path < 0 ? last : std::min(path, last)];
-  const int64_t quads = RoundUp(bytes, 4) / 4, tiled = RoundUp(rows, kRowTile);
-  Group problem{};
+// What all groups of outputs have in common.
+Group ProblemOf(const Packing& packing, int64_t block) {
+  Group p{};
+  p.planes = packing.planes, p.groups = packing.groups;
+  p.bytes = packing.all / packing.planes;
+  p.quads = RoundUp(p.bytes, 4) / 4;
   // Not a power of two, so that rows do not compete for the same lines of a cache.
-  problem.width = RoundUp(quads * kInputs, kCacheLine) + kCacheLine;
-  problem.quads = quads, problem.bytes = bytes;
-  problem.planes = planes, problem.groups = groups;
-  problem.block = std::max<int64_t>(1, block / 4), problem.block_bytes = block;
-  problem.of_block = std::max<int64_t>(1, groups / std::max<int64_t>(1, in_all));
-  problem.parts = groups ? in_all * problem.of_block : 0;
+  p.width = RoundUp(p.quads * kInputs, kCacheLine) + kCacheLine;
+  p.block = std::max<int64_t>(1, block / 4), p.block_bytes = block;
+  const int64_t blocks = p.bytes / block;
+  p.of_block = std::max<int64_t>(1, p.groups / std::max<int64_t>(1, blocks));
+  p.parts = p.groups ? blocks * p.of_block : 0;
+  return p;
+}
 
-  // --- Activations in order, and their sums
-  Aligned arranged(blocks * tiled * problem.width);
-  std::vector<int32_t> sums(blocks * rows), part_sums(blocks * rows * problem.parts);
-  std::vector<char> used(blocks * rows);  // not all zeros
-  auto* xs = reinterpret_cast<int8_t*>(arranged.data);
-  const int8_t* given = x.typed_data();
-  Parallel(pool, blocks * tiled, 1. * blocks * rows * inputs,
-           [=, &sums, &part_sums, &used](int64_t i) {
-             const int64_t b = i / tiled, m = i % tiled, row = b * rows + m;
-             int8_t* to = xs + i * problem.width;
-             std::memset(to, 0, problem.width);
-             if (m >= rows) return;
-             const int8_t* from = given + row * inputs;
-             int32_t sum = 0;
-             int8_t any = 0;
-             for (int64_t j = 0; j < inputs; ++j) sum += from[j], any |= from[j];
-             sums[row] = sum, used[row] = any != 0;
-             Arrange(from, inputs, block, to);
-             const int64_t size = problem.parts ? 4 * bytes / problem.parts : 0;
-             for (int64_t part = 0; part * size < (size ? inputs : 0); ++part) {
-               int32_t some = 0;
-               for (int64_t j = part * size; j < std::min(inputs, (part + 1) * size); ++j)
-                 some += from[j];
-               part_sums[row * problem.parts + part] = some;
-             }
-           });
-  // Padding, rows of zeros behind the others, costs nothing.
-  std::vector<int64_t> counts(blocks);
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t m = 0; m < rows; ++m)
-      if (used[b * rows + m]) counts[b] = m + 1;
+// Rows of activations in blocks, int8, as `Group` has them. Each is set by itself.
+class Rows {
+ public:
+  Rows(const Group& problem, int64_t blocks, int64_t rows)
+      : problem_(problem),
+        rows_(rows),
+        tiled_(RoundUp(rows, kRowTile)),
+        memory_(blocks * tiled_ * problem.width),
+        sums_(blocks * rows),
+        part_sums_(blocks * rows * problem.parts),
+        used_(blocks * rows) {}
 
-  // --- Groups of outputs
-  const uint8_t* weights = packed.typed_data();
-  const int8_t* all_multipliers = multipliers.typed_data();
-  const int32_t* chosen = experts.typed_data();
-  int32_t* result = out->typed_data();
-  const int32_t *row_sums = sums.data(), *of_parts = part_sums.data();
-  auto multiply = [=, &counts](int64_t b, int64_t first) {  // of the outputs from `first` on
-    const int64_t expert = chosen[b], there = std::min(kLanes, outputs - first);
-    int32_t* to = result + b * rows * outputs + first;
-    Group p = problem;
-    p.rows = expert < 0 || expert >= count ? 0 : counts[b];
-    for (int64_t m = p.rows; m < rows; ++m) std::fill_n(to + m * outputs, there, 0);
-    if (p.rows == 0) return;
-    p.x = xs + b * tiled * problem.width;
-    p.sums = row_sums + b * rows, p.part_sums = of_parts + b * rows * problem.parts;
-    p.packed = weights + (expert * outputs + first) * all;
-    if (groups) p.multipliers = all_multipliers + (expert * outputs + first) * groups * planes;
-    p.out = to, p.stride = outputs;
-    static thread_local Aligned kept(0), kept_multipliers(0), kept_sums(0);
-    if (!grouped) {
-      auto* quad = reinterpret_cast<uint8_t*>(Kept(kept, RoundUp(all, 4) * kLanes));
-      Interleave(p.packed, there, all, quad);
-      p.packed = quad;
-      if (groups) {
-        char* side_by_side = Kept(kept_multipliers, groups * planes * kLanes);
-        for (int64_t i = 0; i < groups * planes; ++i)
-          for (int64_t o = 0; o < kLanes; ++o)
-            side_by_side[i * kLanes + o] = o < there ? p.multipliers[o * groups * planes + i] : 0;
-        p.multipliers = reinterpret_cast<int8_t*>(side_by_side);
-      }
+  // Whether there is anything but zeros.
+  bool Set(int64_t row, const int8_t* from, int64_t inputs) {
+    int8_t* to = At(row / rows_, row % rows_);
+    if (inputs < problem_.quads * kInputs) std::memset(to, 0, problem_.width);
+    Arrange(from, inputs, problem_.block_bytes, to);
+    int32_t sum = 0;
+    int8_t any = 0;
+    for (int64_t j = 0; j < inputs; ++j) sum += from[j], any |= from[j];
+    sums_[row] = sum;
+    const int64_t size = problem_.parts ? 4 * problem_.bytes / problem_.parts : 0;
+    for (int64_t part = 0; part * size < (size ? inputs : 0); ++part) {
+      int32_t some = 0;
+      for (int64_t j = part * size; j < std::min(inputs, (part + 1) * size); ++j) some += from[j];
+      part_sums_[row * problem_.parts + part] = some;
     }
-    if (there < kLanes) {
-      p.out = reinterpret_cast<int32_t*>(Kept(kept_sums, p.rows * kLanes * 4));
-      p.stride = kLanes;
+    return any;
+  }
+  void Use(int64_t row) { used_[row] = 1; }
+
+  // Those of a block up to the last that is used: padding costs nothing.
+  Group Of(int64_t block) const {
+    Group p = problem_;
+    p.x = At(block, 0);
+    p.sums = sums_.data() + block * rows_;
+    p.part_sums = part_sums_.data() + block * rows_ * problem_.parts;
+    for (p.rows = rows_; p.rows > 0 && !used_[block * rows_ + p.rows - 1];) --p.rows;
+    return p;
+  }
+
+ private:
+  int8_t* At(int64_t block, int64_t m) const {
+    return reinterpret_cast<int8_t*>(memory_.data) + (block * tiled_ + m) * problem_.width;
+  }
+  Group problem_;
+  int64_t rows_, tiled_;
+  Aligned memory_;
+  std::vector<int32_t> sums_, part_sums_;
+  std::vector<char> used_;
+};
+
+// The sums of 64 outputs of an expert from `first` on; zeros, or anything, beyond the last.
+void Multiply(const Path& path, Group p, const Weight& weight, int64_t expert, int64_t first,
+              int32_t* sums) {
+  const auto& [grouped, all, planes, groups] = weight.packing;
+  const int64_t there = std::min(kLanes, weight.outputs - first);
+  const int64_t output = expert * weight.outputs + first;
+  p.packed = weight.packed + output * all;
+  if (groups) p.multipliers = weight.multipliers + output * groups * planes;
+  p.out = sums, p.stride = kLanes;
+  static thread_local Aligned kept(0), kept_multipliers(0);
+  if (!grouped) {
+    auto* quad = reinterpret_cast<uint8_t*>(Kept(kept, RoundUp(all, 4) * kLanes));
+    Interleave(p.packed, there, all, quad);
+    p.packed = quad;
+    if (groups) {
+      char* side_by_side = Kept(kept_multipliers, groups * planes * kLanes);
+      for (int64_t i = 0; i < groups * planes; ++i)
+        for (int64_t o = 0; o < kLanes; ++o)
+          side_by_side[i * kLanes + o] = o < there ? p.multipliers[o * groups * planes + i] : 0;
+      p.multipliers = reinterpret_cast<int8_t*>(side_by_side);
     }
-    chosen_path.multiply(p);
-    if (there < kLanes)
-      for (int64_t m = 0; m < p.rows; ++m) std::copy_n(p.out + m * kLanes, there, to + m * outputs);
-  };
-  const int64_t in_outputs = RoundUp(outputs, kLanes) / kLanes, of_all = blocks * in_outputs;
-  const int64_t wanted = std::max<int64_t>(1, of_all / (4 * pool.num_threads()));
-  const int64_t task = std::min(wanted, 1 + kTaskBytes / (1 + kLanes * all));  // groups
-  Parallel(pool, RoundUp(of_all, task) / task, 1. * blocks * outputs * all, [=](int64_t i) {
-    for (int64_t g = i * task; g < std::min(of_all, (i + 1) * task); ++g)
-      multiply(g / in_outputs, g % in_outputs * kLanes);
+  }
+  path.multiply(p);
+}
+
+// --- What becomes of the sums --------------------------------------------------------------------
+
+// A row x [I] as integers of `levels` steps at most, quantize.quantize_rows; int15 as high and low
+// half. Returns the step.
+template <class T>
+float RoundRow(const T* x, int64_t size, float levels, int8_t* high, int8_t* low) {
+  uint32_t bits = 0;  // of the largest magnitude; those of a NaN are last
+  for (int64_t i = 0; i < size; ++i) {
+    const float value = ToFloat(x[i]);
+    uint32_t own;
+    std::memcpy(&own, &value, 4);
+    bits = std::max(bits, own & 0x7fffffff);
+  }
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  const float step = std::max(largest, 1e-30f) * (1 / levels);
+  for (int64_t i = 0; i < size; ++i) {
+    const int32_t integer = Rounded(ToFloat(x[i]) / step);
+    const int32_t upper = low ? (integer + 64) >> 7 : integer;
+    high[i] = static_cast<int8_t>(upper);
+    if (low) low[i] = static_cast<int8_t>(integer - 128 * upper);
+  }
+  return step;
+}
+
+// Floats as the dtype of the activations holds them.
+INLINE Lanes RoundedTo(Lanes x, const float*) { return x; }
+INLINE Lanes RoundedTo(Lanes x, const uint16_t*) {
+  for (int i = 0; i < kWidth; ++i) {
+    uint16_t half;
+    FromFloat(x[i], &half);
+    x[i] = ToFloat(half);
+  }
+  return x;
+}
+
+// 16 sums of a row, or of its two halves, times scales and step. (128 of one sum is exact.)
+template <class T>
+INLINE Lanes Scaled(const int32_t* sums, bool halves, bool trits, const float* scales, float step) {
+  IntLanes high, low = {};
+  std::memcpy(&high, sums, sizeof high);
+  if (halves) std::memcpy(&low, sums + kLanes, sizeof low);
+  if (halves && trits) high = 128 * high + low;
+  Lanes sum = __builtin_convertvector(high, Lanes);
+  if (halves && !trits) sum = 128.f * sum + __builtin_convertvector(low, Lanes);
+  return RoundedTo(sum * (LoadLanes(scales) * step), static_cast<T*>(nullptr));
+}
+
+// jax.nn.gelu, which has tanh(y) where this has 1 - 2 / (1 + exp(2 y)).
+INLINE Lanes Gelu(Lanes x) {
+  const Lanes y = 1.59576912f * (x + 0.044715f * (x * x * x)), zero = {};
+  const Lanes magnitude = y < 0 ? -y : y;
+  const Lanes e = Exp(-(magnitude > 80.f ? zero + 80.f : magnitude));
+  return x * ((y < 0 ? e : zero + 1.f) / (1.f + e));
+}
+
+// --- The products --------------------------------------------------------------------------------
+
+struct Call {
+  const Path* path;
+  Group problem;
+  std::vector<Weight> weights;
+  std::vector<void*> out;  // of each weight, or gated of both
+  const int32_t* experts;  // [blocks]
+  int64_t blocks, rows, inputs, levels;
+  bool gated;
+};
+
+// Calls f(weight, block, first) for each 64 outputs of each block, of one weight of two gated ones.
+template <class F>
+void ForGroups(ffi::ThreadPool& pool, const Call& call, F f) {
+  const int64_t weights = call.gated ? 1 : call.weights.size(), all = call.weights[0].packing.all;
+  std::vector<int64_t> ends(weights);  // of the groups of each, all blocks
+  int64_t count = 0;
+  for (int64_t i = 0; i < weights; ++i)
+    ends[i] = count += call.blocks * (RoundUp(call.weights[i].outputs, kLanes) / kLanes);
+  const int64_t wanted = std::max<int64_t>(1, count / (4 * pool.num_threads()));
+  const int64_t task = std::min(wanted, 1 + kTaskBytes / (1 + kLanes * all));
+  const double bytes = 1. * count * kLanes * all * (1 + call.gated);
+  Parallel(pool, RoundUp(count, task) / task, bytes, [=, &call](int64_t i) {
+    for (int64_t g = i * task; g < std::min(count, (i + 1) * task); ++g) {
+      const int64_t w = std::upper_bound(ends.begin(), ends.end(), g) - ends.begin();
+      const int64_t own = g - (w ? ends[w - 1] : 0);
+      const int64_t groups = RoundUp(call.weights[w].outputs, kLanes) / kLanes;
+      f(w, own / groups, own % groups * kLanes);
+    }
   });
+}
+
+// The sums themselves, of int8 rows.
+void Sums(ffi::ThreadPool& pool, const Call& call, const int8_t* x) {
+  Rows rows(call.problem, call.blocks, call.rows);
+  const int64_t all = call.blocks * call.rows;
+  Parallel(pool, all, 1. * all * call.inputs, [&](int64_t row) {
+    if (rows.Set(row, x + row * call.inputs, call.inputs)) rows.Use(row);
+  });
+  ForGroups(pool, call, [&](int64_t w, int64_t b, int64_t first) {
+    const Weight& weight = call.weights[w];
+    const int64_t outputs = weight.outputs, expert = call.experts[b];
+    const int64_t there = std::min(kLanes, outputs - first);
+    int32_t* to = static_cast<int32_t*>(call.out[w]) + b * call.rows * outputs + first;
+    Group p = rows.Of(b);
+    if (expert < 0 || expert >= weight.experts) p.rows = 0;
+    static thread_local Aligned kept(0);
+    auto* sums = reinterpret_cast<int32_t*>(Kept(kept, p.rows * kLanes * sizeof(int32_t)));
+    if (p.rows) Multiply(*call.path, p, weight, expert, first, sums);
+    for (int64_t m = 0; m < call.rows; ++m, to += outputs)
+      m < p.rows ? std::copy_n(sums + m * kLanes, there, to) : std::fill_n(to, there, 0);
+  });
+}
+
+// Products of rows of floats that are rounded first; or two, the first of which is a gate.
+template <class T>
+void Dots(ffi::ThreadPool& pool, const Call& call, const void* x) {
+  const int64_t halves = call.levels > 127 ? 2 : 1, all = call.blocks * call.rows;
+  Rows rows(call.problem, call.blocks, halves * call.rows);
+  std::vector<float> steps(all);
+  Parallel(pool, all, 1. * all * call.inputs * sizeof(T), [&](int64_t row) {
+    static thread_local Aligned kept(0);
+    auto* high = reinterpret_cast<int8_t*>(Kept(kept, 2 * call.inputs));
+    int8_t* low = halves > 1 ? high + call.inputs : nullptr;
+    const T* from = static_cast<const T*>(x) + row * call.inputs;
+    steps[row] = RoundRow(from, call.inputs, call.levels, high, low);
+    bool any = rows.Set(halves * row, high, call.inputs);
+    if (low) any |= rows.Set(halves * row + 1, low, call.inputs);
+    if (any || !std::isfinite(steps[row])) rows.Use(halves * row + halves - 1);
+  });
+  ForGroups(pool, call, [&](int64_t w, int64_t b, int64_t first) {
+    const int64_t outputs = call.weights[w].outputs, expert = call.experts[b];
+    const int64_t there = std::min(kLanes, outputs - first);
+    T* to = static_cast<T*>(call.out[w]) + b * call.rows * outputs + first;
+    Group p = rows.Of(b);
+    if (expert < 0 || expert >= call.weights[w].experts) p.rows = 0;
+    static thread_local Aligned kept(0);
+    const int64_t size = p.rows * kLanes;
+    auto* sums = reinterpret_cast<int32_t*>(Kept(kept, (1 + call.gated) * size * sizeof(int32_t)));
+    float scales[2][kLanes] = {};
+    for (int i = 0; p.rows && i < 1 + call.gated; ++i) {
+      const Weight& weight = call.weights[w + i];
+      Multiply(*call.path, p, weight, expert, first, sums + i * size);
+      const float* own = weight.scales + expert * weight.columns;
+      for (int64_t o = 0; o < there; ++o) scales[i][o] = weight.columns > 1 ? own[first + o] : *own;
+    }
+    const bool trits = !call.problem.groups;
+    for (int64_t m = 0; m < call.rows; ++m, to += outputs) {
+      if (halves * m >= p.rows) {
+        std::fill_n(to, there, T{});
+        continue;
+      }
+      float y[kLanes];
+      for (int64_t o = 0; o < kLanes; o += kWidth) {
+        const float step = steps[b * call.rows + m];
+        auto scaled = [&](int i) {
+          const int32_t* own = sums + i * size + halves * m * kLanes + o;
+          return Scaled<T>(own, halves > 1, trits, scales[i] + o, step);
+        };
+        Lanes v = scaled(0);
+        if (call.gated) v = RoundedTo(Gelu(v), to) * scaled(1);
+        std::memcpy(y + o, &v, sizeof v);
+      }
+      for (int64_t o = 0; o < there; ++o) FromFloat(y[o], to + o);
+    }
+  });
+}
+
+template <class T>
+T Given(const ffi::ErrorOr<T>& found) {
+  Check(found.has_value(), "a weight is packed, multipliers and scales, and has a result; ",
+        found.has_error() ? found.error().message() : "");
+  return *found;
+}
+
+// x [blocks, R, I], experts int32 [blocks], and of each weight: packed uint8 [E, O, B], multipliers
+// int8 [E, O, G, P], scales float32 [E, 1, C] -> [blocks, R, O] for each. Or of groups of 64
+// outputs, packed [E, N, B / 4, 64, 4] and multipliers [E, N, G, P, 64].
+// x int8: the sums, int32. x float32 or bfloat16: rounded first, to `levels`, and the products, as
+// x. gated: of two weights gelu(first) * second alone.
+// G: groups of inputs; 0 and P = 1 where all multipliers are 1. block: bytes in a packing block of
+// one plane; path: the fastest one to take, -1 for all that there are.
+void TernaryDots(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> experts,
+                 ffi::RemainingArgs given, ffi::RemainingRets results, int64_t block, int64_t path,
+                 int64_t levels, int64_t gated) {
+  const ffi::DataType dtype = x.element_type();
+  const bool integers = dtype == ffi::S8;
+  if (!integers) CheckFloats("x", x);
+  Check(integers || levels == 127 || levels == 127 * 128, levels, " levels");
+  Sizes sizes;
+  sizes.Match("x [blocks, R, I]", x);
+  sizes.Match("experts [blocks]", experts);
+  const int64_t count = given.size() / 3;
+  Check(count > 0 && given.size() == 3 * count, given.size(), " arrays of weights");
+  Check(gated ? !integers && count == 2 && results.size() == 1 : results.size() == count, count,
+        " weights, but ", results.size(), " results");
+  Call call{nullptr,         {},         {},         {},     experts.typed_data(),
+            sizes["blocks"], sizes["R"], sizes["I"], levels, gated != 0};
+  for (int64_t i = 0; i < count; ++i) {
+    Sizes own = sizes;
+    auto result = Given(results.get<ffi::AnyBuffer>(gated ? 0 : i));
+    own.Match("sums [blocks, R, O]", *result, integers ? ffi::S32 : dtype);
+    call.weights.push_back(WeightOf(own, Given(given.get<ffi::Buffer<ffi::U8>>(3 * i)),
+                                    Given(given.get<ffi::Buffer<ffi::S8>>(3 * i + 1)),
+                                    Given(given.get<ffi::Buffer<ffi::F32>>(3 * i + 2)), block));
+    Check(call.weights[i].packing == call.weights[0].packing, "weights are packed differently");
+    call.out.push_back(result->untyped_data());
+  }
+  const bool plain = call.weights[0].packing.groups && (block % 4 || block > kCacheLine);
+  const int64_t last = Paths().size() - 1;
+  call.path = &Paths()[plain ? 0 : path < 0 ? last : std::min(path, last)];
+  call.problem = ProblemOf(call.weights[0].packing, block);
+  if (integers)
+    Sums(pool, call, static_cast<const int8_t*>(x.untyped_data()));
+  else if (dtype == ffi::BF16)
+    Dots<uint16_t>(pool, call, x.untyped_data());
+  else
+    Dots<float>(pool, call, x.untyped_data());
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(TernarySumsHandler, Kernel<TernarySums>::Call,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TernaryDotsHandler, Kernel<TernaryDots>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
-                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<int64_t>("block")
-                                  .Attr<int64_t>("path"));
+                                  .Attr<int64_t>("path")
+                                  .Attr<int64_t>("levels")
+                                  .Attr<int64_t>("gated"));
 
 }  // namespace kernels
 

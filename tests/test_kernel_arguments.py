@@ -26,7 +26,7 @@ SIZES = {
     "blocks": 2, "R": 3, "I": 13, "E": 5, "O": 7, "B": 4, "D": 11, "V": 9,
     "T": 3, "K": 2, "S": 4, "H": 8, "C": 17,
     "G": 2, "P": 1,
-    "N": 6, "N64": 2, "Q": 1, "64": 64, "4": 4, "128": 128,
+    "N": 6, "N64": 2, "Q": 1, "64": 64, "4": 4, "1": 1, "128": 128,
 }  # fmt: skip
 Q, CACHE, POSITIONS = "float32 B T N H", "float32 B K S H", "int32 B T"
 ATTENTION = {"q": Q, "k": CACHE, "v": CACHE, "positions": POSITIONS}
@@ -34,25 +34,27 @@ CAPPED = {"multiplier": np.float32(0.5), "cap": np.float32(9)}
 # Of each kernel its arguments, results and attributes. A result with the name of an argument is
 # written in its place.
 CALLS = {
-    "TernarySums": (
+    "TernaryDots": (
         {
             "x": "int8 blocks R I",
-            "packed": "uint8 E O B",
             "experts": "int32 blocks",
+            "packed": "uint8 E O B",
             "multipliers": "int8 E O G P",
+            "scales": "float32 E 1 O",
         },
         {"sums": "int32 blocks R O"},
-        {"block": np.int64(2), "path": np.int64(-1)},
+        {"block": np.int64(2), "path": np.int64(-1), "levels": np.int64(0), "gated": np.int64(0)},
     ),
-    "TernarySums interleaved": (
+    "TernaryDots interleaved": (
         {
             "x": "int8 blocks R I",
-            "packed": "uint8 E N64 Q 64 4",
             "experts": "int32 blocks",
+            "packed": "uint8 E N64 Q 64 4",
             "multipliers": "int8 E N64 G P 64",
+            "scales": "float32 E 1 128",
         },
         {"sums": "int32 blocks R 128"},
-        {"block": np.int64(2), "path": np.int64(-1)},
+        {"block": np.int64(2), "path": np.int64(-1), "levels": np.int64(0), "gated": np.int64(0)},
     ),
     "TableDot": (
         {"x": "float32 R D", "table": "float32 V D"},
@@ -82,8 +84,8 @@ CALLS = {
 # Axes of one array alone, which may be longer or shorter: fewer inputs than packed bytes hold, one
 # group of them all, and any number of slots.
 FREE = {
-    "TernarySums": {("I", 12), ("G", 1)},
-    "TernarySums interleaved": {("I", 12), ("G", 1)},
+    "TernaryDots": {("I", 12), ("G", 1)},
+    "TernaryDots interleaved": {("I", 12), ("G", 1)},
     "WriteSlots": {("S", 3), ("S", 256)},
 }
 OTHER_DTYPES = {("TableDot", "table", "bfloat16"), ("TableDot", "table", "int8")}
@@ -168,19 +170,19 @@ def test_every_array_in_turn_is_another(name):
 @pytest.mark.parametrize(
     "name, sizes, attributes, message",
     [
-        ("TernarySums", {}, {"block": 0}, "4 packed bytes are no whole blocks of 0 for each of 1"),
-        ("TernarySums", {}, {"block": -2}, "4 packed bytes are no whole blocks of -2"),
-        ("TernarySums", {}, {"block": 3}, "4 packed bytes are no whole blocks of 3"),
-        ("TernarySums", {"I": 17}, {}, "17 inputs do not fit 4 packed bytes"),
-        ("TernarySums", {"I": 9, "P": 2}, {}, "9 inputs do not fit 2 packed bytes"),
-        ("TernarySums", {"I": 4, "P": 2}, {"block": 4}, "4 packed bytes .* 4 for each of 2 planes"),
-        ("TernarySums", {"I": 4, "P": 3}, {}, "3 planes with 2 groups of multipliers"),
-        ("TernarySums", {"I": 4, "P": 0}, {}, "0 planes with 2 groups of multipliers"),
-        ("TernarySums", {"I": 4, "P": 2, "G": 0}, {}, "2 planes with 0 groups of multipliers"),
-        ("TernarySums", {"G": 3}, {}, "3 groups are neither 1 nor 1, 2 or 4 for each of 2 blocks"),
-        ("TernarySums", {"G": 16}, {}, "16 groups are neither"),
-        ("TernarySums", {"B": (1 << 20) + 2, "E": 1, "O": 1}, {}, "1048578 packed bytes .* more"),
-        ("TernarySums", {"B": 33288, "G": 1}, {}, "133152 inputs with .* might exceed int32"),
+        ("TernaryDots", {}, {"block": 0}, "4 packed bytes are no whole blocks of 0 for each of 1"),
+        ("TernaryDots", {}, {"block": -2}, "4 packed bytes are no whole blocks of -2"),
+        ("TernaryDots", {}, {"block": 3}, "4 packed bytes are no whole blocks of 3"),
+        ("TernaryDots", {"I": 17}, {}, "17 inputs do not fit 4 packed bytes"),
+        ("TernaryDots", {"I": 9, "P": 2}, {}, "9 inputs do not fit 2 packed bytes"),
+        ("TernaryDots", {"I": 4, "P": 2}, {"block": 4}, "4 packed bytes .* 4 for each of 2 planes"),
+        ("TernaryDots", {"I": 4, "P": 3}, {}, "3 planes with 2 groups of multipliers"),
+        ("TernaryDots", {"I": 4, "P": 0}, {}, "0 planes with 2 groups of multipliers"),
+        ("TernaryDots", {"I": 4, "P": 2, "G": 0}, {}, "2 planes with 0 groups of multipliers"),
+        ("TernaryDots", {"G": 3}, {}, "3 groups are neither 1 nor 1, 2 or 4 for each of 2 blocks"),
+        ("TernaryDots", {"G": 16}, {}, "16 groups are neither"),
+        ("TernaryDots", {"B": (1 << 20) + 2, "E": 1, "O": 1}, {}, "1048578 packed bytes .* more"),
+        ("TernaryDots", {"B": 33288, "G": 1}, {}, "133152 inputs with .* might exceed int32"),
         ("Attend", {"S": 0}, {}, "a cache without slots"),
         ("Attend", {"K": 0}, {}, "6 query heads cannot share 0 key/value heads"),
         ("Attend", {"K": 4}, {}, "6 query heads cannot share 4 key/value heads"),
@@ -251,7 +253,7 @@ def test_an_expert_that_is_not_there_gives_zeros(expert):
 def test_multipliers_that_fit(sizes, monkeypatch):
     for axis, size in sizes.items():
         monkeypatch.setitem(SIZES, axis, size)
-    found = np.asarray(call("TernarySums")[0])
+    found = np.asarray(call("TernaryDots")[0])
     # A byte of 1 is a trit of 0 and three of -1; of each 8 inputs the first two have those of 0.
     inputs, planes = SIZES["I"], SIZES["P"]
     assert (found == -planes * (inputs - sum(i % 8 < 2 for i in range(inputs)))).all()
@@ -259,7 +261,7 @@ def test_multipliers_that_fit(sizes, monkeypatch):
 
 def test_no_experts_at_all(monkeypatch):
     monkeypatch.setitem(SIZES, "E", 0)
-    assert (np.asarray(call("TernarySums")[0]) == 0).all()
+    assert (np.asarray(call("TernaryDots")[0]) == 0).all()
 
 
 @pytest.mark.parametrize("name, empty", [("AttendGradient", "T"), ("AttendGradient", "N")])
