@@ -866,11 +866,16 @@ def step_bytes(
     they are added over a mesh. So XLA does with Grok-1 on GPUs and TPUs, small models on CPUs.
     """
     count, size, sums = batch * tokens, jnp.dtype(config.fprop_dtype).itemsize, sum_bytes(config)
-    rows, width = expert_rows(config, count)[0], expert_weight(config, local).shape[-1]
+    up, rows = expert_weight(config, local), expert_rows(config, count)[0]
+    width, x = up.shape[-1], jax.ShapeDtypeStruct((rows, config.emb_size), config.fprop_dtype)
+    if quantize.gated_dot.kernel(x, up, up, None, activations=config.activations):
+        inner, outer = 0, size if width == config.ffn_size else sums
+    else:
+        inner, outer = 2 * sums, sums
     stages = (
         logit_bytes(config, local, sequence_len, batch, tokens),
-        rows * (size * config.emb_size + 2 * sums * width + size * width),
-        rows * (size * width + (sums + 4) * config.emb_size),
+        rows * (size * config.emb_size + inner * width + size * width),
+        rows * (size * width + (outer + 4) * config.emb_size),
     )
     hidden = 4 * size * count * config.emb_size
     return hidden + max(stages) + plain_bytes(config, local, count)

@@ -22,6 +22,7 @@ import files
 
 SOURCE = Path(__file__).parent
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-trapping-math")
+ALL_PATHS = "TERNARY_GROK_PATHS"  # environment variable; all: also those slower than another
 CONTRACTED = ("attention", "table")  # files where a product need not be rounded before it is added
 # Files of one path, ternary_NAME.cc, for whatever processor has its instructions: what one of them
 # must have, any line of it. All others are compiled for this processor.
@@ -109,14 +110,19 @@ def _compiled(command: list[str], source: Path) -> bytes:
 
 
 def path_flags() -> dict[str, list[str]]:
-    """The compiler's flags for each of PATHS that this processor takes."""
+    """The compiler's flags for the fastest of PATHS that this processor takes; see ALL_PATHS.
+
+    And for AVX-512 beside AMX, which leaves few rows to it.
+    """
     there = processor()
     found = {}
     for name, lines in PATHS.items():
         for needed in lines:
             if needed <= there and name not in found:
                 found[name] = sorted(INSTRUCTIONS[instruction] for instruction in needed)
-    return found
+    fastest = list(found)[-2 if "amx" in found else -1 :]
+    every = os.environ.get(ALL_PATHS) == "all"
+    return found if every else {name: found[name] for name in fastest}
 
 
 def processor() -> set[str]:

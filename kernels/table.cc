@@ -104,7 +104,9 @@ void Avx512Rows(const T* table, int64_t count, const float* x, int64_t size, int
   constexpr int N = M > 1 ? 2 : 1;  // one row waits for memory, and reads on and on
   int64_t v = 0;
   for (; v + N <= count; v += N) Avx512Tile<T, M, N>(table + v * size, x, size, vocab, out + v);
-  for (; v < count; ++v) Avx512Tile<T, M, 1>(table + v * size, x, size, vocab, out + v);
+  for (; v < count; ++v)
+    for (int m = 0; m < M; ++m)
+      Avx512Tile<T, 1, 1>(table + v * size, x + m * size, size, vocab, out + m * vocab + v);
 }
 
 #endif

@@ -188,7 +188,7 @@ class Rows {
       : problem_(problem),
         rows_(rows),
         tiled_(RoundUp(rows, kRowTile)),
-        memory_(blocks * tiled_ * problem.width),
+        memory_(Kept(kept_, blocks * tiled_ * problem.width)),
         sums_(blocks * rows),
         part_sums_(blocks * rows * problem.parts),
         used_(blocks * rows) {}
@@ -224,14 +224,17 @@ class Rows {
 
  private:
   int8_t* At(int64_t block, int64_t m) const {
-    return reinterpret_cast<int8_t*>(memory_.data) + (block * tiled_ + m) * problem_.width;
+    return reinterpret_cast<int8_t*>(memory_) + (block * tiled_ + m) * problem_.width;
   }
   Group problem_;
   int64_t rows_, tiled_;
-  Aligned memory_;
+  char* memory_;  // of this thread, which waits for the others
+  static thread_local Aligned kept_;
   std::vector<int32_t> sums_, part_sums_;
   std::vector<char> used_;
 };
+
+thread_local Aligned Rows::kept_(0);
 
 // The sums of 64 outputs of an expert from `first` on; zeros, or anything, beyond the last.
 void Multiply(const Path& path, Group p, const Weight& weight, int64_t expert, int64_t first,

@@ -10,6 +10,7 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+os.environ["TERNARY_GROK_PATHS"] = "all"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402  the environment and the path come first

@@ -67,5 +67,6 @@ def run_tests() -> None:
 
 
 if __name__ == "__main__":
+    os.environ[building.ALL_PATHS] = "all"
     building.FLAGS += FLAGS
     run_tests() if "SANITIZED" in os.environ else start()

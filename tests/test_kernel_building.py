@@ -171,6 +171,21 @@ def test_only_what_the_processor_takes_is_compiled(compiler, cache, tmp_path, mo
     assert len(libraries) == 3
 
 
+@pytest.mark.parametrize(
+    "instructions, paths",
+    [
+        ({"avx2", "avx_vnni"}, ["avxvnni"]),
+        ({"avx2", "avx512bw", "avx512vl", "avx512_vnni"}, ["avx512"]),
+        ({"avx2", "avx512bw", "avx512_vnni", "amx_tile", "amx_int8"}, ["avx512", "amx"]),
+        (set(), []),
+    ],
+)
+def test_slower_paths_are_for_tests(instructions, paths, monkeypatch):
+    monkeypatch.delenv(building.ALL_PATHS)
+    monkeypatch.setattr(building, "processor", lambda: instructions)
+    assert list(building.path_flags()) == paths
+
+
 @pytest.mark.parametrize("name", ["one.cc", "two.cc", "two.h"])
 def test_a_change_of_any_file_is_another_library(name, compiler, cache, tmp_path):
     source = tmp_path / "source"
