@@ -166,6 +166,7 @@ INLINE void Count(const Row<int8_t>* codes, int64_t rows, Row<uint16_t>* counts)
   for (int64_t i = 0; i < rows; ++i) {
     Row<uint8_t> magnitude;
     for (int o = 0; o < kOutputs; ++o) magnitude[o] = codes[i][o] < 0 ? -codes[i][o] : codes[i][o];
+#pragma GCC unroll 64
     for (int o = 0; o < kOutputs; ++o) ++counts[magnitude[o]][o];
   }
 }
@@ -366,43 +367,75 @@ INLINE void AsMultiples(const Shape& shape, Row<double>* fitted, float* unit) {
       fitted[i][o] = rint(fitted[i][o] / std::max(unit[o], 1e-37f));
 }
 
+// The lowest and the highest code of each output whose nearest trit is 0. scale: of the source;
+// value: of the trit 1, which is taken by what is nearer to it.
+INLINE void ZeroRange(const float* scale, const float* value, int8_t* lowest, int8_t* highest) {
+  for (int o = 0; o < kOutputs; ++o) {
+    const float own = fabsf(scale[o]), middle = value[o] / (2 * own);
+    const auto is_zero = [&](int m) { return !((2 * (m * own) > value[o]) & (value[o] > 0)); };
+    int m = middle < 128 ? static_cast<int>(middle) : 128;  // may be one off, and is for NaN
+    m = value[o] > 0 ? std::max(0, std::min(m, 128)) : 128;
+    while (m > 0 && !is_zero(m)) --m;
+    while (m < 128 && is_zero(m + 1)) ++m;
+    lowest[o] = -m, highest[o] = std::min(m, 127);
+  }
+}
+
+// Packed bytes [outputs, inputs / 4] of one plane of trits, see quantize.py; values [groups].
+void PackOne(const Row<int8_t>* codes, const Row<float>* scales, const Row<float>* values,
+             const Shape& shape, int64_t outputs, uint8_t* packed) {
+  const int64_t block = shape.block, pieces = std::max(shape.groups, shape.parts);
+  const int64_t size = shape.inputs / pieces;  // of a piece, with the same scales throughout
+  std::vector<int8_t> bounds(2 * pieces * kOutputs);
+  for (int64_t i = 0; i < pieces; ++i)
+    ZeroRange(scales[i * shape.parts / pieces], values[i * shape.groups / pieces],
+              &bounds[2 * i * kOutputs], &bounds[(2 * i + 1) * kOutputs]);
+  Row<uint8_t> bytes[kMaxBlock];
+  for (int64_t start = 0; start < shape.inputs; start += 4 * block) {
+    std::memset(bytes, 0, block * sizeof *bytes);
+    for (int64_t j = 0; j < block; ++j)
+      for (int slab = 3; slab >= 0; --slab) {
+        const int64_t i = start + slab * block + j;
+        const int8_t* own = &bounds[2 * (i / size) * kOutputs];
+        Append({codes[i], own, own + kOutputs}, codes[i], kOutputs, bytes[j]);
+      }
+    Turn(bytes[0], kOutputs, block, outputs, packed + start / 4, shape.inputs / 4);
+  }
+}
+
 // The nearest trits of a code of each output: trit + 1 of the first plane, 4 (trit + 1) of the
-// second. scale: of the source; second: null for one plane.
+// second. scale: of the source.
 INLINE void NearestTrits(const int8_t* codes, const float* scale, const float* first,
                          const float* second, uint8_t* trits) {
   constexpr int zero = 1 + 4;
   for (int o = 0; o < kOutputs; ++o) {
     const float x = fabsf(codes[o] * scale[o]);
     int found = zero;
-    if (second == nullptr) {
-      found = zero + ((2 * x > first[o]) & (first[o] > 0));
-    } else {
-      float sums[kSums], smallest = x;
-      SumsOfTrits(first[o], second[o], sums);
-      for (int s = 1; s < kSums; ++s) {  // `Nearest`
-        const float distance = fabsf(x - sums[s]);
-        found = distance < smallest ? zero + kA[s] + 4 * kB[s] : found;
-        smallest = distance < smallest ? distance : smallest;
-      }
+    float sums[kSums], smallest = x;
+    SumsOfTrits(first[o], second[o], sums);
+    for (int s = 1; s < kSums; ++s) {  // `Nearest`
+      const float distance = fabsf(x - sums[s]);
+      found = distance < smallest ? zero + kA[s] + 4 * kB[s] : found;
+      smallest = distance < smallest ? distance : smallest;
     }
     trits[o] = codes[o] < 0 ? 2 * zero - found : found;
   }
 }
 
-// Packed bytes [outputs, planes * inputs / 4], see quantize.py; values: of planes [groups, planes].
-void Pack(const Row<int8_t>* codes, const Row<float>* scales, const Row<float>* values,
-          const Shape& shape, int64_t outputs, uint8_t* packed) {
-  const int64_t block = shape.block, width = shape.planes * shape.inputs / 4;
+// The same of two planes, [outputs, inputs / 2]; values: [groups, 2].
+void PackTwo(const Row<int8_t>* codes, const Row<float>* scales, const Row<float>* values,
+             const Shape& shape, int64_t outputs, uint8_t* packed) {
+  const int64_t block = shape.block, width = shape.inputs / 2;
   const int64_t pieces = std::max(shape.groups, shape.parts);  // with the same scales throughout
   Row<uint8_t> trits[4 * kMaxBlock], bytes[kMaxBlock];
   for (int64_t start = 0; start < shape.inputs; start += 4 * block) {
     for (int64_t i = 0; i < 4 * block; ++i) {
       const int64_t piece = (start + i) / (shape.inputs / pieces);
-      const Row<float>* planes = values + piece * shape.groups / pieces * shape.planes;
-      NearestTrits(codes[start + i], scales[piece * shape.parts / pieces], planes[0],
-                   shape.planes == 2 ? planes[1] : nullptr, trits[i]);
+      const Row<float>* planes = values + piece * shape.groups / pieces * 2;
+      NearestTrits(codes[start + i], scales[piece * shape.parts / pieces], planes[0], planes[1],
+                   trits[i]);
     }
-    for (int64_t p = 0; p < shape.planes; ++p) {
+    for (int64_t p = 0; p < 2; ++p) {
       for (int64_t j = 0; j < block; ++j)
         for (int o = 0; o < kOutputs; ++o) {
           uint8_t byte = 0;
@@ -410,8 +443,7 @@ void Pack(const Row<int8_t>* codes, const Row<float>* scales, const Row<float>* 
             byte = byte * 4 + (trits[slab * block + j][o] >> 2 * p & 3);
           bytes[j][o] = byte;
         }
-      Turn(bytes[0], kOutputs, block, outputs, packed + start / 4 * shape.planes + p * block,
-           width);
+      Turn(bytes[0], kOutputs, block, outputs, packed + start / 2 + p * block, width);
     }
   }
 }
@@ -420,7 +452,9 @@ void Pack(const Row<int8_t>* codes, const Row<float>* scales, const Row<float>* 
 void FitTile(const int8_t* codes, int64_t stride, const float* scales, int64_t all, int64_t outputs,
              const Shape& shape, uint8_t* packed, int8_t* multipliers, float* unit) {
   const int64_t count = shape.groups * shape.planes;
-  const auto tile = std::make_unique<Row<int8_t>[]>(shape.inputs);  // zeros
+  static thread_local kernels::Aligned kept(0);
+  auto* tile = reinterpret_cast<Row<int8_t>*>(kernels::Kept(kept, shape.inputs * kOutputs));
+  if (outputs < kOutputs) std::memset(tile, 0, shape.inputs * kOutputs);
   const auto source = std::make_unique<Row<float>[]>(shape.parts);
   const auto fitted = std::make_unique<Row<double>[]>(count);
   const auto values = std::make_unique<Row<float>[]>(count);
@@ -432,7 +466,7 @@ void FitTile(const int8_t* codes, int64_t stride, const float* scales, int64_t a
   for (int64_t i = 0; i < shape.parts; ++i)
     std::memcpy(source[i], scales + i * all, outputs * sizeof(float));
   const auto fit = shape.parts > shape.groups ? FitParts : FitGroups;
-  fit(tile.get(), source.get(), shape, *counts, fitted.get());
+  fit(tile, source.get(), shape, *counts, fitted.get());
 
   Row<float> units;
   if (multipliers == nullptr) {
@@ -445,7 +479,8 @@ void FitTile(const int8_t* codes, int64_t stride, const float* scales, int64_t a
       for (int64_t i = 0; i < count; ++i) multipliers[o * count + i] = fitted[i][o];
   }
   std::memcpy(unit, units, outputs * sizeof(float));
-  Pack(tile.get(), source.get(), values.get(), shape, outputs, packed);
+  const auto pack = shape.planes == 1 ? PackOne : PackTwo;
+  pack(tile, source.get(), values.get(), shape, outputs, packed);
 }
 
 }  // namespace
