@@ -364,17 +364,31 @@ def matrix(*shape: int):
     return hk.get_parameter("w", shape, init=hk.initializers.TruncatedNormal(shape[-2] ** -0.5))
 
 
-def products(x: jax.Array, weights, axes: sharding.Axes, activations: str) -> list[jax.Array]:
-    """x [B, T, I] times each of some weights [I, O], of these logical axes: [B, T, O] each."""
-    inputs, outputs = axes
+def matrices(module: hk.Module, shapes: dict[str, tuple[int, ...]]) -> tuple[list, list]:
+    """The parameters NAME/w of a module, for each name its shape; and the logical axes of each."""
+    weights, axes = [], []
+    for name, shape in shapes.items():
+        with hk.name_scope(name):
+            weights.append(matrix(*shape))
+        axes.append(sharding.parameter_axes(f"{module.module_name}/{name}/w", len(shape)))
+    return weights, axes
+
+
+def products(x: jax.Array, weights: list, axes: list, activations: str) -> list[jax.Array]:
+    """x [B, T, I] times each of some weights [I, O], of such logical axes: [B, T, O] each.
+
+    I has the same axis in all of them.
+    """
+    inputs = axes[0][0]
     scale_last = [quantize.has_last_scale(w) for w in weights]
     options = {"axis_name": sharding.mesh_axis(inputs, x.shape[-1]), "scale_last": scale_last}
 
     def dots(x, *weights):
         return list(quantize.dots(x, weights, activations=activations, **options))
 
-    in_axes = (("batch", None, inputs), *[axes] * len(weights))
-    return sharding.shard_map(dots, in_axes, [("batch", None, outputs)] * len(weights))(x, *weights)
+    in_axes = (("batch", None, inputs), *axes)
+    out_axes = [("batch", None, outputs) for _, outputs in axes]
+    return sharding.shard_map(dots, in_axes, out_axes)(x, *weights)
 
 
 @dataclasses.dataclass
@@ -388,7 +402,7 @@ class Linear(hk.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, I] -> [B, T, O]
         w = matrix(x.shape[-1], self.output_size)
         axes = sharding.parameter_axes(f"{self.module_name}/w", 2)
-        return products(x, [w], axes, self.activations)[0]
+        return products(x, [w], [axes], self.activations)[0]
 
 
 @dataclasses.dataclass
@@ -446,19 +460,11 @@ class MultiHeadAttention(hk.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array, memory: KVMemory | None):
         """x [B, T, D], positions [B, T] -> [B, T, D] and the cache with the new keys and values."""
-        c, weights = self.config, []
-        for name, heads in (
-            ("query", c.num_q_heads),
-            ("key", c.num_kv_heads),
-            ("value", c.num_kv_heads),
-        ):
-            with hk.name_scope(name):
-                weights.append(matrix(x.shape[-1], heads * c.key_size))
-        axes = sharding.parameter_axes(f"{self.module_name}/query/w", 2)
-        q, k, v = (
-            y.reshape(*x.shape[:2], -1, c.key_size)
-            for y in products(x, weights, axes, c.activations)
-        )
+        c = self.config
+        heads = {"query": c.num_q_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
+        shapes = {name: (x.shape[-1], count * c.key_size) for name, count in heads.items()}
+        projected = products(x, *matrices(self, shapes), c.activations)
+        q, k, v = (y.reshape(*x.shape[:2], -1, c.key_size) for y in projected)
         q, k = (rotary_embedding(y, positions, c.rope_base) for y in (q, k))
         if memory is None:
             look, seen = attention.attend, KVMemory(k.swapaxes(1, 2), v.swapaxes(1, 2))
@@ -500,11 +506,8 @@ class MoELayer(hk.Module):
         """x [B, T, D], gates and index [B, T, A], valid [B, T] -> [B, T, D]."""
         c = self.config
         up, down = (c.num_experts, c.emb_size, c.ffn_size), (c.num_experts, c.ffn_size, c.emb_size)
-        weights, axes = [], []
-        for name, shape in (("linear", up), ("linear_v", up), ("linear_1", down)):
-            with hk.name_scope(name):
-                weights.append(matrix(*shape))
-            axes.append(sharding.parameter_axes(f"{self.module_name}/{name}/w", len(shape)))
+        shapes = {"linear": up, "linear_v": up, "linear_1": down}
+        weights, axes = matrices(self, shapes)
         axis = sharding.mesh_axis(axes[-1][1], c.ffn_size)  # of F
         mix = functools.partial(
             experts.mixture,
