@@ -125,8 +125,8 @@ struct Weight {
 };
 
 // A weight that fits the sizes of x and its own result; throws what does not.
-Weight WeightOf(Sizes sizes, const ffi::Buffer<U8>& packed,
-                const ffi::Buffer<S8>& multipliers, const ffi::Buffer<F32>& scales,
+Weight WeightOf(Sizes sizes, const ffi::Buffer<ffi::U8>& packed,
+                const ffi::Buffer<ffi::S8>& multipliers, const ffi::Buffer<ffi::F32>& scales,
                 int64_t block) {
   const bool grouped = packed.dimensions().size() == 5;
   if (grouped) {
@@ -331,16 +331,16 @@ struct Call {
 
 // Calls f(weight, block, first) for each 64 outputs of each block, of one weight of two gated ones.
 template <class F>
-void ForGroups(const Frame& frame, const Call& call, F f) {
+void ForGroups(ffi::ThreadPool& pool, const Call& call, F f) {
   const int64_t weights = call.gated ? 1 : call.weights.size(), all = call.weights[0].packing.all;
   std::vector<int64_t> ends(weights);  // of the groups of each, all blocks
   int64_t count = 0;
   for (int64_t i = 0; i < weights; ++i)
     ends[i] = count += call.blocks * (RoundUp(call.weights[i].outputs, kLanes) / kLanes);
-  const int64_t wanted = std::max<int64_t>(1, count / (4 * frame.threads()));
+  const int64_t wanted = std::max<int64_t>(1, count / (4 * pool.num_threads()));
   const int64_t task = std::min(wanted, 1 + kTaskBytes / (1 + kLanes * all));
   const double bytes = 1. * count * kLanes * all * (1 + call.gated);
-  Parallel(frame, RoundUp(count, task) / task, bytes, [=, &call](int64_t i) {
+  Parallel(pool, RoundUp(count, task) / task, bytes, [=, &call](int64_t i) {
     for (int64_t g = i * task; g < std::min(count, (i + 1) * task); ++g) {
       const int64_t w = std::upper_bound(ends.begin(), ends.end(), g) - ends.begin();
       const int64_t own = g - (w ? ends[w - 1] : 0);
@@ -351,13 +351,13 @@ void ForGroups(const Frame& frame, const Call& call, F f) {
 }
 
 // The sums themselves, of int8 rows.
-void Sums(const Frame& frame, const Call& call, const int8_t* x) {
+void Sums(ffi::ThreadPool& pool, const Call& call, const int8_t* x) {
   Rows rows(call.problem, call.blocks, call.rows);
   const int64_t all = call.blocks * call.rows;
-  Parallel(frame, all, 1. * all * call.inputs, [&](int64_t row) {
+  Parallel(pool, all, 1. * all * call.inputs, [&](int64_t row) {
     if (rows.Set(row, x + row * call.inputs, call.inputs)) rows.Use(row);
   });
-  ForGroups(frame, call, [&](int64_t w, int64_t b, int64_t first) {
+  ForGroups(pool, call, [&](int64_t w, int64_t b, int64_t first) {
     const Weight& weight = call.weights[w];
     const int64_t outputs = weight.outputs, expert = call.experts[b];
     const int64_t there = std::min(kLanes, outputs - first);
@@ -374,11 +374,11 @@ void Sums(const Frame& frame, const Call& call, const int8_t* x) {
 
 // Products of rows of floats that are rounded first; or two, the first of which is a gate.
 template <class T>
-void Dots(const Frame& frame, const Call& call, const void* x) {
+void Dots(ffi::ThreadPool& pool, const Call& call, const void* x) {
   const int64_t halves = call.levels > 127 ? 2 : 1, all = call.blocks * call.rows;
   Rows rows(call.problem, call.blocks, halves * call.rows);
   std::vector<float> steps(all);
-  Parallel(frame, all, 1. * all * call.inputs * sizeof(T), [&](int64_t row) {
+  Parallel(pool, all, 1. * all * call.inputs * sizeof(T), [&](int64_t row) {
     static thread_local Aligned kept(0);
     auto* high = reinterpret_cast<int8_t*>(Kept(kept, 2 * call.inputs));
     int8_t* low = halves > 1 ? high + call.inputs : nullptr;
@@ -388,7 +388,7 @@ void Dots(const Frame& frame, const Call& call, const void* x) {
     if (low) any |= rows.Set(halves * row + 1, low, call.inputs);
     if (any || !std::isfinite(steps[row])) rows.Use(halves * row + halves - 1);
   });
-  ForGroups(frame, call, [&](int64_t w, int64_t b, int64_t first) {
+  ForGroups(pool, call, [&](int64_t w, int64_t b, int64_t first) {
     const int64_t outputs = call.weights[w].outputs, expert = call.experts[b];
     const int64_t there = std::min(kLanes, outputs - first);
     T* to = static_cast<T*>(call.out[w]) + b * call.rows * outputs + first;
@@ -440,11 +440,11 @@ T Given(const ffi::ErrorOr<T>& found) {
 // x. gated: of two weights gelu(first) * second alone.
 // G: groups of inputs; 0 and P = 1 where all multipliers are 1. block: bytes in a packing block of
 // one plane; path: the fastest one to take, -1 for all that there are.
-void TernaryDots(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<S32> experts,
+void TernaryDots(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> experts,
                  ffi::RemainingArgs given, ffi::RemainingRets results, int64_t block, int64_t path,
                  int64_t levels, int64_t gated) {
-  const Dtype dtype = x.dtype;
-  const bool integers = dtype == S8;
+  const ffi::DataType dtype = x.element_type();
+  const bool integers = dtype == ffi::S8;
   if (!integers) CheckFloats("x", x);
   Check(integers || levels == 127 || levels == 127 * 128, levels, " levels");
   Sizes sizes;
@@ -459,10 +459,10 @@ void TernaryDots(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<S32> expert
   for (int64_t i = 0; i < count; ++i) {
     Sizes own = sizes;
     auto result = Given(results.get<ffi::AnyBuffer>(gated ? 0 : i));
-    own.Match("sums [blocks, R, O]", *result, integers ? S32 : dtype);
-    call.weights.push_back(WeightOf(own, Given(given.get<ffi::Buffer<U8>>(3 * i)),
-                                    Given(given.get<ffi::Buffer<S8>>(3 * i + 1)),
-                                    Given(given.get<ffi::Buffer<F32>>(3 * i + 2)), block));
+    own.Match("sums [blocks, R, O]", *result, integers ? ffi::S32 : dtype);
+    call.weights.push_back(WeightOf(own, Given(given.get<ffi::Buffer<ffi::U8>>(3 * i)),
+                                    Given(given.get<ffi::Buffer<ffi::S8>>(3 * i + 1)),
+                                    Given(given.get<ffi::Buffer<ffi::F32>>(3 * i + 2)), block));
     Check(call.weights[i].packing == call.weights[0].packing, "weights are packed differently");
     call.out.push_back(result->untyped_data());
   }
@@ -471,14 +471,26 @@ void TernaryDots(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<S32> expert
   call.path = &Paths()[plain ? 0 : path < 0 ? last : std::min(path, last)];
   call.problem = ProblemOf(call.weights[0].packing, block);
   if (integers)
-    Sums(pool, call, static_cast<const int8_t*>(x.data));
-  else if (dtype == BF16)
-    Dots<uint16_t>(pool, call, x.data);
+    Sums(pool, call, static_cast<const int8_t*>(x.untyped_data()));
+  else if (dtype == ffi::BF16)
+    Dots<uint16_t>(pool, call, x.untyped_data());
   else
-    Dots<float>(pool, call, x.data);
+    Dots<float>(pool, call, x.untyped_data());
 }
 
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TernaryDotsHandler, Kernel<TernaryDots>::Call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("block")
+                                  .Attr<int64_t>("path")
+                                  .Attr<int64_t>("levels")
+                                  .Attr<int64_t>("gated"));
 
 }  // namespace kernels
 
