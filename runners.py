@@ -33,6 +33,7 @@ import checkpoint
 import experts
 import formats
 import kernels
+import layouts
 import quantize
 import sharding
 from model import (
@@ -95,20 +96,49 @@ class ModelRunner:
     ) -> None:
         """The parameters of a checkpoint folder, in the precision that `weights` names.
 
-        By default as the checkpoint was converted, and a released one as "ternary".
-        `progress` and `check` are those of `checkpoint.restore`. Raises checkpoint.CheckpointError.
+        By default as the checkpoint was converted, and a released one as "ternary". On one CPU
+        they are those of its layout file, if it has one: mapped, not copied, and not to be written.
+        `progress` and `check` are those of `checkpoint.restore`, for what is not mapped. Raises
+        checkpoint.CheckpointError.
         """
+        loading = self.plan_loading(folder, weights)
+        params = checkpoint.restore_entries(
+            loading.entries, loading.placement, progress=progress, check=check
+        )
+        if EMBEDDINGS in params:
+            params = cast_embeddings(params, self.config)
+        kernels.use_large_pages(params)  # not what is mapped: its pages are the system's
+        mapped = jax.tree.map(checkpoint.taken_over, loading.mapped, loading.where)
+        modules = sorted(params.keys() | mapped.keys())
+        self._params = {name: params.get(name, {}) | mapped.get(name, {}) for name in modules}
+
+    def plan_loading(self, folder, weights: str | None = None) -> "Loading":
+        """Where `load` will find each parameter; reads no numbers, and raises what `load` does."""
         template = abstract_params(self.config)
-        params = checkpoint.restore(
+        entries, placement = checkpoint.plan(
             folder,
             template,
             precision_of(folder, template, weights),
             functools.partial(sharding.parameter_shardings, self.mesh),
-            progress=progress,
-            check=check,
-            interleave=kernels.on_cpu(),
+            kernels.on_cpu(),
         )
-        self.params = cast_embeddings(params, self.config)
+        layout = layouts.open_layout(folder) if sharding.is_one_cpu(self.mesh) else None
+        if layout is None:
+            return Loading(entries, placement, {}, {})
+        forms: dict[str, dict] = {}
+        for entry in entries:
+            form = form_in_memory(entry, self.config)
+            forms.setdefault(entry.module, {})[entry.name] = form
+        shardings = sharding.parameter_shardings(self.mesh, forms)
+        rest, mapped, where = [], {}, {}
+        for entry in entries:
+            leaf = layout.leaf(entry.path, forms[entry.module][entry.name])
+            if leaf is None:
+                rest.append(entry)
+            else:
+                mapped.setdefault(entry.module, {})[entry.name] = leaf
+                where.setdefault(entry.module, {})[entry.name] = shardings[entry.module][entry.name]
+        return Loading(rest, placement, mapped, where)
 
     def logits(self, tokens) -> jax.Array:
         """One pass without a cache: token ids [B, T] to float32 [B, T, V], on the mesh.
@@ -118,6 +148,24 @@ class ModelRunner:
         tokens = check_tokens(tokens, self.config.vocab_size, axes=2)
         with jax.set_mesh(self.mesh):
             return self._logits(self.params, tokens)
+
+
+class Loading(NamedTuple):
+    """Where the parameters of a checkpoint come from.
+
+    entries, placement: of those that are restored from its shards, for `checkpoint.restore_entries`
+    mapped: {module: {name: weight}} of the others, NumPy arrays of its mapped layout file
+    where: their shardings
+    """
+
+    entries: list[checkpoint.Entry]
+    placement: dict
+    mapped: dict
+    where: dict
+
+    @property
+    def mapped_bytes(self) -> int:
+        return sum(array.nbytes for array in jax.tree.leaves(self.mapped))
 
 
 def check_tokens(tokens: Any, vocab_size: int, axes: int) -> np.ndarray:
@@ -145,10 +193,23 @@ def check_tokens(tokens: Any, vocab_size: int, axes: int) -> np.ndarray:
 
 def cast_embeddings(params: dict, config: LanguageModelConfig) -> dict:
     """The embedding table in the compute dtype, or int8: no other float tensor is as large."""
-    table = params[EMBEDDINGS]["embeddings"]
-    int8 = config.embeddings == "int8"
-    table = quantize.quantize_table(table) if int8 else table.astype(config.fprop_dtype)
-    return params | {EMBEDDINGS: {"embeddings": table}}
+    return params | {
+        EMBEDDINGS: {"embeddings": cast_table(params[EMBEDDINGS]["embeddings"], config)}
+    }
+
+
+def cast_table(table: jax.Array, config: LanguageModelConfig):
+    """As `cast_embeddings`, the table alone."""
+    if config.embeddings == "int8":
+        return quantize.quantize_table(table)
+    return table.astype(config.fprop_dtype)
+
+
+def form_in_memory(entry: checkpoint.Entry, config: LanguageModelConfig):
+    """What `ModelRunner.load` makes of a parameter, in abstract form."""
+    if entry.module != EMBEDDINGS:
+        return entry.restored
+    return jax.eval_shape(functools.partial(cast_table, config=config), entry.restored)
 
 
 # --- Sampling -------------------------------------------------------------------------------------
