@@ -300,8 +300,13 @@ def _interleaved(entry: "Entry", where) -> "Entry":
     if isinstance(w, PackedWeight):
         part = where.packed.shard_shape(w.packed.shape)[-2:]
         if quantize.interleaves(*part, w.block):
-            return dataclasses.replace(entry, restored=jax.eval_shape(quantize.interleave, w))
+            return dataclasses.replace(entry, restored=_side_by_side_shapes(w))
     return entry
+
+
+@functools.cache  # layers are alike
+def _side_by_side_shapes(w: PackedWeight) -> PackedWeight:
+    return jax.eval_shape(quantize.interleave, w)
 
 
 def placement_of(

@@ -6,11 +6,12 @@
     python convert.py --inspect checkpoints/grok-1-ternary --source checkpoints/grok-1
     python convert.py --layout cpu checkpoints/grok-1-ternary
 
-The last one puts a file beside a converted checkpoint that a CPU maps instead of loading it. Or all at once, where there is no room for the release: each file is fetched, converted and deleted.
+The last one puts a file beside a converted checkpoint that a CPU maps instead of loading it. Or all
+at once, where there is no room for the release: each file is fetched, converted and deleted.
 
     python convert.py --stream checkpoints/grok-1-ternary
 
-Run again after an interruption, each goes on where it stopped.
+Run again after an interruption, each goes on where it stopped, but --layout begins again.
 """
 
 import argparse
@@ -472,8 +473,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     do(
         "--layout",
         choices=LAYOUTS,
-        help="of a converted checkpoint: put a file beside it with the weights as a CPU's memory has "
-        "them, which starts at once, is shared by processes, and may be larger than memory",
+        help="of a converted checkpoint: puts a file beside it with the weights as a CPU's memory "
+        "has them, which starts at once, is shared by processes, and may be larger than memory",
     )
     add("--source", type=Path, metavar="FOLDER", help="released: --inspect tells the error too")
     add("--preset", choices=model.PRESETS, help="configuration (config.json, else grok-1)")

@@ -1,7 +1,7 @@
 """A converted checkpoint as it lies in the memory of one CPU: a file beside its shards, mapped.
 
 Shards have rows of trits, five to a byte or four; a CPU wants 64 outputs side by side. So what is
-loaded from shards is a copy, which takes time and is each process's own. `FILE` has that copy, every
+loaded from shards is a copy, which takes time and is each process's own. `FILE` has that copy, each
 array at a page of its own: mapping it reads nothing, all processes share its pages in the system's
 cache, and those that memory has no room for are read from the disk again. `docs/format.md` says
 what is in it. It is made from the shards, can be made again, and may be removed at any time.

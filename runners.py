@@ -67,6 +67,7 @@ class ModelRunner:
         self.mesh = sharding.make_mesh() if mesh is None else mesh
         self.model = make_model(config)
         self._params = None
+        self.mapped_bytes = 0  # of the parameters, those that `load` mapped from a layout file
         self._logits = jax.jit(lambda params, tokens: self.model.apply(params, None, tokens).logits)
 
     @property
@@ -111,6 +112,7 @@ class ModelRunner:
         mapped = jax.tree.map(checkpoint.taken_over, loading.mapped, loading.where)
         modules = sorted(params.keys() | mapped.keys())
         self._params = {name: params.get(name, {}) | mapped.get(name, {}) for name in modules}
+        self.mapped_bytes = loading.mapped_bytes
 
     def plan_loading(self, folder, weights: str | None = None) -> "Loading":
         """Where `load` will find each parameter; reads no numbers, and raises what `load` does."""
@@ -907,6 +909,28 @@ def device_memory(runner: ModelRunner, params: dict, slots: int, sequence_len: i
         "cache": sum(sharding.device_bytes(row, slots_shardings(mesh, row)) for row in rows),
         "activations": max(prefill, decode) + 5 * 4 * slots * config.vocab_size,
     }
+
+
+def token_bytes(config: LanguageModelConfig, params: dict, room: int) -> tuple[int, int]:
+    """Bytes of weights that a decoded token reads, and of these, from the disk, if they are mapped
+    and memory has room for so many.
+
+    params: as from `abstract_weights`
+
+    What every token needs stays in memory, and of the experts as many as there is room for. If not
+    even that fits, all is read again: what was used longest ago goes first.
+    """
+    experts = others = 0
+    for module, entries in params.items():
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(entries))
+        if "/moe/" in module:
+            experts += size
+        else:
+            others += size
+    share = config.num_selected_experts / config.num_experts
+    read = others + share * experts
+    missing = share * max(0, experts + others - room) if room >= others else read
+    return round(read), round(missing)
 
 
 def local_shapes(params, shardings):
