@@ -431,6 +431,9 @@ def inspect(folder: Path, source: Path | None, progress: bool) -> None:
                 found.relative_error,
             )
         )
+    if layout := layouts.open_layout(folder):
+        mapped = f"{len(layout.header.forms)} parameters as a CPU has them"
+        print(f"\n{layout.path.name}: {layout.header.size:,} bytes, {mapped}")
 
 
 def summed(group: Sequence[Measure]) -> Measure:

@@ -214,16 +214,15 @@ def plan(
         total=f"{readable_size(total)} of {readable_size(limit)} on each device",
     )
     if total > limit and not runs_from_disk(args, runner, params, total, limit):
-        cures = []
-        if sharding.is_one_cpu(mesh) and needed["cache"] + needed["activations"] < limit:
-            cures += layout_cures(args.checkpoint)
-        cures += ["a larger model axis in --mesh"] if heads < c.num_kv_heads else []
+        cures = ["a larger model axis in --mesh"] if heads < c.num_kv_heads else []
         cures += ["--weights ternary"] if weights != "ternary" else []
         if needed["weights"] + needed["embeddings"] < limit:
             cures += ["fewer --slots"] if slots > data else []
             cures += ["a shorter --sequence-len"]
         if mesh.devices.flat[0].platform == "gpu":  # JAX takes three quarters of it by default
             cures += ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 in the environment"]
+        if sharding.is_one_cpu(mesh) and needed["cache"] + needed["activations"] < limit:
+            cures += layout_cures(args.checkpoint)
         raise ValueError(
             f"this needs {readable_size(total)} on each device, which has {readable_size(limit)}; "
             f"try {', '.join(cures or ['devices with more memory'])}"
