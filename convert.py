@@ -946,7 +946,8 @@ def main(argv=None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; run the same command again, it goes on where it stopped")
+        going_on = "" if args.layout else ", it goes on where it stopped"
+        sys.exit(f"\ninterrupted; run the same command again{going_on}")
 
 
 if __name__ == "__main__":

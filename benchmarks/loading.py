@@ -4,11 +4,10 @@
     python -m benchmarks.loading --folder /tmp/layers --layers 24
 
 Makes a checkpoint of so many layers in the folder, random trits in two bits, and its layout file by
-`convert.py --layout cpu`; both stay there for the next time: 2.5 GB of disk for each layer. Then it
-runs `run.py`, from the layout file and from the shards alone; and two processes at once, for the
-memory that they share. A model that is larger than memory runs from the disk only.
-
-Of a model that fits, the files are in the page cache.
+`convert.py --layout cpu`; both stay there for the next time: 2.5 GB of disk for each layer. Then a
+process loads it, from the layout file and, where it fits into memory, from the shards alone; and two
+processes at once do, for the memory that they share. One that is larger than memory runs from the
+disk. A model that fits is read once before, so that its layout file is in the page cache.
 """
 
 import argparse
