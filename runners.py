@@ -82,7 +82,7 @@ class ModelRunner:
     @params.setter
     def params(self, params: dict | None) -> None:
         kernels.use_large_pages(params)
-        self._params = params
+        self._params, self.mapped_bytes = params, 0
 
     def init(self, seed: int = 0) -> None:
         """Random float32 parameters, each made where it belongs."""
@@ -104,7 +104,10 @@ class ModelRunner:
         """
         loading = self.plan_loading(folder, weights)
         params = checkpoint.restore_entries(
-            loading.entries, loading.placement, progress=progress, check=check
+            loading.entries,
+            loading.placement,
+            progress=progress and bool(loading.entries),
+            check=check,
         )
         if EMBEDDINGS in params:
             params = cast_embeddings(params, self.config)

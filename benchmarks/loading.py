@@ -5,9 +5,9 @@
 
 Makes a checkpoint of so many layers in the folder, random trits in two bits, and its layout file by
 `convert.py --layout cpu`; both stay there for the next time: 2.5 GB of disk for each layer. Then a
-process loads it, from the layout file and, where it fits into memory, from the shards alone; and two
-processes at once do, for the memory that they share. One that is larger than memory runs from the
-disk. A model that fits is read once before, so that its layout file is in the page cache.
+process loads it, from the layout file and, where it fits into memory, from the shards alone; and
+two processes at once do, for the memory that they share. One that is larger than memory runs from
+the disk. A model that fits is read once before, so that its layout file is in the page cache.
 """
 
 import argparse
