@@ -274,12 +274,24 @@ def restore(
     converted, if a file is missing, left over, damaged, or not what template and precision say, and
     later for what `check` finds.
     """
+    entries, placement = plan(folder, template, precision, shardings, interleave)
+    return restore_entries(entries, placement, threads=threads, progress=progress, check=check)
+
+
+def plan(
+    folder: str | os.PathLike,
+    template: Params,
+    precision: quantize.Rules,
+    shardings: Callable[[Params], Params] | None = None,
+    interleave: bool = False,
+) -> tuple[list["Entry"], Params]:
+    """What `restore` is to read, and where to put it, for `restore_entries`; same arguments."""
     entries = check_files(pathlib.Path(folder), template, precision)
     placement = placement_of(entries, shardings)
     if interleave:
         entries = [_interleaved(entry, placement[entry.module][entry.name]) for entry in entries]
         placement = placement_of(entries, shardings)
-    return restore_entries(entries, placement, threads=threads, progress=progress, check=check)
+    return entries, placement
 
 
 def _interleaved(entry: "Entry", where) -> "Entry":
@@ -288,8 +300,13 @@ def _interleaved(entry: "Entry", where) -> "Entry":
     if isinstance(w, PackedWeight):
         part = where.packed.shard_shape(w.packed.shape)[-2:]
         if quantize.interleaves(*part, w.block):
-            return dataclasses.replace(entry, restored=jax.eval_shape(quantize.interleave, w))
+            return dataclasses.replace(entry, restored=_side_by_side_shapes(w))
     return entry
+
+
+@functools.cache  # layers are alike
+def _side_by_side_shapes(w: PackedWeight) -> PackedWeight:
+    return jax.eval_shape(quantize.interleave, w)
 
 
 def placement_of(
@@ -645,3 +662,12 @@ def _place(shape, sharding, make: Callable) -> jax.Array:
         data = make(tuple(slice(*pair) for pair in bounds))
         shards += [jax.device_put(data, device) for device in holders]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def taken_over(array: np.ndarray, sharding) -> jax.Array:
+    """An array in the host's memory as one of JAX, on a sharding's one CPU.
+
+    It is not copied if it begins at a multiple of 64 bytes, and must not change then. JAX neither
+    writes nor frees it: where a function is given it to be donated, that gets a copy.
+    """
+    return _place(array.shape, sharding, lambda index: array)

@@ -4,12 +4,14 @@
     python convert.py checkpoints/grok-1 checkpoints/grok-1-ternary
     python convert.py --verify checkpoints/grok-1-ternary
     python convert.py --inspect checkpoints/grok-1-ternary --source checkpoints/grok-1
+    python convert.py --layout cpu checkpoints/grok-1-ternary
 
-Or all at once, where there is no room for the release: each file is fetched, converted and deleted.
+The last one puts a file beside a converted checkpoint that a CPU maps instead of loading it. Or all
+at once, where there is no room for the release: each file is fetched, converted and deleted.
 
     python convert.py --stream checkpoints/grok-1-ternary
 
-Run again after an interruption, each goes on where it stopped.
+Run again after an interruption, each goes on where it stopped, but --layout begins again.
 """
 
 import argparse
@@ -41,10 +43,12 @@ import download
 import files
 import formats
 import kernels
+import layouts
 import model
 import planning
 import quantize
 import recovery
+import runners
 import shards
 import tokenizer
 import tuning
@@ -56,6 +60,8 @@ from tensor_file import read_tensor, release
 COPY = 1 << 25  # bytes that are copied at a time
 TILE = 1 << 21  # weights that are compared with their source at a time
 GROUPS = 8  # scale groups of the release where it sharded the inputs, 8 ways
+
+LAYOUTS = ("cpu",)
 
 REPORT = "calibration.json"  # of a calibrated checkpoint: how each matrix was converted
 
@@ -425,6 +431,9 @@ def inspect(folder: Path, source: Path | None, progress: bool) -> None:
                 found.relative_error,
             )
         )
+    if layout := layouts.open_layout(folder):
+        mapped = f"{len(layout.header.forms)} parameters as a CPU has them"
+        print(f"\n{layout.path.name}: {layout.header.size:,} bytes, {mapped}")
 
 
 def summed(group: Sequence[Measure]) -> Measure:
@@ -464,6 +473,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     do("--stream", type=Path, metavar="FOLDER", help="fetch and convert, file by file")
     do("--verify", type=Path, metavar="FOLDER", help="compare all of a checkpoint with its sums")
     do("--inspect", type=Path, metavar="FOLDER", help="table of a converted checkpoint")
+    do(
+        "--layout",
+        choices=LAYOUTS,
+        help="of a converted checkpoint: puts a file beside it with the weights as a CPU's memory "
+        "has them, which starts at once, is shared by processes, and may be larger than memory",
+    )
     add("--source", type=Path, metavar="FOLDER", help="released: --inspect tells the error too")
     add("--preset", choices=model.PRESETS, help="configuration (config.json, else grok-1)")
     precision = parser.add_mutually_exclusive_group()
@@ -527,7 +542,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--repo", default=download.REPO, help="on the hub, to fetch from (%(default)s)")
     args = parser.parse_args(argv)
     chosen = args.download or args.stream or args.verify or args.inspect
-    if len(args.folders) != (0 if chosen else 2):
+    if args.layout and len(args.folders) != 1:
+        parser.error("--layout takes the FOLDER of one converted checkpoint")
+    if not args.layout and len(args.folders) != (0 if chosen else 2):
         parser.error("give SOURCE and OUTPUT folders, or one of the flags with its own")
     if args.budget and not args.calibrate:
         parser.error("--budget chooses by a text; give one with --calibrate")
@@ -618,11 +635,16 @@ def check_space(
         needed += max(sources.values())
     partial = shards.partial_folder(output)
     done = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-    where = next(path for path in output.absolute().parents if path.exists())
+    check_room(output, needed - done)
+
+
+def check_room(path: Path, needed: int) -> None:
+    """OSError if the disk has no room for so many bytes of a file or folder."""
+    where = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(where).free
-    if needed - done > free:
+    if needed > free:
         raise OSError(
-            f"{output} needs {readable_size(needed - done)}, {where} has {readable_size(free)} "
+            f"{path} needs {readable_size(needed)}, {where} has {readable_size(free)} "
             "free; make room, or choose a folder on another disk"
         )
 
@@ -846,15 +868,65 @@ def download_command(args: argparse.Namespace) -> None:
     report(done=f"{args.download} has all {count} files")
 
 
+def layout_command(folder: Path) -> None:
+    """Writes the layout file of a converted checkpoint, unless there is one as it should be."""
+    check_converted(folder)
+    config = resolve_config(folder)
+    entries, placement = checkpoint.plan(
+        folder,
+        model.abstract_params(config),
+        checkpoint.stored_precision(folder),
+        on_one_cpu,
+        interleave=kernels.library() is not None,
+    )
+    by_path = {entry.path: entry for entry in entries}
+    leaves = {path: runners.form_in_memory(entry, config) for path, entry in by_path.items()}
+    path, header = layouts.path_of(folder), layouts.plan(layouts.source_of(folder), leaves)
+    if is_layout_of(folder, header):
+        report(done=f"{path} is there already; --verify compares it with its sums")
+        return
+    check_room(path, header.size)
+
+    def make(path):
+        entry = by_path[path]
+        leaf = checkpoint.restore_entries([entry], placement)[entry.module][entry.name]
+        return runners.cast_table(leaf, config) if entry.module == runners.EMBEDDINGS else leaf
+
+    begin = time.perf_counter()
+    with byte_bar(total=header.size, disable=not sys.stderr.isatty()) as bar:
+        layouts.write(folder, leaves, make, bar.update)
+    seconds = time.perf_counter() - begin
+    size = readable_size(header.size)
+    report(written=f"{size} to {path} in {seconds:.1f} s, {header.size / seconds / 1e9:.2f} GB/s")
+
+
+def on_one_cpu(params: checkpoint.Params) -> checkpoint.Params:
+    """Where arrays of a tree are made that are to be written as they lie in a CPU's memory."""
+    where = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    return jax.tree.map(lambda _: where, params)
+
+
+def is_layout_of(folder: Path, header: layouts.Header) -> bool:
+    """Whether the folder has a sound layout file of these weights."""
+    try:
+        found = layouts.open_layout(folder)
+    except CheckpointError:
+        return False
+    return found is not None and found.header.forms == header.forms
+
+
 def verify_command(folder: Path) -> None:
     check_converted(folder)
     sizes = [sums["bytes"] for sums in shards.read_checksums(folder).values()]
+    layout = layouts.path_of(folder)
+    if layout.exists():
+        sizes.append(layout.stat().st_size)
     with byte_bar(total=sum(sizes), disable=not sys.stderr.isatty()) as bar:
-        problems = shards.verify(folder, bar.update)
+        problems = shards.verify(folder, bar.update) + layouts.verify(folder, bar.update)
     if problems:
         raise CheckpointError("\n".join(problems))
     print(f"{folder}: {len(sizes)} files, {readable_size(sum(sizes))}, all as they were written")
-    if rest := shards.without_sums(folder):
+    if rest := [name for name in shards.without_sums(folder) if name != layout.name]:
         print(f"not compared, for they have no sums: {', '.join(map(repr, rest))}")
 
 
@@ -867,12 +939,15 @@ def main(argv=None) -> None:
             inspect(args.inspect, args.source, sys.stderr.isatty())
         elif args.download:
             download_command(args)
+        elif args.layout:
+            layout_command(*args.folders)
         else:
             convert_command(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; run the same command again, it goes on where it stopped")
+        going_on = "" if args.layout else ", it goes on where it stopped"
+        sys.exit(f"\ninterrupted; run the same command again{going_on}")
 
 
 if __name__ == "__main__":

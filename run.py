@@ -22,10 +22,12 @@ import numpy as np
 
 import checkpoint
 import kernels
+import layouts
 import model
 import quantize
 import runners
 import sharding
+import shards
 import tokenizer
 from checkpoint import readable_size
 from data import read_text
@@ -180,8 +182,17 @@ def report(**lines: str) -> None:
             print(f"{name:<12}{value}", file=sys.stderr)
 
 
-def plan(runner: runners.ModelRunner, weights: str, precision: dict[str, str], slots: int) -> None:
-    """Reports the resolved configuration; ValueError if a device has too little memory for it."""
+def plan(
+    args: argparse.Namespace,
+    runner: runners.ModelRunner,
+    weights: str,
+    precision: dict[str, str],
+    slots: int,
+) -> None:
+    """Reports the resolved configuration; ValueError if a device has too little memory for it.
+
+    Weights that are mapped may be more than there is.
+    """
     c, mesh = runner.config, runner.mesh
     params = runners.abstract_weights(c, precision)
     needed = runners.device_memory(runner, params, slots, c.sequence_len)
@@ -202,7 +213,7 @@ def plan(runner: runners.ModelRunner, weights: str, precision: dict[str, str], s
         memory=" + ".join(f"{name} {readable_size(count)}" for name, count in needed.items()),
         total=f"{readable_size(total)} of {readable_size(limit)} on each device",
     )
-    if total > limit:
+    if total > limit and not runs_from_disk(args, runner, params, total, limit):
         cures = ["a larger model axis in --mesh"] if heads < c.num_kv_heads else []
         cures += ["--weights ternary"] if weights != "ternary" else []
         if needed["weights"] + needed["embeddings"] < limit:
@@ -210,10 +221,39 @@ def plan(runner: runners.ModelRunner, weights: str, precision: dict[str, str], s
             cures += ["a shorter --sequence-len"]
         if mesh.devices.flat[0].platform == "gpu":  # JAX takes three quarters of it by default
             cures += ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 in the environment"]
+        if sharding.is_one_cpu(mesh) and needed["cache"] + needed["activations"] < limit:
+            cures += layout_cures(args.checkpoint)
         raise ValueError(
             f"this needs {readable_size(total)} on each device, which has {readable_size(limit)}; "
             f"try {', '.join(cures or ['devices with more memory'])}"
         )
+
+
+def runs_from_disk(
+    args: argparse.Namespace, runner: runners.ModelRunner, params: dict, total: int, limit: int
+) -> bool:
+    """Whether all but what is mapped fits into `limit` bytes; then reports what a token reads."""
+    mapped = runner.plan_loading(args.checkpoint, args.weights).mapped_bytes
+    room = limit - (total - mapped)  # for what is mapped
+    if not mapped or room < 0:
+        return False
+    read, missing = runners.token_bytes(runner.config, params, room)
+    report(
+        disk=f"it runs from there, slowly, for the weights are more than memory: a token reads "
+        f"{readable_size(read)} of them, about {readable_size(missing)} from the disk"
+    )
+    return True
+
+
+def layout_cures(folder: Path) -> list[str]:
+    """What lets a model run that memory is too small for."""
+    if not shards.exists(folder):
+        first = f"convert.py {folder} OUTPUT and then convert.py OUTPUT"
+    elif not layouts.path_of(folder).exists():
+        first = f"convert.py {folder}"
+    else:
+        return []
+    return [f"{first} --layout cpu (a CPU then runs it from the disk, slowly)"]
 
 
 def products(runner: runners.ModelRunner, params: dict) -> str:
@@ -345,7 +385,7 @@ def run(args: argparse.Namespace) -> None:
     processor = tokenizer.load(args.checkpoint, config.vocab_size)
     weights = args.weights or checkpoint.default_weights(args.checkpoint)
     precision = runners.precision_of(args.checkpoint, model.abstract_params(config), args.weights)
-    plan(runner, weights, precision, slots)
+    plan(args, runner, weights, precision, slots)
 
     inference = runners.InferenceRunner(runner, processor, slots)
     request = runners.Request(
@@ -356,8 +396,9 @@ def run(args: argparse.Namespace) -> None:
 
     begin = time.perf_counter()
     runner.load(args.checkpoint, args.weights, progress=sys.stderr.isatty(), check=args.check)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
-    report(load=f"{readable_size(weights)} in {time.perf_counter() - begin:.1f} s")
+    loaded = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
+    mapped = f", {readable_size(runner.mapped_bytes)} of it mapped" if runner.mapped_bytes else ""
+    report(load=f"{readable_size(loaded)} in {time.perf_counter() - begin:.1f} s{mapped}")
 
     if not requests:
         converse(inference, request)

@@ -33,6 +33,7 @@ import checkpoint
 import experts
 import formats
 import kernels
+import layouts
 import quantize
 import sharding
 from model import (
@@ -66,6 +67,7 @@ class ModelRunner:
         self.mesh = sharding.make_mesh() if mesh is None else mesh
         self.model = make_model(config)
         self._params = None
+        self.mapped_bytes = 0  # of the parameters, those that `load` mapped from a layout file
         self._logits = jax.jit(lambda params, tokens: self.model.apply(params, None, tokens).logits)
 
     @property
@@ -80,7 +82,7 @@ class ModelRunner:
     @params.setter
     def params(self, params: dict | None) -> None:
         kernels.use_large_pages(params)
-        self._params = params
+        self._params, self.mapped_bytes = params, 0
 
     def init(self, seed: int = 0) -> None:
         """Random float32 parameters, each made where it belongs."""
@@ -95,20 +97,53 @@ class ModelRunner:
     ) -> None:
         """The parameters of a checkpoint folder, in the precision that `weights` names.
 
-        By default as the checkpoint was converted, and a released one as "ternary".
-        `progress` and `check` are those of `checkpoint.restore`. Raises checkpoint.CheckpointError.
+        By default as the checkpoint was converted, and a released one as "ternary". On one CPU
+        they are those of its layout file, if it has one: mapped, not copied, and not to be written.
+        `progress` and `check` are those of `checkpoint.restore`, for what is not mapped. Raises
+        checkpoint.CheckpointError.
         """
+        loading = self.plan_loading(folder, weights)
+        params = checkpoint.restore_entries(
+            loading.entries,
+            loading.placement,
+            progress=progress and bool(loading.entries),
+            check=check,
+        )
+        if EMBEDDINGS in params:
+            params = cast_embeddings(params, self.config)
+        kernels.use_large_pages(params)  # not what is mapped: its pages are the system's
+        mapped = jax.tree.map(checkpoint.taken_over, loading.mapped, loading.where)
+        modules = sorted(params.keys() | mapped.keys())
+        self._params = {name: params.get(name, {}) | mapped.get(name, {}) for name in modules}
+        self.mapped_bytes = loading.mapped_bytes
+
+    def plan_loading(self, folder, weights: str | None = None) -> "Loading":
+        """Where `load` will find each parameter; reads no numbers, and raises what `load` does."""
         template = abstract_params(self.config)
-        params = checkpoint.restore(
+        entries, placement = checkpoint.plan(
             folder,
             template,
             precision_of(folder, template, weights),
             functools.partial(sharding.parameter_shardings, self.mesh),
-            progress=progress,
-            check=check,
-            interleave=kernels.on_cpu(),
+            kernels.on_cpu(),
         )
-        self.params = cast_embeddings(params, self.config)
+        layout = layouts.open_layout(folder) if sharding.is_one_cpu(self.mesh) else None
+        if layout is None:
+            return Loading(entries, placement, {}, {})
+        forms: dict[str, dict] = {}
+        for entry in entries:
+            form = form_in_memory(entry, self.config)
+            forms.setdefault(entry.module, {})[entry.name] = form
+        shardings = sharding.parameter_shardings(self.mesh, forms)
+        rest, mapped, where = [], {}, {}
+        for entry in entries:
+            leaf = layout.leaf(entry.path, forms[entry.module][entry.name])
+            if leaf is None:
+                rest.append(entry)
+            else:
+                mapped.setdefault(entry.module, {})[entry.name] = leaf
+                where.setdefault(entry.module, {})[entry.name] = shardings[entry.module][entry.name]
+        return Loading(rest, placement, mapped, where)
 
     def logits(self, tokens) -> jax.Array:
         """One pass without a cache: token ids [B, T] to float32 [B, T, V], on the mesh.
@@ -118,6 +153,24 @@ class ModelRunner:
         tokens = check_tokens(tokens, self.config.vocab_size, axes=2)
         with jax.set_mesh(self.mesh):
             return self._logits(self.params, tokens)
+
+
+class Loading(NamedTuple):
+    """Where the parameters of a checkpoint come from.
+
+    entries, placement: of those that are restored from its shards, for `checkpoint.restore_entries`
+    mapped: {module: {name: weight}} of the others, NumPy arrays of its mapped layout file
+    where: their shardings
+    """
+
+    entries: list[checkpoint.Entry]
+    placement: dict
+    mapped: dict
+    where: dict
+
+    @property
+    def mapped_bytes(self) -> int:
+        return sum(array.nbytes for array in jax.tree.leaves(self.mapped))
 
 
 def check_tokens(tokens: Any, vocab_size: int, axes: int) -> np.ndarray:
@@ -145,10 +198,23 @@ def check_tokens(tokens: Any, vocab_size: int, axes: int) -> np.ndarray:
 
 def cast_embeddings(params: dict, config: LanguageModelConfig) -> dict:
     """The embedding table in the compute dtype, or int8: no other float tensor is as large."""
-    table = params[EMBEDDINGS]["embeddings"]
-    int8 = config.embeddings == "int8"
-    table = quantize.quantize_table(table) if int8 else table.astype(config.fprop_dtype)
-    return params | {EMBEDDINGS: {"embeddings": table}}
+    return params | {
+        EMBEDDINGS: {"embeddings": cast_table(params[EMBEDDINGS]["embeddings"], config)}
+    }
+
+
+def cast_table(table: jax.Array, config: LanguageModelConfig):
+    """As `cast_embeddings`, the table alone."""
+    if config.embeddings == "int8":
+        return quantize.quantize_table(table)
+    return table.astype(config.fprop_dtype)
+
+
+def form_in_memory(entry: checkpoint.Entry, config: LanguageModelConfig):
+    """What `ModelRunner.load` makes of a parameter, in abstract form."""
+    if entry.module != EMBEDDINGS:
+        return entry.restored
+    return jax.eval_shape(functools.partial(cast_table, config=config), entry.restored)
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -846,6 +912,28 @@ def device_memory(runner: ModelRunner, params: dict, slots: int, sequence_len: i
         "cache": sum(sharding.device_bytes(row, slots_shardings(mesh, row)) for row in rows),
         "activations": max(prefill, decode) + 5 * 4 * slots * config.vocab_size,
     }
+
+
+def token_bytes(config: LanguageModelConfig, params: dict, room: int) -> tuple[int, int]:
+    """Bytes of weights that a decoded token reads, and of these, from the disk, if they are mapped
+    and memory has room for so many.
+
+    params: as from `abstract_weights`
+
+    What every token needs stays in memory, and of the experts as many as there is room for. If not
+    even that fits, all is read again: what was used longest ago goes first.
+    """
+    experts = others = 0
+    for module, entries in params.items():
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(entries))
+        if "/moe/" in module:
+            experts += size
+        else:
+            others += size
+    share = config.num_selected_experts / config.num_experts
+    read = others + share * experts
+    missing = share * max(0, experts + others - room) if room >= others else read
+    return round(read), round(missing)
 
 
 def local_shapes(params, shardings):

@@ -79,6 +79,10 @@ def parse_mesh(text: str) -> Mesh:
     return make_mesh(data, model)
 
 
+def is_one_cpu(mesh: Mesh) -> bool:
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def memory_limit(mesh: Mesh) -> int:
     """Bytes that one device of the mesh has; on CPU its share of the host's memory."""
     devices = mesh.local_devices

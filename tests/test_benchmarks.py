@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import runpy
 import sys
@@ -11,15 +12,18 @@ import jax
 import numpy as np
 import pytest
 
+import convert
 import kernels
+import layouts
 import learning
 import model
 import planning
 import quantize
 import runners
+import shards
 import train
 from benchmarks import __main__ as command
-from benchmarks import budget, compilation, curves, experts, llama, memory, timer
+from benchmarks import budget, compilation, curves, experts, llama, loading, memory, timer
 from benchmarks import calibration as of_a_layer
 from benchmarks.products import random_ternary
 
@@ -260,3 +264,27 @@ def test_the_outlook_counts_all_outputs_and_experts_and_the_tokens_that_each_get
     assert found["expert", "moments"] == 7 and found["attention", "moments"] == 0
     assert found["expert", "fits"] == 3 * 8 * 1.5  # of a quarter of the outputs of each matrix
     assert found["expert", "factor"] == 3 * 1.5
+
+
+def test_loading_measures_what_is_mapped_and_what_is_copied(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(model.PRESETS["tiny"], num_layers=1)
+    monkeypatch.setattr(loading, "CONFIG", config)
+    monkeypatch.setattr(loading, "LENGTH", 32)
+    monkeypatch.setattr(loading.kernels, "keep_compilations", lambda: None)
+    loaded = []
+    load = runners.ModelRunner.load
+    monkeypatch.setattr(
+        runners.ModelRunner, "load", lambda self, folder: (load(self, folder), loaded.append(self))
+    )
+    monkeypatch.setattr(layouts, "open_layout", layouts.open_layout)  # it is replaced, and put back
+    folder = tmp_path / "made"
+    loading.make_checkpoint(folder, 2)
+    assert shards.verify(folder) == []
+    convert.main(["--layout", "cpu", str(folder)])
+    for copied in (False, True):
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        loading.serve(folder, 3, copied)
+        row = json.loads(capsys.readouterr().out)
+        assert row["load_s"] > 0 and row["token_s"] > 0 and row["token_GB_from_disk"] >= 0
+    assert [bool(runner.mapped_bytes) for runner in loaded] == [True, False]
+    assert loaded[0].config.num_layers == 2
