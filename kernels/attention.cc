@@ -208,10 +208,10 @@ void Finish(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t row
   }
 }
 
-void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
+void AttendAll(const Frame& frame, const Attention& a) {
   const int64_t rows = a.rows(), tiles = (rows + kQueries - 1) / kQueries;
   const int64_t parts = (a.slots + kPart - 1) / kPart, tasks = a.batch * a.kv_heads * tiles;
-  const bool split = tasks < 4 * pool.num_threads();  // then parts are tasks, added up at the end
+  const bool split = tasks < 4 * frame.threads();  // then parts are tasks, added up at the end
   const int64_t splits = split ? parts : 1, size = kQueries * (a.padded() + kWidth);
   Aligned memory(split ? tasks * parts * size * sizeof(float) : 0);
   float* sums = reinterpret_cast<float*>(memory.data);
@@ -227,7 +227,7 @@ void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
     const int64_t count = std::min(kQueries, rows - first);
     return Task{b, g, first, count, a.last(b, first, count) / kPart + 1};
   };
-  Parallel(pool, tasks * splits, bytes, [=](int64_t i) {
+  Parallel(frame, tasks * splits, bytes, [=](int64_t i) {
     static thread_local Aligned kept(0);
     const Task t = task(i / splits);
     const int64_t part = i % splits;
@@ -248,63 +248,34 @@ void AttendAll(ffi::ThreadPool& pool, const Attention& a) {
 }
 
 // An attention whose arrays fit each other; throws what does not. Adds their sizes.
-Attention AttentionOf(Sizes& sizes, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,
-                      const ffi::AnyBuffer& v, const ffi::Buffer<ffi::S32>& positions,
-                      const ffi::AnyBuffer& out, float multiplier, float cap) {
+Attention AttentionOf(const Frame& frame, Sizes& sizes, const Array& q, const Array& k,
+                      const Array& v, const Array& positions, const Array& out) {
+  const float multiplier = frame.Float("multiplier"), cap = frame.Float("cap");
   CheckFloats("q", q);
   sizes.Match("q [B, T, N, H]", q);
-  sizes.Match("k [B, K, S, H]", k, q.element_type());
-  sizes.Match("v [B, K, S, H]", v, q.element_type());
-  sizes.Match("positions [B, T]", positions);
-  sizes.Match("result [B, T, N, H]", out, q.element_type());
+  sizes.Match("k [B, K, S, H]", k, q.dtype);
+  sizes.Match("v [B, K, S, H]", v, q.dtype);
+  const auto* position = sizes.Match<int32_t>("positions [B, T]", positions);
+  sizes.Match("result [B, T, N, H]", out, q.dtype);
   const int64_t heads = sizes["N"], kv_heads = sizes["K"], slots = sizes["S"];
   Check(kv_heads > 0 && heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads,
         " key/value heads");
   Check(slots > 0, "a cache without slots");
   Check(cap > 0 && std::exp(-2 * cap) >= std::numeric_limits<float>::min(), "cap ", cap,
         " is not above 0, or exp(-2 cap) is no normal float32");
-  return {q.untyped_data(),
-          k.untyped_data(),
-          v.untyped_data(),
-          positions.typed_data(),
-          out.untyped_data(),
-          sizes["B"],
-          sizes["T"],
-          heads,
-          kv_heads,
-          slots,
-          sizes["H"],
-          multiplier,
-          cap,
-          q.element_type() == ffi::BF16};
+  return {q.data, k.data,   v.data, position,   out.data,   sizes["B"], sizes["T"],
+          heads,  kv_heads, slots,  sizes["H"], multiplier, cap,        q.dtype == BF16};
 }
 
 // q [B, T, N, H] over k, v [B, K, S, H], all float32 or all bfloat16, and positions int32 [B, T]
 // -> as q. A query sees the slots up to its position, and is zeros if that is negative.
-void Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-            ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::AnyBuffer> out, float multiplier,
-            float cap) {
+void Attend(const Frame& frame) {
+  const auto [q, k, v, positions, out] = frame.Arrays<4, 1>();
   Sizes sizes;
-  const Attention a = AttentionOf(sizes, q, k, v, positions, *out, multiplier, cap);
-  AttendAll(pool, a);
+  AttendAll(frame, AttentionOf(frame, sizes, q, k, v, positions, out));
 }
 
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendHandler, Kernel<Attend>::Call,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("multiplier")
-                                  .Attr<float>("cap"));
-
 // --- The gradient --------------------------------------------------------------------------------
-
-namespace {
 
 constexpr int kGradientRows = 4;
 
@@ -410,12 +381,12 @@ void Gradient(const GradientTask& t) {
   }
 }
 
-void AttendGradients(ffi::ThreadPool& pool, const Attention& a, const void* y, const void* dy,
+void AttendGradients(const Frame& frame, const Attention& a, const void* y, const void* dy,
                      void* dk, void* dv) {
   const int64_t padded = a.padded(), slots = RoundUp(a.slots, kSlots);
   const int64_t rows = RoundUp(a.rows(), kGradientRows);
   const double flops = 1. * a.batch * a.heads * a.queries * slots * a.size;
-  Parallel(pool, a.batch * a.kv_heads, flops, [=](int64_t i) {
+  Parallel(frame, a.batch * a.kv_heads, flops, [=](int64_t i) {
     const int64_t b = i / a.kv_heads, g = i % a.kv_heads;
     static thread_local Aligned kept(0);
     const int64_t floats = 4 * rows * padded + 6 * slots * padded + 2 * kGradientRows * slots;
@@ -452,57 +423,35 @@ void AttendGradients(ffi::ThreadPool& pool, const Attention& a, const void* y, c
 }
 
 // What `Attend` takes, its output y and the gradient dy of that -> those of q, k and v.
-void AttendGradient(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                    ffi::Buffer<ffi::S32> positions, ffi::AnyBuffer y, ffi::AnyBuffer dy,
-                    ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
-                    ffi::Result<ffi::AnyBuffer> dv, float multiplier, float cap) {
+void AttendGradient(const Frame& frame) {
+  const auto [q, k, v, positions, y, dy, dq, dk, dv] = frame.Arrays<6, 3>();
   Sizes sizes;
-  const Attention a = AttentionOf(sizes, q, k, v, positions, *dq, multiplier, cap);
-  sizes.Match("y [B, T, N, H]", y, q.element_type());
-  sizes.Match("dy [B, T, N, H]", dy, q.element_type());
-  sizes.Match("dk [B, K, S, H]", *dk, q.element_type());
-  sizes.Match("dv [B, K, S, H]", *dv, q.element_type());
-  AttendGradients(pool, a, y.untyped_data(), dy.untyped_data(), dk->untyped_data(),
-                  dv->untyped_data());
+  const Attention a = AttentionOf(frame, sizes, q, k, v, positions, dq);
+  sizes.Match("y [B, T, N, H]", y, q.dtype);
+  sizes.Match("dy [B, T, N, H]", dy, q.dtype);
+  sizes.Match("dk [B, K, S, H]", dk, q.dtype);
+  sizes.Match("dv [B, K, S, H]", dv, q.dtype);
+  AttendGradients(frame, a, y.data, dy.data, dk.data, dv.data);
 }
-
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendGradientHandler, Kernel<AttendGradient>::Call,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("multiplier")
-                                  .Attr<float>("cap"));
 
 // --- Writing the cache ---------------------------------------------------------------------------
 
-namespace {
-
 // new rows [B, T, K, H] into the slots int32 [B, T] of a cache [B, K, S, H], which is the output,
 // too; those that it does not have are dropped.
-void WriteSlots(ffi::AnyBuffer before, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> slots,
-                ffi::Result<ffi::AnyBuffer> cache) {
+void WriteSlots(const Frame& frame) {
+  const auto [before, rows, slots, cache] = frame.Arrays<3, 1>();
   Sizes sizes;
-  sizes.Match("cache [B, K, S, H]", *cache);
-  sizes.Match("rows [B, T, K, H]", rows, cache->element_type());
-  sizes.Match("slots [B, T]", slots);
-  Check(before.untyped_data() == cache->untyped_data(), "the cache is not the output");
+  sizes.Match("cache [B, K, S, H]", cache);
+  sizes.Match("rows [B, T, K, H]", rows, cache.dtype);
+  const auto* slot_of = sizes.Match<int32_t>("slots [B, T]", slots);
+  Check(before.data == cache.data, "the cache is not the output");
   const int64_t batch = sizes["B"], heads = sizes["K"], there = sizes["S"], count = sizes["T"];
-  const int64_t size = sizes["H"] * ffi::ByteWidth(cache->element_type());
-  const auto* from = static_cast<const char*>(rows.untyped_data());
-  auto* to = static_cast<char*>(cache->untyped_data());
+  const int64_t size = sizes["H"] * WidthOf(cache.dtype);
+  const auto* from = static_cast<const char*>(rows.data);
+  auto* to = static_cast<char*>(cache.data);
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t t = 0; t < count; ++t) {
-      const int64_t slot = slots.typed_data()[b * count + t];
+      const int64_t slot = slot_of[b * count + t];
       for (int64_t k = 0; k < heads; ++k, from += size)
         if (slot >= 0 && slot < there)
           std::memcpy(to + ((b * heads + k) * there + slot) * size, from, size);
@@ -511,11 +460,8 @@ void WriteSlots(ffi::AnyBuffer before, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WriteSlotsHandler, Kernel<WriteSlots>::Call,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>());
+KERNEL(Attend)
+KERNEL(AttendGradient)
+KERNEL(WriteSlots)
 
 }  // namespace kernels

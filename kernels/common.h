@@ -1,138 +1,150 @@
-// What the kernels that XLA calls share: checks of what it hands over, threads, and the floats
-// that they take.
+// What the kernels that XLA calls share: the arrays that it hands over, checks of them, threads,
+// and the floats that they take.
+//
+// This is on the C interface of XLA's foreign functions, within the jaxlib that is compiled for:
+// its C++ one is made of templates that take longer to compile than all kernels.
 
 #ifndef KERNELS_COMMON_H_
 #define KERNELS_COMMON_H_
 
 #include <algorithm>
-#include <atomic>
+#include <array>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <sstream>
-#include <stdexcept>
-#include <string>
+#include <initializer_list>
 #include <string_view>
-#include <utility>
-#include <vector>
 
 #include "memory.h"
-#include "xla/ffi/api/ffi.h"
+#include "xla/ffi/api/c_api.h"
 
 namespace kernels {
 
-namespace ffi = xla::ffi;
+using Dtype = XLA_FFI_DataType;
+constexpr Dtype S8 = XLA_FFI_DataType_S8, S16 = XLA_FFI_DataType_S16, S32 = XLA_FFI_DataType_S32,
+                U8 = XLA_FFI_DataType_U8, F32 = XLA_FFI_DataType_F32, BF16 = XLA_FFI_DataType_BF16;
 
-constexpr int64_t kWorthAThread = 1 << 18;
+template <class T>
+constexpr Dtype kDtype = XLA_FFI_DataType_INVALID;
+template <>
+constexpr Dtype kDtype<int8_t> = S8;
+template <>
+constexpr Dtype kDtype<uint8_t> = U8;
+template <>
+constexpr Dtype kDtype<int32_t> = S32;
+template <>
+constexpr Dtype kDtype<float> = F32;
 
-// --- What a kernel takes -------------------------------------------------------------------------
+int64_t WidthOf(Dtype dtype);  // bytes of a number
+
+// --- Errors --------------------------------------------------------------------------------------
 //
-// Each kernel checks all its arrays before it reads one, and throws what is wrong; `Kernel` makes
-// an error of JAX of that. XLA calls none whose results have no elements.
+// Each kernel checks all its arrays before it reads one, and throws what is wrong; `Run` makes an
+// error of JAX of that. XLA calls none whose results have no elements.
+
+using Array = XLA_FFI_Buffer;  // dtype, data, rank, dims
+
+// Of the text of an error.
+struct Part {
+  Part(std::string_view text) : kind(kText), text(text) {}
+  Part(int64_t number) : kind(kInteger), integer(number) {}
+  Part(float number) : kind(kFloat), real(number) {}
+  Part(Dtype dtype) : kind(kDtype), integer(dtype) {}
+  Part(const Array& x) : kind(kSizes), sizes(&x) {}
+  enum { kText, kInteger, kFloat, kDtype, kSizes } kind;
+  union {
+    std::string_view text;
+    int64_t integer;
+    float real;
+    const Array* sizes;
+  };
+};
+
+[[noreturn]] void Fail(std::initializer_list<Part> parts);
 
 template <class... Parts>
 void Check(bool right, const Parts&... parts) {
-  if (right) return;
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
+  if (!right) Fail({Part(parts)...});
 }
+
+// --- What a kernel takes -------------------------------------------------------------------------
+
+// A call of a kernel: void Name(const Frame&).
+class Frame {
+ public:
+  explicit Frame(const XLA_FFI_CallFrame& call) : call_(call) {}
+
+  // All arrays of a kernel that has so many, first its arguments.
+  template <int arguments, int results>
+  std::array<Array, arguments + results> Arrays() const {
+    std::array<Array, arguments + results> found;
+    CheckNumbers(arguments, results);
+    for (int i = 0; i < arguments; ++i) found[i] = Argument(i);
+    for (int i = 0; i < results; ++i) found[arguments + i] = Result(i);
+    return found;
+  }
+  int64_t arguments() const { return call_.args.size; }
+  int64_t results() const { return call_.rets.size; }
+  const Array& Argument(int64_t i) const { return *static_cast<Array*>(call_.args.args[i]); }
+  const Array& Result(int64_t i) const { return *static_cast<Array*>(call_.rets.rets[i]); }
+  int64_t Integer(std::string_view name) const {
+    return *static_cast<const int64_t*>(Attribute(name, XLA_FFI_DataType_S64));
+  }
+  float Float(std::string_view name) const {
+    return *static_cast<const float*>(Attribute(name, F32));
+  }
+
+  int64_t threads() const;
+  void Schedule(XLA_FFI_Task* task, void* data) const;
+
+ private:
+  void CheckNumbers(int64_t arguments, int64_t results) const;
+  const void* Attribute(std::string_view name, Dtype dtype) const;
+  const XLA_FFI_CallFrame& call_;
+};
 
 // Sizes of the arrays of a call, by name. The first array that has a name gives it a size.
 class Sizes {
  public:
   // what: the array and the names of its sizes, a literal such as "k [B, K, S, H]"
-  template <class Buffer>
-  void Match(std::string_view what, const Buffer& x) {
-    const auto found = x.dimensions();
-    const size_t rank = std::count(what.begin(), what.end(), ',') + 1;
-    if (found.size() != rank) Check(false, what, " is ", Text(found), ", not of rank ", rank);
-    size_t begin = what.find('[') + 1;
-    for (const int64_t size : found) {
-      const size_t end = what.find_first_of(",]", begin);
-      const std::string_view name = what.substr(begin, end - begin);
-      const int64_t known = Known(name, size);
-      if (size != known) Check(false, what, " is ", Text(found), ", but ", name, " is ", known);
-      begin = end + 2;
-    }
-  }
-  // The same for an array of any dtype, which must be this one.
-  void Match(std::string_view what, const ffi::AnyBuffer& x, ffi::DataType dtype) {
-    Check(x.element_type() == dtype, what, " is ", x.element_type(), ", not ", dtype);
-    Match(what, x);
+  void Match(std::string_view what, const Array& x);
+  void Match(std::string_view what, const Array& x, Dtype dtype);
+  template <class T>
+  T* Match(std::string_view what, const Array& x) {
+    Match(what, x, kDtype<T>);
+    return static_cast<T*>(x.data);
   }
   int64_t operator[](std::string_view name) { return Known(name, 0); }
 
  private:
-  int64_t Known(std::string_view name, int64_t size) {  // the size of this name, from now on
-    for (const auto& [known, its] : sizes_)
-      if (known == name) return its;
-    sizes_.emplace_back(name, size);
-    return size;
-  }
-  static std::string Text(ffi::Span<const int64_t> sizes) {
-    std::string text;
-    for (const int64_t size : sizes) text += (text.empty() ? "[" : ", ") + std::to_string(size);
-    return text.empty() ? "[]" : text + "]";
-  }
-  std::vector<std::pair<std::string_view, int64_t>> sizes_;
+  int64_t Known(std::string_view name, int64_t size);  // the size of this name, from now on
+  struct {
+    std::string_view name;
+    int64_t size;
+  } sizes_[16];
+  int count_ = 0;
 };
 
-inline void CheckFloats(const char* what, const ffi::AnyBuffer& x) {
-  const ffi::DataType dtype = x.element_type();
-  Check(dtype == ffi::F32 || dtype == ffi::BF16, what, " is ", dtype, ", neither F32 nor BF16");
+inline void CheckFloats(const char* what, const Array& x) {
+  Check(x.dtype == F32 || x.dtype == BF16, what, " is ", x.dtype, ", neither F32 nor BF16");
 }
 
-template <auto kernel>
-struct Kernel;
+// Makes kernels handlers of XLA, which KERNEL(Name) exports as NameHandler.
+XLA_FFI_Error* Run(XLA_FFI_CallFrame* call, void (*kernel)(const Frame&));
 
-template <class... Arguments, void (*kernel)(Arguments...)>
-struct Kernel<kernel> {
-  static ffi::Error Call(Arguments... arguments) {
-    try {
-      kernel(arguments...);
-      return ffi::Error::Success();
-    } catch (const std::invalid_argument& error) {
-      return ffi::Error::InvalidArgument(error.what());
-    } catch (const std::bad_alloc&) {
-      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory left for a kernel");
-    }
-  }
-};
+#define KERNEL(name) \
+  extern "C" XLA_FFI_Error* name##Handler(XLA_FFI_CallFrame* call) { return Run(call, name); }
 
-// --- Threads and memory --------------------------------------------------------------------------
+// --- Threads -------------------------------------------------------------------------------------
 
-// Runs f(0) to f(n - 1) on the pool and this thread, each index once; returns when all are done.
+void RunAll(const Frame& frame, int64_t n, double bytes, void (*call)(const void*, int64_t),
+            const void* f);
+
+// Runs f(0) to f(n - 1) on XLA's threads and this one, each index once; returns when all are done.
 // bytes: that all of it reads; a thread is not woken, which takes some 20 microseconds, for few.
 template <class F>
-void Parallel(ffi::ThreadPool& pool, int64_t n, double bytes, F f) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    std::atomic<bool> failed{false};
-    int64_t n;
-    F f;
-    State(int64_t n, F f) : n(n), f(std::move(f)) {}
-    void Work() {
-      for (int64_t i; (i = next.fetch_add(1)) < n; done.fetch_add(1)) {
-        try {
-          f(i);
-        } catch (const std::bad_alloc&) {  // which would end the process in a thread of the pool
-          failed = true;
-        }
-      }
-    }
-  };
-  auto state = std::make_shared<State>(n, std::move(f));
-  const int64_t threads = std::min({1. * pool.num_threads(), 1. * n, 1 + bytes / kWorthAThread});
-  for (int64_t t = 1; t < threads; ++t) pool.Schedule([state] { state->Work(); });
-  state->Work();
-  while (state->done.load() < n) {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-  }
-  if (state->failed) throw std::bad_alloc();
+void Parallel(const Frame& frame, int64_t n, double bytes, const F& f) {
+  auto call = [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); };
+  RunAll(frame, n, bytes, call, &f);
 }
 
 // --- Floats --------------------------------------------------------------------------------------

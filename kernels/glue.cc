@@ -24,11 +24,11 @@ void RotateHeads(const T* x, const float* sin, const float* cos, int64_t heads, 
 }
 
 template <class T>
-void RotateTokens(ffi::ThreadPool& pool, const void* x, const int32_t* positions,
+void RotateTokens(const Frame& frame, const void* x, const int32_t* positions,
                   const float* frequencies, int64_t tokens, int64_t heads, int64_t half,
                   void* out) {
   const int64_t row = heads * 2 * half;
-  Parallel(pool, tokens, 8. * tokens * row, [=](int64_t t) {
+  Parallel(frame, tokens, 8. * tokens * row, [=](int64_t t) {
     static thread_local Aligned kept(0);
     float* sin = reinterpret_cast<float*>(Kept(kept, 2 * half * sizeof(float)));
     float* cos = sin + half;
@@ -43,32 +43,19 @@ void RotateTokens(ffi::ThreadPool& pool, const void* x, const int32_t* positions
 
 // x [B, T, N, H], float32 or bfloat16, positions int32 [B, T], frequencies float32 [H / 2] -> as x:
 // pairs (i, i + H / 2) rotated by position times frequency.
-void Rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> positions,
-            ffi::Buffer<ffi::F32> frequencies, ffi::Result<ffi::AnyBuffer> out) {
+void Rotate(const Frame& frame) {
+  const auto [x, positions, frequencies, out] = frame.Arrays<3, 1>();
   Sizes sizes;
   CheckFloats("x", x);
   sizes.Match("x [B, T, N, H]", x);
-  sizes.Match("positions [B, T]", positions);
-  sizes.Match("frequencies [H / 2]", frequencies);
-  sizes.Match("rotated [B, T, N, H]", *out, x.element_type());
+  const auto* position = sizes.Match<int32_t>("positions [B, T]", positions);
+  const auto* frequency = sizes.Match<float>("frequencies [H / 2]", frequencies);
+  sizes.Match("rotated [B, T, N, H]", out, x.dtype);
   const int64_t half = sizes["H / 2"];
   Check(sizes["H"] == 2 * half, "heads of ", sizes["H"], " numbers, but ", half, " frequencies");
-  auto rotate = x.element_type() == ffi::BF16 ? RotateTokens<uint16_t> : RotateTokens<float>;
-  rotate(pool, x.untyped_data(), positions.typed_data(), frequencies.typed_data(),
-         sizes["B"] * sizes["T"], sizes["N"], half, out->untyped_data());
+  auto rotate = x.dtype == BF16 ? RotateTokens<uint16_t> : RotateTokens<float>;
+  rotate(frame, x.data, position, frequency, sizes["B"] * sizes["T"], sizes["N"], half, out.data);
 }
-
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(RotateHandler, Kernel<Rotate>::Call,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::AnyBuffer>());
-
-namespace {
 
 template <class T>
 void AddGated(const T* row, float gate, int64_t size, float* sum) {
@@ -77,21 +64,18 @@ void AddGated(const T* row, float gate, int64_t size, float* sum) {
 
 // rows [R, D], float32 or bfloat16, gates float32 [T, A], index int32 [T, A] -> float32 [T, D]:
 // each token's rows, times its gates, summed in order; those that there are not are left out.
-void GatedSums(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::Buffer<ffi::F32> gates,
-               ffi::Buffer<ffi::S32> index, ffi::ResultBuffer<ffi::F32> out) {
+void GatedSums(const Frame& frame) {
+  const auto [rows, gates, index, out] = frame.Arrays<3, 1>();
   Sizes sizes;
   CheckFloats("rows", rows);
   sizes.Match("rows [R, D]", rows);
-  sizes.Match("gates [T, A]", gates);
-  sizes.Match("index [T, A]", index);
-  sizes.Match("sums [T, D]", *out);
+  const auto* gate = sizes.Match<float>("gates [T, A]", gates);
+  const auto* at = sizes.Match<int32_t>("index [T, A]", index);
+  auto* to = sizes.Match<float>("sums [T, D]", out);
   const int64_t count = sizes["R"], size = sizes["D"], tokens = sizes["T"], chosen = sizes["A"];
-  const bool half = rows.element_type() == ffi::BF16;
-  const void* from = rows.untyped_data();
-  const float* gate = gates.typed_data();
-  const int32_t* at = index.typed_data();
-  float* to = out->typed_data();
-  Parallel(pool, tokens, 4. * tokens * chosen * size, [=](int64_t t) {
+  const bool half = rows.dtype == BF16;
+  const void* from = rows.data;
+  Parallel(frame, tokens, 4. * tokens * chosen * size, [=](int64_t t) {
     float* sum = to + t * size;
     std::fill(sum, sum + size, 0.f);
     for (int64_t a = t * chosen; a < (t + 1) * chosen; ++a) {
@@ -105,26 +89,14 @@ void GatedSums(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::Buffer<ffi::F32> 
   });
 }
 
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedSumsHandler, Kernel<GatedSums>::Call,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
 // --- Rounding rows to integers -------------------------------------------------------------------
 //
 // XLA makes what it reads again for each loop that reads it, GELU among it, and not always to the
 // same last bit. A kernel reads what is in memory.
 
-namespace {
-
 template <class T>
-void Maxima(ffi::ThreadPool& pool, const void* x, int64_t rows, int64_t size, float* out) {
-  Parallel(pool, rows, 1. * rows * size * sizeof(T), [=](int64_t r) {
+void Maxima(const Frame& frame, const void* x, int64_t rows, int64_t size, float* out) {
+  Parallel(frame, rows, 1. * rows * size * sizeof(T), [=](int64_t r) {
     const T* row = static_cast<const T*>(x) + r * size;
     uint32_t largest = 0;  // bits of a float, in the order of magnitudes; those of a NaN are last
     for (int64_t i = 0; i < size; ++i) {
@@ -139,20 +111,21 @@ void Maxima(ffi::ThreadPool& pool, const void* x, int64_t rows, int64_t size, fl
 }
 
 // x [R, I], float32 or bfloat16 -> the largest magnitude of each row, float32 [R, 1].
-void RowMaxima(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::F32> out) {
+void RowMaxima(const Frame& frame) {
+  const auto [x, out] = frame.Arrays<1, 1>();
   Sizes sizes;
   CheckFloats("x", x);
   sizes.Match("x [R, I]", x);
-  sizes.Match("maxima [R, 1]", *out);
+  auto* to = sizes.Match<float>("maxima [R, 1]", out);
   Check(sizes["1"] == 1, "maxima [R, 1] have ", sizes["1"], " columns");
-  auto maxima = x.element_type() == ffi::BF16 ? Maxima<uint16_t> : Maxima<float>;
-  maxima(pool, x.untyped_data(), sizes["R"], sizes["I"], out->typed_data());
+  auto maxima = x.dtype == BF16 ? Maxima<uint16_t> : Maxima<float>;
+  maxima(frame, x.data, sizes["R"], sizes["I"], to);
 }
 
 template <class T, class Integer>
-void Round(ffi::ThreadPool& pool, const void* x, const float* steps, int64_t rows, int64_t size,
+void Round(const Frame& frame, const void* x, const float* steps, int64_t rows, int64_t size,
            void* out) {
-  Parallel(pool, rows, 1. * rows * size * sizeof(T), [=](int64_t r) {
+  Parallel(frame, rows, 1. * rows * size * sizeof(T), [=](int64_t r) {
     const T* row = static_cast<const T*>(x) + r * size;
     Integer* to = static_cast<Integer*>(out) + r * size;
     for (int64_t i = 0; i < size; ++i)
@@ -161,38 +134,22 @@ void Round(ffi::ThreadPool& pool, const void* x, const float* steps, int64_t row
 }
 
 // x [R, I], float32 or bfloat16, and steps float32 [R, 1] -> x / step, int8 or int16 [R, I].
-void RoundRows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> steps,
-               ffi::Result<ffi::AnyBuffer> out) {
+void RoundRows(const Frame& frame) {
+  const auto [x, steps, out] = frame.Arrays<2, 1>();
   Sizes sizes;
   CheckFloats("x", x);
   sizes.Match("x [R, I]", x);
-  sizes.Match("steps [R, 1]", steps);
-  sizes.Match("integers [R, I]", *out);
+  const auto* step = sizes.Match<float>("steps [R, 1]", steps);
+  sizes.Match("integers [R, I]", out);
   Check(sizes["1"] == 1, "steps [R, 1] have ", sizes["1"], " columns");
-  const ffi::DataType dtype = out->element_type();
-  Check(dtype == ffi::S8 || dtype == ffi::S16, "integers are ", dtype, ", neither S8 nor S16");
-  auto round = x.element_type() == ffi::BF16
-                   ? (dtype == ffi::S8 ? Round<uint16_t, int8_t> : Round<uint16_t, int16_t>)
-                   : (dtype == ffi::S8 ? Round<float, int8_t> : Round<float, int16_t>);
-  round(pool, x.untyped_data(), steps.typed_data(), sizes["R"], sizes["I"], out->untyped_data());
+  const Dtype dtype = out.dtype;
+  Check(dtype == S8 || dtype == S16, "integers are ", dtype, ", neither S8 nor S16");
+  auto round = x.dtype == BF16 ? (dtype == S8 ? Round<uint16_t, int8_t> : Round<uint16_t, int16_t>)
+                               : (dtype == S8 ? Round<float, int8_t> : Round<float, int16_t>);
+  round(frame, x.data, step, sizes["R"], sizes["I"], out.data);
 }
 
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    RowMaximaHandler, Kernel<RowMaxima>::Call,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(RoundRowsHandler, Kernel<RoundRows>::Call,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::AnyBuffer>());
-
 // --- Transposition -------------------------------------------------------------------------------
-
-namespace {
 
 typedef uint16_t Eight __attribute__((vector_size(16)));
 
@@ -212,15 +169,16 @@ INLINE void TransposeEight(const uint16_t* from, int64_t stride, uint16_t* to, i
 }
 
 // x [B, R, C] of two bytes each -> [B, C, R]
-void Transpose(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
+void Transpose(const Frame& frame) {
+  const auto [x, out] = frame.Arrays<1, 1>();
   Sizes sizes;
   sizes.Match("x [B, R, C]", x);
-  sizes.Match("transposed [B, C, R]", *out, x.element_type());
-  Check(ffi::ByteWidth(x.element_type()) == 2, "x is ", x.element_type(), ", not of two bytes");
+  sizes.Match("transposed [B, C, R]", out, x.dtype);
+  Check(WidthOf(x.dtype) == 2, "x is ", x.dtype, ", not of two bytes");
   const int64_t rows = sizes["R"], columns = sizes["C"], strips = RoundUp(columns, 32) / 32;
-  const auto* from = static_cast<const uint16_t*>(x.untyped_data());
-  auto* to = static_cast<uint16_t*>(out->untyped_data());
-  Parallel(pool, sizes["B"] * strips, x.size_bytes(), [=](int64_t i) {
+  const auto* from = static_cast<const uint16_t*>(x.data);
+  auto* to = static_cast<uint16_t*>(out.data);
+  Parallel(frame, sizes["B"] * strips, 2. * sizes["B"] * rows * columns, [=](int64_t i) {
     const int64_t b = i / strips, first = i % strips * 32;
     const int64_t last = std::min(columns, first + 32);
     const uint16_t* matrix = from + b * rows * columns;
@@ -240,8 +198,10 @@ void Transpose(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffe
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    TransposeHandler, Kernel<Transpose>::Call,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+KERNEL(Rotate)
+KERNEL(GatedSums)
+KERNEL(RowMaxima)
+KERNEL(RoundRows)
+KERNEL(Transpose)
 
 }  // namespace kernels

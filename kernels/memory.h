@@ -1,4 +1,4 @@
-// What kernels need that know nothing of XLA: memory, and the processor's vectors.
+// What kernels need that know nothing of XLA: memory.
 
 #ifndef KERNELS_MEMORY_H_
 #define KERNELS_MEMORY_H_
@@ -6,10 +6,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #define INLINE inline __attribute__((always_inline))
 

@@ -4,6 +4,10 @@
 
 #include "common.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace kernels {
 namespace {
 
@@ -126,12 +130,12 @@ void Panel(const T* table, int64_t count, const float* x, int64_t rows, int64_t 
 }
 
 template <class T>
-void TableRows(ffi::ThreadPool& pool, const T* table, const float* x, int64_t rows, int64_t size,
+void TableRows(const Frame& frame, const T* table, const float* x, int64_t rows, int64_t size,
                int64_t vocab, float* out) {
   constexpr int64_t some = 64;  // rows of the table and, of x, rows that stay in a cache meanwhile
   const int64_t panels = (vocab + some - 1) / some, groups = (rows + some - 1) / some;
   const double bytes = 1. * vocab * size * sizeof(T) * std::max<int64_t>(1, rows / 8);
-  Parallel(pool, panels * groups, bytes, [=](int64_t i) {
+  Parallel(frame, panels * groups, bytes, [=](int64_t i) {
     const int64_t v = i % panels * some, m = i / panels * some;
     Panel(table + v * size, std::min(some, vocab - v), x + m * size, std::min(some, rows - m), size,
           vocab, out + m * vocab + v);
@@ -139,43 +143,34 @@ void TableRows(ffi::ThreadPool& pool, const T* table, const float* x, int64_t ro
 }
 
 // x float32 [R, D] times table float32, bfloat16 or int8 [V, D] -> float32 [R, V]
-void TableDot(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer table,
-              ffi::ResultBuffer<ffi::F32> out) {
+void TableDot(const Frame& frame) {
+  const auto [x, table, out] = frame.Arrays<2, 1>();
   Sizes sizes;
-  sizes.Match("x [R, D]", x);
+  const auto* rows = sizes.Match<float>("x [R, D]", x);
   sizes.Match("table [V, D]", table);
-  sizes.Match("logits [R, V]", *out);
+  auto* to = sizes.Match<float>("logits [R, V]", out);
   auto rows_of = [&](const auto* data) {
-    TableRows(pool, data, x.typed_data(), sizes["R"], sizes["D"], sizes["V"], out->typed_data());
+    TableRows(frame, data, rows, sizes["R"], sizes["D"], sizes["V"], to);
   };
-  const ffi::DataType dtype = table.element_type();
-  if (dtype == ffi::BF16)
-    rows_of(static_cast<const uint16_t*>(table.untyped_data()));
-  else if (dtype == ffi::F32)
-    rows_of(static_cast<const float*>(table.untyped_data()));
-  else if (dtype == ffi::S8)
-    rows_of(static_cast<const int8_t*>(table.untyped_data()));
+  const Dtype dtype = table.dtype;
+  if (dtype == BF16)
+    rows_of(static_cast<const uint16_t*>(table.data));
+  else if (dtype == F32)
+    rows_of(static_cast<const float*>(table.data));
+  else if (dtype == S8)
+    rows_of(static_cast<const int8_t*>(table.data));
   else
     Check(false, "table is ", dtype, ", neither F32, BF16 nor S8");
 }
 
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(TableDotHandler, Kernel<TableDot>::Call,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
 // --- Norm ----------------------------------------------------------------------------------------
 
-namespace {
-
 template <class T>
-void NormRows(ffi::ThreadPool& pool, const T* x, const float* scale, int64_t rows, int64_t size,
-              float eps, T* out) {
-  Parallel(pool, rows, 1. * rows * size * sizeof(float), [=](int64_t m) {
+void NormRows(const Frame& frame, const void* from, const float* scale, int64_t rows, int64_t size,
+              float eps, void* to) {
+  const T* x = static_cast<const T*>(from);
+  T* out = static_cast<T*>(to);
+  Parallel(frame, rows, 1. * rows * size * sizeof(float), [=](int64_t m) {
     static thread_local Aligned kept(0);
     float* row = reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
     for (int64_t i = 0; i < size; ++i) row[i] = ToFloat(x[m * size + i]);
@@ -187,31 +182,20 @@ void NormRows(ffi::ThreadPool& pool, const T* x, const float* scale, int64_t row
 }
 
 // x [R, D], float32 or bfloat16, and scale float32 [D] -> as x: scale x / sqrt(mean square + eps).
-void RmsNorm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> scale,
-             ffi::Result<ffi::AnyBuffer> out, float eps) {
+void RmsNorm(const Frame& frame) {
+  const auto [x, scale, out] = frame.Arrays<2, 1>();
   Sizes sizes;
   CheckFloats("x", x);
   sizes.Match("x [R, D]", x);
-  sizes.Match("scale [D]", scale);
-  sizes.Match("y [R, D]", *out, x.element_type());
-  auto norm = [&](auto* y) {
-    NormRows(pool, static_cast<decltype(y)>(x.untyped_data()), scale.typed_data(), sizes["R"],
-             sizes["D"], eps, y);
-  };
-  if (x.element_type() == ffi::BF16)
-    norm(static_cast<uint16_t*>(out->untyped_data()));
-  else
-    norm(static_cast<float*>(out->untyped_data()));
+  const auto* factors = sizes.Match<float>("scale [D]", scale);
+  sizes.Match("y [R, D]", out, x.dtype);
+  auto norm = x.dtype == BF16 ? NormRows<uint16_t> : NormRows<float>;
+  norm(frame, x.data, factors, sizes["R"], sizes["D"], frame.Float("eps"), out.data);
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(RmsNormHandler, Kernel<RmsNorm>::Call,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("eps"));
+KERNEL(TableDot)
+KERNEL(RmsNorm)
 
 }  // namespace kernels

@@ -125,22 +125,20 @@ struct Weight {
 };
 
 // A weight that fits the sizes of x and its own result; throws what does not.
-Weight WeightOf(Sizes sizes, const ffi::Buffer<ffi::U8>& packed,
-                const ffi::Buffer<ffi::S8>& multipliers, const ffi::Buffer<ffi::F32>& scales,
+Weight WeightOf(Sizes sizes, const Array& packed, const Array& multipliers, const Array& scales,
                 int64_t block) {
-  const bool grouped = packed.dimensions().size() == 5;
+  const bool grouped = packed.rank == 5;
+  Weight w;
+  w.packed = sizes.Match<uint8_t>(grouped ? "packed [E, N, Q, 64, 4]" : "packed [E, O, B]", packed);
+  w.multipliers = sizes.Match<int8_t>(
+      grouped ? "multipliers [E, N, G, P, 64]" : "multipliers [E, O, G, P]", multipliers);
+  w.scales = sizes.Match<float>("scales [E, 1, C]", scales);
   if (grouped) {
-    sizes.Match("packed [E, N, Q, 64, 4]", packed);
-    sizes.Match("multipliers [E, N, G, P, 64]", multipliers);
     Check(sizes["64"] == kLanes && sizes["4"] == 4, "groups of ", sizes["64"], " outputs with ",
           sizes["4"], " bytes each, which are 64 and 4");
     Check(sizes["O"] == sizes["N"] * kLanes, sizes["O"], " outputs are not ", sizes["N"],
           " groups of 64");
-  } else {
-    sizes.Match("packed [E, O, B]", packed);
-    sizes.Match("multipliers [E, O, G, P]", multipliers);
   }
-  sizes.Match("scales [E, 1, C]", scales);
   const int64_t columns = sizes["C"];
   Check(sizes["1"] == 1 && (columns == 1 || columns == sizes["O"]), "scales [E, 1, C] have ",
         sizes["1"], " rows and ", columns, " columns for ", sizes["O"], " outputs");
@@ -157,13 +155,9 @@ Weight WeightOf(Sizes sizes, const ffi::Buffer<ffi::U8>& packed,
         " groups are neither 1 nor 1, 2 or 4 for each of ", blocks, " blocks");
   Check(!groups || 4 * bytes * 127 * 127 < 1ll << 31, 4 * bytes,
         " inputs with multipliers, whose sums might exceed int32");
-  return {{grouped, all, planes, groups},
-          packed.typed_data(),
-          multipliers.typed_data(),
-          scales.typed_data(),
-          sizes["E"],
-          sizes["O"],
-          columns};
+  w.packing = {grouped, all, planes, groups};
+  w.experts = sizes["E"], w.outputs = sizes["O"], w.columns = columns;
+  return w;
 }
 
 // What all groups of outputs have in common.
@@ -331,16 +325,16 @@ struct Call {
 
 // Calls f(weight, block, first) for each 64 outputs of each block, of one weight of two gated ones.
 template <class F>
-void ForGroups(ffi::ThreadPool& pool, const Call& call, F f) {
+void ForGroups(const Frame& frame, const Call& call, F f) {
   const int64_t weights = call.gated ? 1 : call.weights.size(), all = call.weights[0].packing.all;
   std::vector<int64_t> ends(weights);  // of the groups of each, all blocks
   int64_t count = 0;
   for (int64_t i = 0; i < weights; ++i)
     ends[i] = count += call.blocks * (RoundUp(call.weights[i].outputs, kLanes) / kLanes);
-  const int64_t wanted = std::max<int64_t>(1, count / (4 * pool.num_threads()));
+  const int64_t wanted = std::max<int64_t>(1, count / (4 * frame.threads()));
   const int64_t task = std::min(wanted, 1 + kTaskBytes / (1 + kLanes * all));
   const double bytes = 1. * count * kLanes * all * (1 + call.gated);
-  Parallel(pool, RoundUp(count, task) / task, bytes, [=, &call](int64_t i) {
+  Parallel(frame, RoundUp(count, task) / task, bytes, [=, &call](int64_t i) {
     for (int64_t g = i * task; g < std::min(count, (i + 1) * task); ++g) {
       const int64_t w = std::upper_bound(ends.begin(), ends.end(), g) - ends.begin();
       const int64_t own = g - (w ? ends[w - 1] : 0);
@@ -351,13 +345,13 @@ void ForGroups(ffi::ThreadPool& pool, const Call& call, F f) {
 }
 
 // The sums themselves, of int8 rows.
-void Sums(ffi::ThreadPool& pool, const Call& call, const int8_t* x) {
+void Sums(const Frame& frame, const Call& call, const int8_t* x) {
   Rows rows(call.problem, call.blocks, call.rows);
   const int64_t all = call.blocks * call.rows;
-  Parallel(pool, all, 1. * all * call.inputs, [&](int64_t row) {
+  Parallel(frame, all, 1. * all * call.inputs, [&](int64_t row) {
     if (rows.Set(row, x + row * call.inputs, call.inputs)) rows.Use(row);
   });
-  ForGroups(pool, call, [&](int64_t w, int64_t b, int64_t first) {
+  ForGroups(frame, call, [&](int64_t w, int64_t b, int64_t first) {
     const Weight& weight = call.weights[w];
     const int64_t outputs = weight.outputs, expert = call.experts[b];
     const int64_t there = std::min(kLanes, outputs - first);
@@ -374,11 +368,11 @@ void Sums(ffi::ThreadPool& pool, const Call& call, const int8_t* x) {
 
 // Products of rows of floats that are rounded first; or two, the first of which is a gate.
 template <class T>
-void Dots(ffi::ThreadPool& pool, const Call& call, const void* x) {
+void Dots(const Frame& frame, const Call& call, const void* x) {
   const int64_t halves = call.levels > 127 ? 2 : 1, all = call.blocks * call.rows;
   Rows rows(call.problem, call.blocks, halves * call.rows);
   std::vector<float> steps(all);
-  Parallel(pool, all, 1. * all * call.inputs * sizeof(T), [&](int64_t row) {
+  Parallel(frame, all, 1. * all * call.inputs * sizeof(T), [&](int64_t row) {
     static thread_local Aligned kept(0);
     auto* high = reinterpret_cast<int8_t*>(Kept(kept, 2 * call.inputs));
     int8_t* low = halves > 1 ? high + call.inputs : nullptr;
@@ -388,7 +382,7 @@ void Dots(ffi::ThreadPool& pool, const Call& call, const void* x) {
     if (low) any |= rows.Set(halves * row + 1, low, call.inputs);
     if (any || !std::isfinite(steps[row])) rows.Use(halves * row + halves - 1);
   });
-  ForGroups(pool, call, [&](int64_t w, int64_t b, int64_t first) {
+  ForGroups(frame, call, [&](int64_t w, int64_t b, int64_t first) {
     const int64_t outputs = call.weights[w].outputs, expert = call.experts[b];
     const int64_t there = std::min(kLanes, outputs - first);
     T* to = static_cast<T*>(call.out[w]) + b * call.rows * outputs + first;
@@ -426,13 +420,6 @@ void Dots(ffi::ThreadPool& pool, const Call& call, const void* x) {
   });
 }
 
-template <class T>
-T Given(const ffi::ErrorOr<T>& found) {
-  Check(found.has_value(), "a weight is packed, multipliers and scales, and has a result; ",
-        found.has_error() ? found.error().message() : "");
-  return *found;
-}
-
 // x [blocks, R, I], experts int32 [blocks], and of each weight: packed uint8 [E, O, B], multipliers
 // int8 [E, O, G, P], scales float32 [E, 1, C] -> [blocks, R, O] for each. Or of groups of 64
 // outputs, packed [E, N, B / 4, 64, 4] and multipliers [E, N, G, P, 64].
@@ -440,57 +427,49 @@ T Given(const ffi::ErrorOr<T>& found) {
 // x. gated: of two weights gelu(first) * second alone.
 // G: groups of inputs; 0 and P = 1 where all multipliers are 1. block: bytes in a packing block of
 // one plane; path: the fastest one to take, -1 for all that there are.
-void TernaryDots(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> experts,
-                 ffi::RemainingArgs given, ffi::RemainingRets results, int64_t block, int64_t path,
-                 int64_t levels, int64_t gated) {
-  const ffi::DataType dtype = x.element_type();
-  const bool integers = dtype == ffi::S8;
+void TernaryDots(const Frame& frame) {
+  const int64_t count = frame.arguments() / 3;  // of weights
+  Check(count > 0 && frame.arguments() == 2 + 3 * count, frame.arguments(),
+        " arguments, not two and three of each weight");
+  const Array &x = frame.Argument(0), &experts = frame.Argument(1);
+  const int64_t block = frame.Integer("block"), path = frame.Integer("path");
+  const int64_t levels = frame.Integer("levels");
+  const bool gated = frame.Integer("gated");
+  const Dtype dtype = x.dtype;
+  const bool integers = dtype == S8;
   if (!integers) CheckFloats("x", x);
   Check(integers || levels == 127 || levels == 127 * 128, levels, " levels");
   Sizes sizes;
   sizes.Match("x [blocks, R, I]", x);
-  sizes.Match("experts [blocks]", experts);
-  const int64_t count = given.size() / 3;
-  Check(count > 0 && given.size() == 3 * count, given.size(), " arrays of weights");
-  Check(gated ? !integers && count == 2 && results.size() == 1 : results.size() == count, count,
-        " weights, but ", results.size(), " results");
-  Call call{nullptr,         {},         {},         {},     experts.typed_data(),
-            sizes["blocks"], sizes["R"], sizes["I"], levels, gated != 0};
+  const auto* expert = sizes.Match<int32_t>("experts [blocks]", experts);
+  const int64_t results = frame.results();
+  Check(gated ? !integers && count == 2 && results == 1 : results == count, count, " weights, but ",
+        results, " results");
+  Call call{nullptr, {}, {}, {}, expert, sizes["blocks"], sizes["R"], sizes["I"], levels, gated};
   for (int64_t i = 0; i < count; ++i) {
     Sizes own = sizes;
-    auto result = Given(results.get<ffi::AnyBuffer>(gated ? 0 : i));
-    own.Match("sums [blocks, R, O]", *result, integers ? ffi::S32 : dtype);
-    call.weights.push_back(WeightOf(own, Given(given.get<ffi::Buffer<ffi::U8>>(3 * i)),
-                                    Given(given.get<ffi::Buffer<ffi::S8>>(3 * i + 1)),
-                                    Given(given.get<ffi::Buffer<ffi::F32>>(3 * i + 2)), block));
+    const Array& result = frame.Result(gated ? 0 : i);
+    own.Match("sums [blocks, R, O]", result, integers ? S32 : dtype);
+    call.weights.push_back(WeightOf(own, frame.Argument(3 * i + 2), frame.Argument(3 * i + 3),
+                                    frame.Argument(3 * i + 4), block));
     Check(call.weights[i].packing == call.weights[0].packing, "weights are packed differently");
-    call.out.push_back(result->untyped_data());
+    call.out.push_back(result.data);
   }
   const bool plain = call.weights[0].packing.groups && (block % 4 || block > kCacheLine);
   const int64_t last = Paths().size() - 1;
   call.path = &Paths()[plain ? 0 : path < 0 ? last : std::min(path, last)];
   call.problem = ProblemOf(call.weights[0].packing, block);
   if (integers)
-    Sums(pool, call, static_cast<const int8_t*>(x.untyped_data()));
-  else if (dtype == ffi::BF16)
-    Dots<uint16_t>(pool, call, x.untyped_data());
+    Sums(frame, call, static_cast<const int8_t*>(x.data));
+  else if (dtype == BF16)
+    Dots<uint16_t>(frame, call, x.data);
   else
-    Dots<float>(pool, call, x.untyped_data());
+    Dots<float>(frame, call, x.data);
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(TernaryDotsHandler, Kernel<TernaryDots>::Call,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("block")
-                                  .Attr<int64_t>("path")
-                                  .Attr<int64_t>("levels")
-                                  .Attr<int64_t>("gated"));
+KERNEL(TernaryDots)
 
 }  // namespace kernels
 

@@ -4,6 +4,8 @@
 // or as all have one multiplier; then they are widened, times the multiplier. What the codes count
 // too much is the sum over groups of inputs of multiplier times the sum of their activations.
 
+#include <immintrin.h>
+
 #include "memory.h"
 #include "ternary.h"
 

@@ -25,6 +25,10 @@
 #include "memory.h"
 #include "ternary.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace kernels {
 
 constexpr int64_t kAhead = 4096;  // packed bytes, to be prefetched
