@@ -222,6 +222,24 @@ def test_messages(name, array, other, message):
     assert message in error_of(name, arrays)
 
 
+@pytest.mark.parametrize(
+    "name, arguments, attributes, message",
+    [
+        ("RowMaxima", 2, {}, "2 arguments, not 1"),
+        ("TernaryDots", 4, {}, "4 arguments, not two and three of each weight"),
+        ("RmsNorm", 2, {}, "eps is not given"),
+        ("RmsNorm", 2, {"eps": np.int64(1)}, "eps is S64, not F32"),
+        ("RmsNorm", 2, {"eps": "1"}, "eps is no number"),
+    ],
+)
+def test_calls_that_are_no_call_of_the_kernel(name, arguments, attributes, message):
+    arrays = [np.ones(11 if i else (3, 11), np.float32) for i in range(arguments)]
+    out = jax.ShapeDtypeStruct((3, 1 if name == "RowMaxima" else 11), jnp.float32)
+    f = jax.ffi.ffi_call(f"ternary_grok_{name}", out)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT: {message}"):
+        jax.block_until_ready(jax.jit(lambda *arrays: f(*arrays, **attributes))(*arrays))
+
+
 def test_a_cache_that_is_not_written_in_place_is_an_error():
     cache, rows, slots = np.ones((2, 2, 4, 8)), np.ones((2, 3, 2, 8)), np.ones((2, 3), np.int32)
     f = jax.ffi.ffi_call("ternary_grok_WriteSlots", jax.ShapeDtypeStruct(cache.shape, jnp.float32))
