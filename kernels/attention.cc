@@ -446,7 +446,8 @@ void WriteSlots(const Frame& frame) {
   const auto* slot_of = sizes.Match<int32_t>("slots [B, T]", slots);
   Check(before.data == cache.data, "the cache is not the output");
   const int64_t batch = sizes["B"], heads = sizes["K"], there = sizes["S"], count = sizes["T"];
-  const int64_t size = sizes["H"] * WidthOf(cache.dtype);
+  const int64_t width = WidthOf(cache.dtype), size = sizes["H"] * width;
+  Check(width > 0, "the cache is ", cache.dtype, ", whose numbers have no known size");
   const auto* from = static_cast<const char*>(rows.data);
   auto* to = static_cast<char*>(cache.data);
   for (int64_t b = 0; b < batch; ++b)
