@@ -85,6 +85,48 @@ def path(request):
 
 
 @native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activations", ["int8", "int15"])
+@pytest.mark.parametrize("kind", [None, (1, 4), (2, 2)])
+def test_products_in_one_call_are_those_of_its_parts(kind, activations, dtype, monkeypatch):
+    """Rounding, sums and scales by themselves give the same bits; GELU in float32 nearly does."""
+    experts, inputs, outputs = 3, 512, 192
+    random = np.random.default_rng(3)
+
+    def weight():
+        w = problem(1, 1, inputs, outputs, experts)[1]
+        if kind:
+            w = quantize.interleave(grouped(inputs, outputs, experts, *kind))
+        scales = random.uniform(0.01, 0.02, (experts, 1, outputs)).astype(np.float32)
+        return dataclasses.replace(w, scales=jnp.asarray(scales))
+
+    gate, up = weight(), weight()
+    x = random.standard_normal((12, inputs)).astype(np.float32)
+    x[2:4], x[4] = 0, np.inf  # rows of padding, and one that is not finite
+    x, chosen = jnp.asarray(x, dtype), jnp.array([1, 0, -1, 2], jnp.int32)
+
+    def run():
+        options = {"activations": activations}
+        both = jax.jit(lambda *a: quantize.grouped_dots(*a, **options))(x, (gate, up), chosen)
+        return both, jax.jit(lambda *a: quantize.gated_dot(*a, **options))(x, gate, up, chosen)
+
+    assert quantize.gated_dot.kernel(x, gate, up, chosen, activations=activations)
+    together, gated = run()
+    for name in ("ternary_dots", "gated_dot"):
+        monkeypatch.setitem(kernels.KERNELS[name], "cpu", (None,))
+    apart, _ = run()
+    for pair in zip(together, apart, strict=True):
+        found, wanted = (np.asarray(y, np.float32) for y in pair)
+        np.testing.assert_array_equal(found, wanted)
+        assert np.isnan(found[4]).all() and not np.isnan(found[:4]).any()
+    # GELU and the product with `up` are both rounded, of a bfloat16 by 2^-8 of it at most.
+    first, second = (np.asarray(y, np.float32) for y in apart)
+    wanted, rtol = jax.nn.gelu(first) * second, 2**-7 if dtype == "bfloat16" else 1e-5
+    gated = np.asarray(gated, np.float32)
+    np.testing.assert_allclose(gated, wanted, rtol=rtol, atol=1e-6)
+
+
+@native
 @pytest.mark.parametrize(
     "shape",  # blocks, rows, inputs, outputs, experts
     [
