@@ -220,7 +220,9 @@ class Layer:
     def convert(self, devices: Sequence[jax.Device]) -> Params:
         """The converted layer; moves the streams on. Experts are dealt out to the devices."""
         attention = "multi_head_attention"
-        self._convert("attention", [f"{attention}/{n}" for n in ("query", "key", "value")], "query")
+        self._convert(
+            "attention", [f"{attention}/{n}" for n in ("query", "key", "value")], attention
+        )
         self._convert("attention", [f"{attention}/linear"], "linear")
         self._move_on("attention")
         if self.config.num_experts > 1:

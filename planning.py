@@ -217,7 +217,7 @@ class Budget:
         note = ""
         if text in GPUS:
             runner = runners.ModelRunner(short)
-            needed = runners.device_memory(runner, params, 1, short.sequence_len)
+            needed = runners.device_memory(runner, params, 1, short.sequence_len, "gpu")
             beside = needed["cache"] + needed["activations"]
             note = f" beside {readable_size(beside)} for a request of {short.sequence_len} tokens"
             self.bytes = GPUS[text] - beside

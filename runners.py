@@ -888,10 +888,13 @@ def abstract_weights(config: LanguageModelConfig, precision: quantize.Rules) -> 
     return jax.eval_shape(functools.partial(cast_embeddings, config=config), params)
 
 
-def device_memory(runner: ModelRunner, params: dict, slots: int, sequence_len: int) -> dict:
+def device_memory(
+    runner: ModelRunner, params: dict, slots: int, sequence_len: int, backend: str | None = None
+) -> dict:
     """Bytes that serving takes on each device, by purpose; nothing is allocated.
 
     params: as from `abstract_weights`
+    backend: that it is for, if not this one
 
     "activations" is an estimate: what the larger of a prefill chunk and a decode step needs besides
     its arguments, and the logits of all slots, five times, to sort and to sample them.
@@ -903,7 +906,8 @@ def device_memory(runner: ModelRunner, params: dict, slots: int, sequence_len: i
         jax.eval_shape(functools.partial(empty_slots, config, n, sequence_len)) for n in (slots, 1)
     ]
     local = local_shapes(params, shardings)
-    step = functools.partial(step_bytes, config, local, sequence_len)
+    fused = backend in (None, "cpu")
+    step = functools.partial(step_bytes, config, local, sequence_len, fused=fused)
     prefill = step(1, min(PAD_SIZES[-1], sequence_len))
     decode = step(-(-slots // mesh.shape["data"]), 1)
     return {
@@ -942,11 +946,17 @@ def local_shapes(params, shardings):
 
 
 def step_bytes(
-    config: LanguageModelConfig, local: dict, sequence_len: int, batch: int, tokens: int
+    config: LanguageModelConfig,
+    local: dict,
+    sequence_len: int,
+    batch: int,
+    tokens: int,
+    fused: bool = True,
 ) -> int:
     """Bytes that a device needs for its part of tokens [B, T], besides the step's arguments.
 
     local: the shapes of the device's parts of the parameters
+    fused: whether a kernel of this backend, if it has one, leaves no sums
 
     Four arrays of hidden states stay. Beside them come, one after the other: three arrays of
     attention's logits for a block of the cache; the sums of both products that go into the experts,
@@ -956,7 +966,7 @@ def step_bytes(
     count, size, sums = batch * tokens, jnp.dtype(config.fprop_dtype).itemsize, sum_bytes(config)
     up, rows = expert_weight(config, local), expert_rows(config, count)[0]
     width, x = up.shape[-1], jax.ShapeDtypeStruct((rows, config.emb_size), config.fprop_dtype)
-    if quantize.gated_dot.kernel(x, up, up, None, activations=config.activations):
+    if fused and quantize.gated_dot.kernel(x, up, up, None, activations=config.activations):
         inner, outer = 0, size if width == config.ffn_size else sums
     else:
         inner, outer = 2 * sums, sums
