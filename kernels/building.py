@@ -43,6 +43,11 @@ INSTRUCTIONS = {  # of the lines: the compiler's flag
     "amx_int8": "-mamx-int8",
     "asimddp": "-march=armv8.2-a+dotprod",
 }
+THIS_PROCESSOR = {  # of machines: the flag to compile for the processor at hand
+    "x86_64": ["-march=native"],
+    "aarch64": ["-mcpu=native"],
+    "arm64": ["-mcpu=native"],
+}
 INCLUDES = (f"-I{jax.ffi.include_dir()}",)
 _BUILDING = threading.Lock()
 
@@ -91,7 +96,7 @@ def _compiled(command: list[str], source: Path) -> bytes:
     of_path = path_flags()
     options = [*INCLUDES, *(f"-DTERNARY_{name.upper()}" for name in of_path)]
     own = {f"ternary_{name}": of_path.get(name) for name in PATHS} | {"ternary_plain": []}
-    here = ["-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"]
+    here = THIS_PROCESSOR.get(platform.machine(), [])
     own |= {name: [*here, "-ffp-contract=fast"] for name in CONTRACTED}
     sources = [path for path in _files(source, "*.cc") if own.get(path.stem, here) is not None]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(sources)) as pool:
