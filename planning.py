@@ -23,6 +23,7 @@ import checkpoint
 import conversion
 import formats
 import gptq
+import kernels
 import model
 import quantize
 import runners
@@ -217,7 +218,8 @@ class Budget:
         note = ""
         if text in GPUS:
             runner = runners.ModelRunner(short)
-            needed = runners.device_memory(runner, params, 1, short.sequence_len, "gpu")
+            with kernels.compiling_for("gpu"):
+                needed = runners.device_memory(runner, params, 1, short.sequence_len)
             beside = needed["cache"] + needed["activations"]
             note = f" beside {readable_size(beside)} for a request of {short.sequence_len} tokens"
             self.bytes = GPUS[text] - beside

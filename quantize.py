@@ -645,9 +645,9 @@ def _by_column_tiles(columns, x, shape, step: int = 1):
     column that might lie inside a tile of the memory layout, XLA first copied all experts.
     """
     inputs, outputs = shape[-2:]
-    tile = TILE if jax.default_backend() == "cpu" else DEVICE_TILE
+    tile = TILE if kernels.platform() == "cpu" else DEVICE_TILE
     size = min(outputs, max(1, tile // inputs // step) * step)
-    if size == outputs or jax.default_backend() == "tpu":
+    if size == outputs or kernels.platform() == "tpu":
         return columns(0, outputs)
 
     def body(i, y):
@@ -701,7 +701,7 @@ def table_dot(x: jax.Array, table: jax.Array | QuantizedWeight) -> jax.Array:
 def _table_dot(x, table):
     table = table.astype(x.dtype) if table.dtype == jnp.int8 else table
     # XLA:TPU gives a single row to the vector unit, which takes 2.6 times as long as two rows.
-    alone = len(x) == 1 and jax.default_backend() == "tpu"
+    alone = len(x) == 1 and kernels.platform() == "tpu"
     rows = jnp.pad(x, [(0, 1), (0, 0)]) if alone else x
     return _matmul(rows.astype(table.dtype), table, (((1,), (1,)), ((), ())))[: len(x)]
 

@@ -888,13 +888,10 @@ def abstract_weights(config: LanguageModelConfig, precision: quantize.Rules) -> 
     return jax.eval_shape(functools.partial(cast_embeddings, config=config), params)
 
 
-def device_memory(
-    runner: ModelRunner, params: dict, slots: int, sequence_len: int, backend: str | None = None
-) -> dict:
+def device_memory(runner: ModelRunner, params: dict, slots: int, sequence_len: int) -> dict:
     """Bytes that serving takes on each device, by purpose; nothing is allocated.
 
     params: as from `abstract_weights`
-    backend: that it is for, if not this one
 
     "activations" is an estimate: what the larger of a prefill chunk and a decode step needs besides
     its arguments, and the logits of all slots, five times, to sort and to sample them.
@@ -906,8 +903,7 @@ def device_memory(
         jax.eval_shape(functools.partial(empty_slots, config, n, sequence_len)) for n in (slots, 1)
     ]
     local = local_shapes(params, shardings)
-    fused = backend in (None, "cpu")
-    step = functools.partial(step_bytes, config, local, sequence_len, fused=fused)
+    step = functools.partial(step_bytes, config, local, sequence_len)
     prefill = step(1, min(PAD_SIZES[-1], sequence_len))
     decode = step(-(-slots // mesh.shape["data"]), 1)
     return {
@@ -946,17 +942,11 @@ def local_shapes(params, shardings):
 
 
 def step_bytes(
-    config: LanguageModelConfig,
-    local: dict,
-    sequence_len: int,
-    batch: int,
-    tokens: int,
-    fused: bool = True,
+    config: LanguageModelConfig, local: dict, sequence_len: int, batch: int, tokens: int
 ) -> int:
     """Bytes that a device needs for its part of tokens [B, T], besides the step's arguments.
 
     local: the shapes of the device's parts of the parameters
-    fused: whether a kernel of this backend, if it has one, leaves no sums
 
     Four arrays of hidden states stay. Beside them come, one after the other: three arrays of
     attention's logits for a block of the cache; the sums of both products that go into the experts,
@@ -966,7 +956,7 @@ def step_bytes(
     count, size, sums = batch * tokens, jnp.dtype(config.fprop_dtype).itemsize, sum_bytes(config)
     up, rows = expert_weight(config, local), expert_rows(config, count)[0]
     width, x = up.shape[-1], jax.ShapeDtypeStruct((rows, config.emb_size), config.fprop_dtype)
-    if fused and quantize.gated_dot.kernel(x, up, up, None, activations=config.activations):
+    if quantize.gated_dot.kernel(x, up, up, None, activations=config.activations):
         inner, outer = 0, size if width == config.ffn_size else sums
     else:
         inner, outer = 2 * sums, sums
@@ -1003,19 +993,18 @@ def logit_bytes(
 def plain_bytes(config: LanguageModelConfig, local: dict, count: int) -> int:
     """What products without a kernel add to `step_bytes`, for so many tokens."""
     up, (rows, blocks) = expert_weight(config, local), expert_rows(config, count)
-    backend = jax.default_backend()
-    total = 0
-    if backend == "cpu" and not kernels.on_cpu():  # the table in float32
+    platform, total = kernels.platform(), 0
+    if platform == "cpu" and not kernels.on_cpu():  # the table in float32
         total += 4 * math.prod(local[EMBEDDINGS]["embeddings"].shape)
     if isinstance(up, jax.ShapeDtypeStruct):  # a copy of the matrix for each block, then rounded
         rounded = 2 if config.fprop_dtype == "bfloat16" else 0
         return total + blocks * math.prod(up.shape[-2:]) * (4 + rounded)
-    if backend == "cpu":
+    if platform == "cpu":
         return total + loop_bytes(config, local, count, rows)
     if isinstance(up, quantize.QuantizedWeight) and config.activations != "float":
         # XLA:GPU transposes all experts for products of integers, of two matrices at a time.
-        total += 2 * up.codes.size if backend == "gpu" else 0
-    if backend == "tpu" and config.activations == "int15":  # sums of planes beside those of both
+        total += 2 * up.codes.size if platform == "gpu" else 0
+    if platform == "tpu" and config.activations == "int15":  # sums of planes beside those of both
         total += 2 * sum_bytes(config) * rows * up.shape[-1]
     return total
 

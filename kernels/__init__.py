@@ -95,12 +95,34 @@ def _load() -> ctypes.CDLL | None:
 
 def on_cpu() -> bool:
     """Whether computations run on a CPU by default, and use the compiled kernels."""
-    return jax.default_backend() == "cpu" and _enabled and library() is not None
+    return platform() == "cpu" and _enabled and library() is not None
 
 
 # --- Where a kernel is used -----------------------------------------------------------------------
 
 _enabled = True
+_platform: str | None = None
+
+
+def platform() -> str:
+    """What functions are traced for, "cpu", "gpu" or "tpu": JAX's default backend, or that of
+    `compiling_for`."""
+    return _platform or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(name: str):
+    """Inside, functions are traced for this platform, which need not be here.
+
+    They are then compiled for its devices, as `aot.py` does, or not run at all. What was traced
+    before must not be used there.
+    """
+    global _platform
+    before, _platform = _platform, name
+    try:
+        yield
+    finally:
+        _platform = before
 
 
 @contextlib.contextmanager
@@ -143,9 +165,8 @@ def accelerated(name: str) -> Callable:
 
 
 def _kernel(name: str, *arrays, **options) -> Callable | None:
-    backend = jax.default_backend()
-    there = on_cpu() if backend == "cpu" else _enabled
-    kernel, *takes = KERNELS[name].get(backend, [None]) if there else [None]
+    there = on_cpu() if platform() == "cpu" else _enabled
+    kernel, *takes = KERNELS[name].get(platform(), [None]) if there else [None]
     return kernel if all(f(*arrays, **options) for f in takes) else None
 
 

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import attention
+import kernels
 import model
 import quantize
 import runners
@@ -266,7 +267,7 @@ def test_attention_shapes_taken():
 
 def test_attention_has_a_kernel_up_to_the_largest_cap(monkeypatch):
     """exp(-2 cap) must be a float32: with 50 it would be none."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     q, k = jnp.zeros((2, 1, 4, 16)), jnp.zeros((2, 2, 64, 16))
     assert attention.attend.kernel(q, k, cap=40.0)
     assert not attention.attend.kernel(jnp.zeros((2, 2, 4, 16)), k, cap=40.0), "two queries"
@@ -332,7 +333,7 @@ def test_rounding(dtype, activations, monkeypatch):
     x = random_norm(dtype)[0].at[2].set(0)
     plain = quantize.quantize_rows(x, None, activations)
     interpreted = functools.partial(gpu.quantize_rows, interpret=True)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     monkeypatch.setattr(gpu, "quantize_rows", interpreted)
     integers, step = quantize.quantize_rows(x, None, activations)
     assert integers.dtype == plain[0].dtype
@@ -404,7 +405,7 @@ def test_the_decode_step_lowers_for_cuda(rows, weights, monkeypatch):
     )  # fmt: skip
     params = runners.abstract_weights(config, model.PRECISIONS[weights])
     slots = jax.eval_shape(lambda: runners.empty_slots(config, rows, config.sequence_len))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     step = functools.partial(runners.decode_step, model.make_model(config), eos=2)
     leaves, structure = jax.tree.flatten((params, slots))
     text = lowered_for_cuda(

@@ -288,7 +288,7 @@ def test_gpu_kernels_give_the_products_of_plain_jax(activations, multipliers, mo
     call = functools.partial(quantize.grouped_dot, activations=activations)
     with kernels.disabled():
         plain = jax.jit(lambda x: call(x, w, experts))(x)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     monkeypatch.setitem(kernels.KERNELS, "quantize_rows", {})  # that divides less exactly
     monkeypatch.setattr(gpu, "ternary_sums", functools.partial(gpu.ternary_sums, interpret=True))
     text = str(jax.make_jaxpr(lambda x: call(x, w, experts))(x))
@@ -301,7 +301,7 @@ def test_the_kernel_is_that_of_the_device(monkeypatch):
     rows, w = jax.ShapeDtypeStruct((2, 2, 2048), jnp.int8), gpu_problem()[1]
     kernel, change = quantize.packed_products.kernel, functools.partial(dataclasses.replace, w)
     assert (kernel(rows, w) is None) != kernels.on_cpu()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     assert kernel(rows, w)
     assert not kernel(rows.update(dtype=jnp.float32), w)
     assert not kernel(rows, change(padding=3)) and not kernel(rows, change(block=32))
@@ -311,7 +311,7 @@ def test_the_kernel_is_that_of_the_device(monkeypatch):
     with kernels.disabled():
         assert kernel(rows, w) is None
     assert kernel(rows, w)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
     assert kernel(rows, w) is None
 
 
@@ -328,7 +328,7 @@ def test_a_kernel_where_one_takes_the_arguments_with_the_derivative_of_the_plain
     monkeypatch.setitem(kernels.KERNELS, "twice", {"gpu": (kernel, *takes)})
     x = jnp.array([0.4, 1.3])
     np.testing.assert_array_equal(twice(x, factor=1), 2 * x)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     np.testing.assert_array_equal(twice(x, factor=1), [1, 3])
     gradient = jax.grad(lambda x: jnp.sum(twice(x, factor=3)))
     np.testing.assert_array_equal(gradient(x), [6, 6])
@@ -345,7 +345,7 @@ def test_a_kernel_may_have_a_derivative_of_its_own(monkeypatch):
     kernel = jax.custom_vjp(lambda x, factor: 2 * factor * x, nondiff_argnums=(1,))
     kernel.defvjp(lambda x, factor: (2 * factor * x, None), lambda factor, _, dy: (5 * dy,))
     monkeypatch.setitem(kernels.KERNELS, "twice", {"gpu": (kernel,)})
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     assert jax.grad(lambda x: twice(x, factor=1.0))(3.0) == 5
 
 

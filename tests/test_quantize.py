@@ -574,7 +574,7 @@ def test_a_tpu_reads_whole_experts(form, monkeypatch):
     stored = w.packed if form == "ternary" else w.codes
     monkeypatch.setattr(quantize, "TILE", 77)
     monkeypatch.setattr(quantize, "DEVICE_TILE", 77)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
     x, experts = random_floats(6, 77), jnp.array([2, 0, -1])
     f = functools.partial(quantize.grouped_dot, activations="int8")
     slices = [
@@ -589,7 +589,7 @@ def test_a_tpu_reads_whole_experts(form, monkeypatch):
 def test_a_tpu_multiplies_a_table_with_two_rows(monkeypatch):
     """A single one would not go to the matrix unit."""
     x, table = random_floats(1, 7), random_floats(13, 7, seed=1)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
     jaxpr = jax.make_jaxpr(quantize.table_dot)(x, table)
     (dot,) = (e for e in factories.equations(jaxpr) if e.primitive.name == "dot_general")
     assert dot.invars[0].aval.shape == (2, 7) and jaxpr.out_avals[0].shape == (1, 13)

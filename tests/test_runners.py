@@ -815,7 +815,7 @@ def test_the_planned_kernels_are_those_that_a_step_takes(
     """Counted in the jaxpr of a decode step for the backend."""
     if backend == "cpu" and not kernels.on_cpu():
         pytest.skip("no native kernels: no compiler, or a GPU")
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(kernels, "platform", lambda: backend)
     config = dataclasses.replace(model.PRESETS[preset], num_layers=1)
     if activations is not None:
         config = dataclasses.replace(config, activations=activations)
@@ -842,7 +842,7 @@ def test_loops_make_the_zeros_that_they_start_from(weights, monkeypatch):
     params, slots = abstract_weights(config, weights), 2 * attention.CACHE_BLOCK
     memory = jax.eval_shape(lambda: runners.empty_slots(config, 1, slots)).memory
     tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     monkeypatch.setattr(quantize, "DEVICE_TILE", 1 << 10)
     step = functools.partial(runners.prefill_chunk, model.make_model(config))
     jaxpr = jax.make_jaxpr(step)(params, memory, tokens, 0, 64)
@@ -924,7 +924,7 @@ def test_planned_activations_of_the_full_model(model_axis, activations, compiled
     most a hundredth of the whole more."""
     config = dataclasses.replace(model.PRESETS["grok-1"], activations=activations)
     runner = runners.ModelRunner(config, sharding.make_mesh(1, model_axis))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     needed = runners.device_memory(
         runner, abstract_weights(runner.config, "ternary"), slots=1, sequence_len=8192
     )
