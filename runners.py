@@ -413,6 +413,39 @@ def jit_steps(runner: ModelRunner, in_slots: Slots, in_row: Memory) -> tuple[Cal
     )
 
 
+def lower_steps(
+    runner: ModelRunner,
+    params: dict,
+    slots: int,
+    sequence_len: int,
+    steps: Sequence[str] = ("prefill", "decode"),
+) -> dict[str, jax.stages.Lowered]:
+    """The steps that serving will compile, of the largest chunk and of all slots, by name.
+
+    params: as from `abstract_weights`; nothing is allocated
+    """
+    make = functools.partial(empty_slots, runner.config, sequence_len=sequence_len)
+    shapes = [jax.eval_shape(functools.partial(make, slots=n)) for n in (slots, 1)]
+    places = [slots_shardings(runner.mesh, x) for x in shapes]
+    params, all_slots, row = jax.tree.map(
+        lambda x, where: x.update(sharding=where),
+        (params, *shapes),
+        (sharding.parameter_shardings(runner.mesh, params), *places),
+    )
+    everywhere = sharding.activation_sharding(runner.mesh)
+    number, tokens = (
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
+        for shape in ((), (1, min(PAD_SIZES[-1], sequence_len)))
+    )
+    prefill, decode = jit_steps(runner, places[0], places[1].memory)
+    with jax.set_mesh(runner.mesh):
+        lower = {
+            "prefill": lambda: prefill.lower(params, row.memory, tokens, number, number),
+            "decode": lambda: decode.lower(params, all_slots),
+        }
+        return {step: lower[step]() for step in steps}
+
+
 # --- Serving --------------------------------------------------------------------------------------
 
 

@@ -860,20 +860,9 @@ def test_loops_make_the_zeros_that_they_start_from(weights, monkeypatch):
 
 def compiled_bytes(runner, weights, slots, sequence_len):
     """What XLA says that serving takes: all that stays, and the larger of what two steps add."""
-    make = functools.partial(runners.empty_slots, runner.config, sequence_len=sequence_len)
-    shapes = [jax.eval_shape(functools.partial(make, slots=n)) for n in (slots, 1)]
-    places = [runners.slots_shardings(runner.mesh, x) for x in shapes]
     params = abstract_weights(runner.config, weights)
-    params, all_slots, row = jax.tree.map(
-        lambda x, where: x.update(sharding=where),
-        (params, *shapes),
-        (sharding.parameter_shardings(runner.mesh, params), *places),
-    )
-    tokens = np.zeros((1, min(runners.PAD_SIZES[-1], sequence_len)), np.int32)
-    prefill, decode = runners.jit_steps(runner, places[0], places[1].memory)
-    with jax.set_mesh(runner.mesh):
-        steps = prefill.lower(params, row.memory, tokens, 0, 1), decode.lower(params, all_slots)
-        steps = [step.compile().memory_analysis() for step in steps]
+    lowered = runners.lower_steps(runner, params, slots, sequence_len)
+    steps = [lowered[name].compile().memory_analysis() for name in ("prefill", "decode")]
     added = [s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in steps]
     return steps[1].argument_size_in_bytes + steps[0].alias_size_in_bytes + max(added)
 
