@@ -9,10 +9,13 @@ requirements-aot.txt lists the plugins.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -20,12 +23,25 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 import kernels
 import model
 import quantize
 import runners
+import sharding
+from checkpoint import readable_size
+
+ENVIRONMENT = {  # of the compilers; here, for they read it when JAX loads them
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # their warnings are for those who have a device
+    "TPU_SKIP_MDS_QUERY": "1",  # libtpu asks no server where it is
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+for variable, value in ENVIRONMENT.items():
+    os.environ.setdefault(variable, value)
 
 # --- Devices --------------------------------------------------------------------------------------
 
@@ -162,19 +178,9 @@ def described_mesh(name: str, data: int, heads: int) -> Mesh:
         )
     else:
         shape = device.description[min(n for n in device.description if n >= count)]
-        for variable, value in TPU_ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
         described = topologies.get_topology_desc(f"{name}:{shape}", platform="tpu")
     devices = np.array(described.devices[:count]).reshape(data, heads)
     return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-
-
-TPU_ENVIRONMENT = {  # libtpu asks no server where it is, and shares the machine with another one
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 # --- What a compiler made -------------------------------------------------------------------------
@@ -271,7 +277,7 @@ class Compiled:
 
     arguments, added, code: bytes of what it is given, of what it needs besides (what it makes, but
         not in place of arguments, and what is in between), and of the program itself
-    launches: operations, each of which is one or more launches of a GPU
+    operations: each is a launch of a GPU, or a few
     kernels: how often each of our kernels runs
     loops: trips of loops in the model; those of sampling do not count
     collectives: how often each kind runs; collective_bytes: what they make, together
@@ -280,7 +286,7 @@ class Compiled:
     arguments: int
     added: int
     code: int
-    launches: int
+    operations: int
     kernels: Counter
     loops: int
     collectives: Counter
@@ -299,24 +305,24 @@ class Compiled:
             + memory.output_size_in_bytes
             - memory.alias_size_in_bytes,
             code=memory.generated_code_size_in_bytes,
-            launches=sum(op.times for op in taken if _is_launched(op)),
+            operations=sum(op.times for op in taken if _takes_time(op)),
             kernels=_counted((op.kernel, op.times) for op in taken if op.kernel),
             loops=sum(op.times for op in found if op.opcode == "while" and not is_sampling(op)),
             collectives=_counted((kind, op.times) for op, kind in shared),
             collective_bytes=sum(op.times * op.bytes for op, _ in shared),
         )
 
-    def extended(self, longer: "Compiled", layers: int) -> "Compiled":
-        """What so many layers take, of a step with one (this) and with two (`longer`)."""
+    def extended(self, shorter: "Compiled", layers: int) -> "Compiled":
+        """With so many layers more, of which each adds what this has more than `shorter`."""
 
-        def at(one, two):
-            if isinstance(one, Counter):
-                return Counter({k: at(one[k], two[k]) for k in one | two})
-            return max(0, one + (layers - 1) * (two - one))
+        def at(long, short):
+            if isinstance(long, Counter):
+                return Counter({k: at(long[k], short[k]) for k in long | short})
+            return max(0, long + layers * (long - short))
 
         fields = dataclasses.fields(self)
         return Compiled(
-            **{f.name: at(getattr(self, f.name), getattr(longer, f.name)) for f in fields}
+            **{f.name: at(getattr(self, f.name), getattr(shorter, f.name)) for f in fields}
         )
 
 
@@ -331,7 +337,7 @@ def _collective(opcode: str) -> str | None:
     return next((kind for kind in COLLECTIVES if opcode.startswith(kind)), None)
 
 
-def _is_launched(op: Operation) -> bool:
+def _takes_time(op: Operation) -> bool:
     return op.opcode not in FREE and not op.opcode.endswith("-done")
 
 
@@ -360,22 +366,131 @@ def compiled_steps(
         runner = runners.ModelRunner(config, mesh)
         params = runners.abstract_weights(config, precision)
         lowered = runners.lower_steps(runner, params, slots, config.sequence_len, steps)
-    with concurrent.futures.ThreadPoolExecutor() as threads:
+    with _nothing_kept(), concurrent.futures.ThreadPoolExecutor() as threads:
         compiled = threads.map(lambda step: step.compile(), lowered.values())
         return dict(zip(lowered, compiled, strict=True))
 
 
-def compiled_memory(
-    config: model.LanguageModelConfig, precision, mesh: Mesh, slots: int
+@contextlib.contextmanager
+def _nothing_kept():
+    """Turns off JAX's folder of programs, which it cannot read for a device that is not here."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+FEW_LAYERS = (2, 3)
+
+
+def extrapolated_steps(
+    config: model.LanguageModelConfig,
+    formats: Mapping[str, str],
+    mesh: Mesh,
+    slots: int,
+    progress: bool = False,
 ) -> dict[str, Compiled]:
-    """What both steps take with all layers; of the compiled steps with one layer and with two."""
-    few = [
-        {
-            name: Compiled.of(step)
-            for name, step in compiled_steps(
-                dataclasses.replace(config, num_layers=layers), precision, mesh, slots
-            ).items()
+    """What both steps take with all layers, of what is compiled with few.
+
+    From two layers on, each adds the same. What is in between is alive for a layer or two.
+
+    formats: {path: format} of all parameters; those of the first layers stand for all others
+    progress: says on stderr what is compiled
+    """
+    few = []
+    for layers in sorted({min(layers, config.num_layers) for layers in FEW_LAYERS}):
+        part = dataclasses.replace(config, num_layers=layers)
+        template = model.abstract_params(part)
+        paths = [f"{module}/{name}" for module in template for name in template[module]]
+        chosen = {path: formats[path] for path in paths}
+        if progress:
+            what = f"{layers} of {config.num_layers} layers"
+            print(f"compiling   {what}, for {mesh.devices.flat[0].device_kind}", file=sys.stderr)
+        steps = compiled_steps(part, chosen, mesh, slots)
+        few.append({name: Compiled.of(step) for name, step in steps.items()})
+    more = config.num_layers - FEW_LAYERS[-1]
+    if more <= 0:
+        return few[-1]
+    return {name: few[1][name].extended(few[0][name], more) for name in few[0]}
+
+
+# --- The plan -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What serving takes on each of some devices that need not be here.
+
+    memory: bytes by purpose, as `runners.device_memory` names them: parameters and cache by their
+        shapes, what the steps need besides as compiled; "layout" is what the device's memory
+        layout adds to arrays, "programs" the code
+    steps: "prefill", of the largest chunk, and "decode", as compiled
+    token_bytes: that a token of one request reads, at least: weights, and its cache if it is full
+    """
+
+    device: Device
+    memory: dict[str, int]
+    steps: dict[str, Compiled]
+    token_bytes: int
+
+    @property
+    def limit(self) -> int:
+        """Bytes that JAX can have on a device."""
+        return round(self.device.memory * (GPU_FRACTION if self.device.platform == "gpu" else 1))
+
+    def lines(self) -> dict[str, str]:
+        """For reading."""
+        sizes = {name: size for name, size in self.memory.items() if size}
+        told = {
+            "memory": " + ".join(f"{name} {readable_size(n)}" for name, n in sizes.items()),
+            "total": f"{readable_size(sum(sizes.values()))} of {readable_size(self.limit)} on each "
+            "device"
+            + (f", of which JAX gets {GPU_FRACTION:.0%}" if self.device.platform == "gpu" else ""),
         }
-        for layers in (1, 2)
-    ]
-    return {name: few[0][name].extended(few[1][name], config.num_layers) for name in few[0]}
+        for name, step in self.steps.items():
+            told[name] = f"{step.operations:,} operations: " + ", ".join(
+                f"{count:,} {kernel}" for kernel, count in sorted(step.kernels.items())
+            )
+            told[name] += f"; {step.loops:,} turns of loops" if step.loops else "; no loops"
+        for name, step in self.steps.items():
+            if step.collectives:
+                counts = (f"{n:,} {kind}" for kind, n in sorted(step.collectives.items()))
+                told[f"{name} sends"] = (
+                    f"{', '.join(counts)}: {readable_size(step.collective_bytes)}"
+                )
+        seconds = self.token_bytes / self.device.bandwidth
+        told["reads"] = (
+            f"{readable_size(self.token_bytes)} a token, {1000 * seconds:.2f} ms at best with "
+            f"{self.device.bandwidth / 1e12:.2f} TB/s"
+        )
+        return told
+
+
+GPU_FRACTION = 0.97  # XLA_PYTHON_CLIENT_MEM_FRACTION, as README.md sets it
+
+
+def make_plan(
+    runner: runners.ModelRunner,
+    formats: Mapping[str, str],
+    name: str,
+    slots: int,
+    progress: bool = False,
+) -> Plan:
+    """The plan of a model on a mesh of devices that have this name in DEVICES."""
+    config, mesh = runner.config, runner.mesh
+    params = runners.abstract_weights(config, formats)
+    needed = runners.device_memory(runner, params, slots, config.sequence_len)
+    steps = extrapolated_steps(config, formats, mesh, slots, progress)
+    shapes = needed["weights"] + needed["embeddings"] + needed["cache"]
+    row = jax.eval_shape(functools.partial(runners.empty_slots, config, 1, config.sequence_len))
+    row_bytes = sharding.device_bytes(row, runners.slots_shardings(mesh, row))
+    local = runners.local_shapes(params, sharding.parameter_shardings(mesh, params))
+    needed["activations"] = max(step.added for step in steps.values())
+    needed["layout"] = max(0, steps["decode"].arguments + row_bytes - shapes)
+    needed["programs"] = sum(step.code for step in steps.values())
+    read, _ = runners.token_bytes(config, local, room=0)
+    return Plan(DEVICES[name], needed, steps, read + row_bytes)

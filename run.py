@@ -79,6 +79,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "processes, index of this one; without a value, as the cluster says",
     )
 
+    add(
+        "--plan",
+        metavar="DEVICES",
+        help="compile for devices that are not here, such as h200x8 or v5e-8, print what it takes "
+        "there, and run nothing; with --preset it needs no weights",
+    )
+
     add = parser.add_argument_group("text").add_argument
     add("--prompt", action="append", help="text to continue, - for stdin; may be repeated")
     add("--prompts-file", type=Path, metavar="FILE", help="one prompt on each line")
@@ -193,40 +200,96 @@ def plan(
 
     Weights that are mapped may be more than there is.
     """
-    c, mesh = runner.config, runner.mesh
-    params = runners.abstract_weights(c, precision)
-    needed = runners.device_memory(runner, params, slots, c.sequence_len)
-    total, limit = sum(needed.values()), sharding.memory_limit(mesh)
-    parameters = sum(w.size for w in jax.tree.leaves(model.abstract_params(c)))
-    experts = (
-        f"{c.num_selected_experts} of {c.num_experts} experts" if c.num_experts > 1 else "dense"
-    )
-    data, heads = mesh.shape["data"], mesh.shape["model"]
+    params = runners.abstract_weights(runner.config, precision)
+    needed = runners.device_memory(runner, params, slots, runner.config.sequence_len)
+    total, limit = sum(needed.values()), sharding.memory_limit(runner.mesh)
     report(
-        model=f"{c.num_layers} layers of {c.emb_size}, {c.num_q_heads} query and {c.num_kv_heads} "
-        f"key/value heads of {c.key_size}, {experts} of {c.ffn_size}",
-        parameters=f"{parameters:,}",
-        weights=f"{weights}, {c.activations} activations in {c.fprop_dtype}",
-        products=products(runner, params),
-        mesh=f"{data} data x {heads} model, {mesh.devices.flat[0].device_kind}",
-        slots=f"{slots} of {c.sequence_len} tokens, vocabulary {c.vocab_size}",
+        **described(runner, params, weights, slots),
         memory=" + ".join(f"{name} {readable_size(count)}" for name, count in needed.items()),
         total=f"{readable_size(total)} of {readable_size(limit)} on each device",
     )
     if total > limit and not runs_from_disk(args, runner, params, total, limit):
-        cures = ["a larger model axis in --mesh"] if heads < c.num_kv_heads else []
-        cures += ["--weights ternary"] if weights != "ternary" else []
-        if needed["weights"] + needed["embeddings"] < limit:
-            cures += ["fewer --slots"] if slots > data else []
-            cures += ["a shorter --sequence-len"]
-        if mesh.devices.flat[0].platform == "gpu":  # JAX takes three quarters of it by default
-            cures += ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 in the environment"]
-        if sharding.is_one_cpu(mesh) and needed["cache"] + needed["activations"] < limit:
-            cures += layout_cures(args.checkpoint)
-        raise ValueError(
-            f"this needs {readable_size(total)} on each device, which has {readable_size(limit)}; "
-            f"try {', '.join(cures or ['devices with more memory'])}"
-        )
+        more = []
+        if runner.mesh.devices.flat[0].platform == "gpu":  # JAX takes three quarters by default
+            more += ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 in the environment"]
+        if sharding.is_one_cpu(runner.mesh) and needed["cache"] + needed["activations"] < limit:
+            more += layout_cures(args.checkpoint)
+        raise too_large(runner, needed, limit, weights, slots, more)
+
+
+def described(runner: runners.ModelRunner, params: dict, weights: str, slots: int) -> dict:
+    """Lines that say what serves, and on what; params: as from `runners.abstract_weights`."""
+    c, mesh = runner.config, runner.mesh
+    parameters = sum(w.size for w in jax.tree.leaves(model.abstract_params(c)))
+    experts = (
+        f"{c.num_selected_experts} of {c.num_experts} experts" if c.num_experts > 1 else "dense"
+    )
+    return {
+        "model": f"{c.num_layers} layers of {c.emb_size}, {c.num_q_heads} query and "
+        f"{c.num_kv_heads} key/value heads of {c.key_size}, {experts} of {c.ffn_size}",
+        "parameters": f"{parameters:,}",
+        "weights": f"{weights}, {c.activations} activations in {c.fprop_dtype}",
+        "products": products(runner, params),
+        "mesh": f"{mesh.shape['data']} data x {mesh.shape['model']} model, "
+        f"{mesh.devices.flat[0].device_kind}",
+        "slots": f"{slots} of {c.sequence_len} tokens, vocabulary {c.vocab_size}",
+    }
+
+
+def too_large(
+    runner: runners.ModelRunner,
+    needed: dict[str, int],
+    limit: int,
+    weights: str,
+    slots: int,
+    more: list[str],
+) -> ValueError:
+    """The error of a device that has `limit` bytes, with cures, these last; needed: by purpose."""
+    mesh, cures = runner.mesh, []
+    if mesh.shape["model"] < runner.config.num_kv_heads:
+        cures += ["a larger model axis in --mesh"]
+    cures += ["--weights ternary"] if weights != "ternary" else []
+    if needed["weights"] + needed["embeddings"] < limit:
+        cures += ["fewer --slots"] if slots > mesh.shape["data"] else []
+        cures += ["a shorter --sequence-len"]
+    cures += more
+    return ValueError(
+        f"this needs {readable_size(sum(needed.values()))} on each device, which has "
+        f"{readable_size(limit)}; try {', '.join(cures or ['devices with more memory'])}"
+    )
+
+
+def plan_elsewhere(args: argparse.Namespace) -> None:
+    """Prints what --plan asks for; ValueError if the devices have too little memory for it."""
+    import aot  # nothing else needs the compilers of other devices
+
+    jax.config.update("jax_platforms", "cpu")  # what else is installed need not be here
+    name, count = aot.parse_devices(args.plan)
+    config = resolve_config(args)
+    template = model.abstract_params(config)
+    if args.preset:
+        weights = args.weights or "ternary"
+        formats = model.formats_of(template, model.precision_table(weights))
+    else:
+        checkpoint.check_folder(args.checkpoint)
+        weights = args.weights or checkpoint.default_weights(args.checkpoint)
+        formats = runners.precision_of(args.checkpoint, template, args.weights)
+    heads = math.gcd(count, config.num_kv_heads)
+    shape = sharding.parse_shape(args.mesh) if args.mesh else (count // heads, heads)
+    if math.prod(shape) > count:
+        raise ValueError(f"--mesh {args.mesh} needs more than --plan {args.plan} has devices")
+    runner = runners.ModelRunner(config, aot.described_mesh(name, *shape))
+    slots = args.slots or runner.mesh.shape["data"]
+    runners.check_slots(slots, runner.mesh)
+    with kernels.compiling_for(aot.DEVICES[name].platform):
+        params = runners.abstract_weights(config, formats)
+        lines = described(runner, params, weights, slots)
+        found = aot.make_plan(runner, formats, name, slots, progress=True)
+    lines["compiled"] = f"with jax {jax.__version__}, for devices that are not here: nothing ran"
+    for title, text in (lines | found.lines()).items():
+        print(f"{title:<16}{text}")
+    if sum(found.memory.values()) > found.limit:
+        raise too_large(runner, found.memory, found.limit, weights, slots, [])
 
 
 def runs_from_disk(
@@ -371,6 +434,9 @@ def report_speed(timing: runners.Timing) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.plan:
+        plan_elsewhere(args)
+        return
     if args.distributed is not None:
         join_hosts(args.distributed)
     checkpoint.check_folder(args.checkpoint)

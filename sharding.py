@@ -72,11 +72,16 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
 
 def parse_mesh(text: str) -> Mesh:
     """The mesh of a command's "D,M": sizes of the data and model axes."""
+    return make_mesh(*parse_shape(text))
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """The sizes of "D,M"; ValueError for other texts."""
     try:
         data, model = (int(size) for size in text.split(","))
     except ValueError:
         raise ValueError(f"a mesh is two numbers, data,model, as in 1,8; got {text!r}") from None
-    return make_mesh(data, model)
+    return data, model
 
 
 def is_one_cpu(mesh: Mesh) -> bool:

@@ -1,0 +1,159 @@
+"""Steps compiled for devices that are not here: what a change must not bring back.
+
+Each of these faults was there, and no test on a CPU could see it.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import pytest
+
+import aot
+import kernels
+import model
+import runners
+
+LAYER = dataclasses.replace(model.PRESETS["grok-1"], num_layers=1)
+
+
+def needs_compiler(platform):
+    package = aot.missing_compiler(platform)
+    return pytest.mark.skipif(
+        package is not None,
+        reason=f"{package} is not installed; pip install -r requirements-aot.txt",
+    )
+
+
+# --- Devices, and reading a program ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("h200x8", ("h200", 8)),
+        ("V5E-8", ("v5e", 8)),
+        ("h100", ("h100", 1)),
+        ("b200x64", ("b200", 64)),
+    ],
+)
+def test_names_of_devices(text, expected):
+    assert aot.parse_devices(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "h200x", "h200x0", "h200x65", "v5p-128", "x8", "8xh200", "v4-8"]
+)
+def test_names_that_no_device_has(text):
+    with pytest.raises(ValueError, match="as in h200x8 or v5e-8, one of a100, .*; got '"):
+        aot.parse_devices(text)
+
+
+def test_a_compiler_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="h200 needs jax-cuda13-plugin, which is not installed"):
+        aot.described_mesh("h200", 1, 1)
+
+
+PROGRAM = """HloModule a_program, is_scheduled=true
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %inner = (s32[], f32[4]{0}) while(%p), condition=%enough, body=%deep, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+%deep (q: (s32[], f32[4])) -> (s32[], f32[4]) {
+  ROOT %copy.1 = (s32[], f32[4]{0}) copy(%q)
+}
+
+%yes (y: f32[4]) -> f32[4] {
+  ROOT %sum = f32[4]{0} all-reduce(%y), to_apply=%add
+}
+
+%no (n: f32[4]) -> f32[4] {
+  ROOT %n = f32[4]{0} parameter(0)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %made = (bf16[2,3]{1,0}, pred[7]{0}) custom-call(%a), custom_call_target="x", metadata={op_name="jit(f)/layer/twice/pallas_call"}
+  %loop = (s32[], f32[4]{0}) while(%made), condition=%enough, body=%body, metadata={op_name="language_model"}, backend_config={"known_trip_count":{"n":"3"}}
+  %either = f32[4]{0} conditional(%made, %a, %a), true_computation=%yes, false_computation=%no
+  %start = f32[4]{0} all-reduce-start(%either), to_apply=%add
+  ROOT %done = f32[4]{0} all-reduce-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_operations_of_loops_and_branches():
+    found = list(aot.operations(PROGRAM))
+    assert [(op.opcode, op.times, op.choice) for op in found if op.opcode != "parameter"] == [
+        ("custom-call", 1, False),
+        ("while", 1, False),
+        ("while", 3, False),
+        ("copy", 15, False),
+        ("conditional", 1, False),
+        ("all-reduce", 1, True),
+        ("all-reduce-start", 1, False),
+        ("all-reduce-done", 1, False),
+    ]
+    kernel = next(op for op in found if op.opcode == "custom-call")
+    assert (kernel.kernel, kernel.bytes) == ("twice", 2 * 6 + 7)
+
+
+def test_more_layers_add_what_one_adds():
+    counter = aot.Counter
+    two = aot.Compiled(100, 7, 3, 20, counter(a=2, b=1), 4, counter(x=1), 8)
+    three = aot.Compiled(140, 7, 4, 30, counter(a=3, b=1, c=1), 6, counter(x=1, y=1), 9)
+    assert three.extended(two, 10) == aot.Compiled(
+        540, 7, 14, 130, counter(a=13, b=1, c=11), 26, counter(x=1, y=11), 19
+    )
+
+
+# --- Gates ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(device, heads, step):
+    mesh = aot.described_mesh(device, 1, heads)
+    steps = aot.compiled_steps(LAYER, model.PRECISIONS["ternary"], mesh, 1, [step])
+    return steps[step]
+
+
+@needs_compiler("gpu")
+@pytest.mark.parametrize("heads", [1, 8])
+def test_a_decode_step_on_gpus(heads):
+    """All products are kernels, nothing loops, no table is gathered, and little is in between."""
+    step = compiled("h200", heads, "decode")
+    found = aot.Compiled.of(step)
+    assert found.kernels["ternary_few_rows"] == 7 and found.kernels["decode_attention"] == 1
+    assert found.loops == 0
+    for op in aot.operations(step.as_text()):
+        assert not (op.opcode.startswith("all-gather") and op.bytes > 1e6), op.text
+    assert found.added < 10e6  # 1.8 MB: logits, and what is made of them
+
+
+@needs_compiler("gpu")
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [1, 8])
+def test_a_chunk_of_a_prompt_on_gpus(heads):
+    """Attention alone loops, over blocks of the cache."""
+    found = aot.Compiled.of(compiled("h200", heads, "prefill"))
+    assert found.kernels["ternary_many_rows"] == 7
+    assert found.loops == 1
+
+
+@needs_compiler("gpu")
+@pytest.mark.slow
+def test_planned_memory_is_that_of_the_compiled_steps():
+    """What `run.py` prints before it loads is, for one H200, within a hundredth."""
+    config = dataclasses.replace(LAYER, num_layers=3)
+    mesh = aot.described_mesh("h200", 1, 1)
+    runner = runners.ModelRunner(config, mesh)
+    precision = model.formats_of(model.abstract_params(config), model.PRECISIONS["ternary"])
+    plan = aot.make_plan(runner, precision, "h200", slots=1)
+    with kernels.compiling_for("gpu"):
+        params = runners.abstract_weights(config, precision)
+        needed = runners.device_memory(runner, params, 1, config.sequence_len)
+    assert sum(plan.memory.values()) == pytest.approx(sum(needed.values()), rel=0.01)
+    assert jax.default_backend() == "cpu"
