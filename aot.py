@@ -481,16 +481,17 @@ def make_plan(
     progress: bool = False,
 ) -> Plan:
     """The plan of a model on a mesh of devices that have this name in DEVICES."""
-    config, mesh = runner.config, runner.mesh
-    params = runners.abstract_weights(config, formats)
-    needed = runners.device_memory(runner, params, slots, config.sequence_len)
-    steps = extrapolated_steps(config, formats, mesh, slots, progress)
-    shapes = needed["weights"] + needed["embeddings"] + needed["cache"]
-    row = jax.eval_shape(functools.partial(runners.empty_slots, config, 1, config.sequence_len))
-    row_bytes = sharding.device_bytes(row, runners.slots_shardings(mesh, row))
-    local = runners.local_shapes(params, sharding.parameter_shardings(mesh, params))
-    needed["activations"] = max(step.added for step in steps.values())
-    needed["layout"] = max(0, steps["decode"].arguments + row_bytes - shapes)
-    needed["programs"] = sum(step.code for step in steps.values())
-    read, _ = runners.token_bytes(config, local, room=0)
-    return Plan(DEVICES[name], needed, steps, read + row_bytes)
+    with kernels.compiling_for(DEVICES[name].platform):
+        config, mesh = runner.config, runner.mesh
+        params = runners.abstract_weights(config, formats)
+        needed = runners.device_memory(runner, params, slots, config.sequence_len)
+        steps = extrapolated_steps(config, formats, mesh, slots, progress)
+        shapes = needed["weights"] + needed["embeddings"] + needed["cache"]
+        row = jax.eval_shape(functools.partial(runners.empty_slots, config, 1, config.sequence_len))
+        row_bytes = sharding.device_bytes(row, runners.slots_shardings(mesh, row))
+        local = runners.local_shapes(params, sharding.parameter_shardings(mesh, params))
+        needed["activations"] = max(step.added for step in steps.values())
+        needed["layout"] = max(0, steps["decode"].arguments + row_bytes - shapes)
+        needed["programs"] = sum(step.code for step in steps.values())
+        read, _ = runners.token_bytes(config, local, room=0)
+        return Plan(DEVICES[name], needed, steps, read + row_bytes)

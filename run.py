@@ -11,7 +11,9 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 import checkpoint
 import kernels
@@ -113,6 +116,31 @@ def join_hosts(where: str) -> None:
             f"--distributed is HOST:PORT,N,I as in a:1234,2,0; got {where!r}"
         ) from None
     jax.distributed.initialize(address, processes, index)
+
+
+MESSAGE = 1000  # bytes of an error that go to other hosts
+
+
+def on_all_hosts(do: Callable):
+    """What `do` gives; if it fails on one host, ValueError on all, which names the first of those.
+
+    The others would wait for that one for ever. A host has its own files: a checkpoint that is
+    not on shared storage must be on each.
+    """
+    result, error = None, ""
+    try:
+        result = do()
+    except (ValueError, OSError) as raised:
+        if jax.process_count() == 1:
+            raise
+        error = f"host {jax.process_index()}, {socket.gethostname()}: {raised}"
+    if jax.process_count() > 1:
+        message = np.frombuffer(error.encode()[:MESSAGE].ljust(MESSAGE, b"\0"), np.uint8)
+        messages = multihost_utils.process_allgather(message).reshape(-1, MESSAGE)
+        texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in messages]
+        if any(texts):
+            raise ValueError(next(filter(None, texts)))
+    return result
 
 
 def utf8(read: Callable[[], str], source: str) -> str:
@@ -284,7 +312,7 @@ def plan_elsewhere(args: argparse.Namespace) -> None:
     with kernels.compiling_for(aot.DEVICES[name].platform):
         params = runners.abstract_weights(config, formats)
         lines = described(runner, params, weights, slots)
-        found = aot.make_plan(runner, formats, name, slots, progress=True)
+    found = aot.make_plan(runner, formats, name, slots, progress=True)
     lines["compiled"] = f"with jax {jax.__version__}, for devices that are not here: nothing ran"
     for title, text in (lines | found.lines()).items():
         print(f"{title:<16}{text}")
@@ -433,12 +461,17 @@ def report_speed(timing: runners.Timing) -> None:
 # --- The command ----------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> None:
-    if args.plan:
-        plan_elsewhere(args)
-        return
-    if args.distributed is not None:
-        join_hosts(args.distributed)
+@dataclasses.dataclass
+class Job:
+    """What the flags ask for, checked; no weights yet."""
+
+    inference: runners.InferenceRunner
+    request: runners.Request
+    requests: list[runners.Request]
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Reads all but the weights, and reports the plan; ValueError for what cannot run."""
     checkpoint.check_folder(args.checkpoint)
     prompts = read_prompts(args)
     config = resolve_config(args)
@@ -459,20 +492,32 @@ def run(args: argparse.Namespace) -> None:
     )
     requests = [dataclasses.replace(request, prompt=prompt) for prompt in prompts]
     requests = [dataclasses.replace(r, prompt=prompt_tokens(inference, r)) for r in requests]
+    return Job(inference, request, requests)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.plan:
+        plan_elsewhere(args)
+        return
+    if args.distributed is not None:
+        join_hosts(args.distributed)
+    job = on_all_hosts(lambda: prepare(args))
+    inference, runner = job.inference, job.inference.runner
 
     begin = time.perf_counter()
-    runner.load(args.checkpoint, args.weights, progress=sys.stderr.isatty(), check=args.check)
+    progress = sys.stderr.isatty()
+    on_all_hosts(lambda: runner.load(args.checkpoint, args.weights, progress, args.check))
     loaded = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
     mapped = f", {readable_size(runner.mapped_bytes)} of it mapped" if runner.mapped_bytes else ""
     report(load=f"{readable_size(loaded)} in {time.perf_counter() - begin:.1f} s{mapped}")
 
-    if not requests:
-        converse(inference, request)
+    if not job.requests:
+        converse(inference, job.request)
         return
     begin = time.perf_counter()
-    inference.warm_up(len(request.prompt) for request in requests)
+    inference.warm_up(len(request.prompt) for request in job.requests)
     report(compile=f"{time.perf_counter() - begin:.1f} s")
-    answer(inference, requests)
+    answer(inference, job.requests)
     report_speed(inference.timing)
 
 
@@ -485,6 +530,13 @@ def main(argv=None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
+    except jax.errors.JaxRuntimeError as error:
+        if args.distributed is None:
+            raise
+        text = str(error).splitlines()[0]
+        print(f"error: another host ended, or cannot be reached: {text:.300}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # what JAX does at the end of a process waits for all others
 
 
 if __name__ == "__main__":

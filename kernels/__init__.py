@@ -581,7 +581,10 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
         "cpu": (attend, _takes_cap),
         "gpu": (_gpu("attend"), _takes_cap, _gpu("takes_attend")),
     },
-    "gated_dot": {"cpu": (gated_dot, _takes_gated)},
+    "gated_dot": {
+        "cpu": (gated_dot, _takes_gated),
+        "gpu": (_gpu("gated_dot"), _takes_gated, _gpu("takes_gated")),
+    },
     "gated_sums": {"cpu": (gated_sums,)},
     "quantize_rows": {"gpu": (_gpu("quantize_rows"), lambda x, axis_name=None, **_: not axis_name)},
     "rms_norm": {"cpu": (rms_norm,), "gpu": (_gpu("rms_norm"),)},
@@ -589,7 +592,10 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     "round_rows": {"cpu": (round_rows, _takes_floats)},
     "row_maxima": {"cpu": (row_maxima, _takes_floats)},
     "table_dot": {"cpu": (table_dot, _takes_table)},
-    "ternary_dots": {"cpu": (ternary_dots, _takes_dots)},
+    "ternary_dots": {
+        "cpu": (ternary_dots, _takes_dots),
+        "gpu": (_gpu("ternary_dots"), _takes_dots, _gpu("takes_dots")),
+    },
     "ternary_sums": {
         "cpu": (ternary_sums, lambda x, *_: x.dtype == jnp.int8),
         "gpu": (_gpu_sums, _gpu("takes_weight")),

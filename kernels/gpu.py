@@ -15,24 +15,27 @@ time. All sums are integers and exact: no tile and no split of I shows in a resu
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 # --- Ternary products -----------------------------------------------------------------------------
 
-BLOCK = 64  # bytes of a packing block, which is what a kernel takes at a time
+STEP = 64  # bytes of weights of an output that a kernel takes at a time
 SMALLEST = 8  # rows of the smallest tensor core operand; fewer are filled up with zeros
+SMALLEST_OUTPUTS = 16  # of a tile: those of the other operand
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """What one program computes, and how.
 
-    rows, outputs: the most rows of a block, and the columns of O; powers of two
+    rows, outputs: the most rows of a block, and the most columns of O; powers of two
     warps, stages: what Triton calls so: groups of 32 threads, and loads on their way at a time
     programs: I is split until there are this many programs, so that no part of a GPU idles
     shift: unpack by shifting, with one accumulator, and not by masking with four
@@ -69,25 +72,36 @@ def takes(
     if [len(shape) for shape in shapes] != [3, 3, 4] or 0 in sum(shapes, ()):
         return False
     (_, rows, inputs), (*of, width), (*of_multipliers, groups, planes) = shapes
-    blocks = width // (planes * BLOCK)
+    steps = width // (planes * STEP)
+    multiplied = block == STEP and planes <= 2 and groups in (1, steps, 2 * steps, 4 * steps)
     return (
-        block == BLOCK
-        and planes <= 2
-        and width == blocks * planes * BLOCK
-        and inputs == 4 * blocks * BLOCK  # no padding
-        and of[1] % tile_for(rows, multipliers_shape is not None).outputs == 0
+        (multiplied if multipliers_shape else STEP % block == 0)
+        and width == steps * planes * STEP
+        and inputs == 4 * steps * STEP  # no padding
+        and of[1] % SMALLEST_OUTPUTS == 0
         and of == of_multipliers
-        and groups in (1, blocks, 2 * blocks, 4 * blocks)
     )
 
 
 def takes_weight(x, w, *_) -> bool:
     """Whether `ternary_sums` has a kernel for x and a `quantize.PackedWeight` [E, I, O]."""
-    if w.interleaved:
+    return x.dtype == jnp.int8 and _takes_packed(x.shape, w)
+
+
+def takes_dots(x, weights, experts, *, activations, **_) -> bool:
+    """As `takes_weight`, of `ternary_dots`."""
+    return all(_takes_packed((1, *x.shape), w) for w in weights)
+
+
+def takes_gated(x, gate, up, experts, *, activations) -> bool:
+    return takes_dots(x, (gate, up), experts, activations=activations)
+
+
+def _takes_packed(x_shape, w) -> bool:
+    if w.interleaved or w.padding:
         return False
     multipliers_shape = None if w.multipliers is None else w.multipliers.shape
-    fits = takes(x.shape, w.packed.shape, w.block, multipliers_shape)
-    return fits and x.dtype == jnp.int8 and not w.padding
+    return takes(x_shape, w.packed.shape, w.block, multipliers_shape)
 
 
 def tile_for(rows: int, multipliers: bool = False) -> Tile:
@@ -116,25 +130,89 @@ def ternary_sums(
     multipliers: int8 [E, O, G, P], at least 0, and of all planes at most 127; None: trits are codes
     interpret: run on any device, slowly
     """
-    multipliers_shape = None if multipliers is None else multipliers.shape
-    if not takes(x.shape, packed.shape, block, multipliers_shape):
-        found = f"{x.shape} times {packed.shape} in blocks of {block} bytes"
-        found += f" with multipliers {multipliers_shape}" if multipliers_shape else ""
-        raise ValueError(f"no kernel for {found}")
-    _check("x", x, x.shape, jnp.int8)
-    _check("packed", packed, packed.shape, jnp.uint8)
-    _check("experts", experts, x.shape[:1], experts.dtype)
-    arrays = [experts.astype(jnp.int32), x, packed]
-    if multipliers is not None:
-        _check("multipliers", multipliers, multipliers_shape, jnp.int8)
-        arrays.append(multipliers)
-    tile = tile or tile_for(x.shape[1], multipliers is not None)
-    sums = jnp.sum(_partial_sums(arrays, tile, interpret), axis=1)
-    if tile.shift and multipliers is None:
-        # So far of trit + 1; in the kernel, that would cost more than the unpacking.
-        offsets = jnp.sum(x, axis=2, keepdims=True, dtype=jnp.int32)
-        sums -= jnp.where(_is_there(experts, packed)[:, None, None], offsets, 0)
-    return sums
+    weights = [(packed,) if multipliers is None else (packed, multipliers)]
+    return _sums(x, weights, experts, block, tile, interpret)[0]
+
+
+def ternary_dots(
+    x: jax.Array, weights, experts: jax.Array, *, activations: str, interpret: bool = False, **_
+) -> tuple:
+    """`quantize.grouped_dots` of rows x [R, I] and `quantize.PackedWeight`s, for each [R, O].
+
+    Two launches, and what XLA makes of scaling the sums.
+    """
+    rows, step = _rounded(x, activations, interpret)
+    arrays = [_arrays_of(w) for w in weights]
+    x_blocks = rows.reshape(len(experts), -1, x.shape[1])
+    sums = _sums(x_blocks, arrays, experts, weights[0].block, None, interpret)
+
+    def scaled(y, w):
+        y = y.reshape(*rows.shape[:2], -1)  # [R, halves, O]
+        gamma = w.scales[experts, 0].astype(jnp.float32)
+        gamma = jnp.repeat(gamma, len(x) // len(experts), axis=0)
+        return (_joined(y, w.multipliers is None) * (gamma * step)).astype(x.dtype)
+
+    return tuple(scaled(y, w) for y, w in zip(sums, weights, strict=True))
+
+
+def gated_dot(
+    x: jax.Array, gate, up, experts: jax.Array, *, activations: str, interpret: bool = False
+) -> jax.Array:
+    """`quantize.gated_dot`, as `ternary_dots`; GELU in float32, rounded to the dtype of x.
+
+    Two launches. A program sums over all of I: GELU needs the whole sum.
+    """
+    rows, step = _rounded(x, activations, interpret)
+    blocks, halves, inputs = len(experts), rows.shape[1], x.shape[1]
+    x_blocks = rows.reshape(blocks, -1, inputs)
+    arrays = [_arrays_of(w) for w in (gate, up)]
+    tile = tile_for(x_blocks.shape[1], len(arrays[0]) > 1)
+    tile = dataclasses.replace(tile, outputs=min(tile.outputs, 64), programs=1)  # two sums fit
+    outputs = gate.shape[-1]
+    plan = _Plan.of(x_blocks, arrays, gate.block, tile, interpret)
+    offsets = []  # of codes that stand for trit + 1
+    if tile.shift and len(arrays[0]) == 1:
+        offsets = [jnp.sum(x_blocks, axis=2, dtype=jnp.int32)]
+    y = pl.pallas_call(
+        functools.partial(_gated_kernel, plan=plan, halves=halves),
+        grid=plan.grid[:2],
+        out_shape=jax.ShapeDtypeStruct((blocks, len(x) // blocks, outputs), x.dtype),
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="gated_dot",
+    )(
+        experts.astype(jnp.int32),
+        x_blocks,
+        *offsets,
+        step.reshape(blocks, -1),
+        *(w.scales.astype(jnp.float32) for w in (gate, up)),
+        *(array for of_weight in arrays for array in of_weight),
+    )
+    return y.reshape(len(x), outputs)
+
+
+def _arrays_of(w) -> tuple:
+    return (w.packed,) if w.multipliers is None else (w.packed, w.multipliers)
+
+
+def _rounded(x, activations: str, interpret: bool):
+    """Rows x [R, I] as int8 [R, halves, I] and their steps [R, 1]; int15 has two halves, `_joined`
+    puts them together."""
+    levels = 127 if activations == "int8" else 127 * 128
+    halves = 1 if activations == "int8" else 2
+    rows, step = quantize_rows(x, levels, jnp.int8, halves=halves, interpret=interpret)
+    return rows.reshape(len(x), halves, -1), step
+
+
+def _joined(sums, trits: bool):
+    """float32 [R, O] of the sums of halves, int32 [R, halves, O].
+
+    Those of trits stay below 2^31. Others are added as floats: no product of ours rounds otherwise.
+    """
+    sums = sums if trits else sums.astype(jnp.float32)
+    if sums.shape[1] == 1:
+        return sums[:, 0].astype(jnp.float32)
+    return (128 * sums[:, 0] + sums[:, 1]).astype(jnp.float32)
 
 
 def _is_there(expert, packed):
@@ -154,70 +232,175 @@ def _splits(programs: int, steps: int, wanted: int) -> int:
     return next((n for n in divisors if n * programs >= wanted), steps)
 
 
-def _partial_sums(arrays, tile: Tile, interpret: bool):
-    """Sums over each of the parts that I is split into, int32 [blocks, parts, R, O].
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How programs share the products of blocks of rows and some weights, [E, O, B] each.
 
-    arrays: experts, x, packed and, where there are any, multipliers
+    grid: tiles of rows of all blocks, of outputs of all weights, and parts of I
+    tiles: of outputs, for each weight; rows, outputs: of a tile; steps: of a part
+    arrays: of each weight: packed and, where there are any, multipliers
     """
-    (blocks, rows, inputs), (_, outputs, _) = arrays[1].shape, arrays[2].shape
-    tile_rows = min(tile.rows, max(SMALLEST, pl.next_power_of_2(rows)))
-    row_tiles = pl.cdiv(rows, tile_rows)
-    assert outputs % tile.outputs == 0, (outputs, tile)
-    # Programs that share their weights come one after another, and find them in the cache.
-    grid = (blocks * row_tiles, outputs // tile.outputs)
-    steps = inputs // (4 * BLOCK)
-    splits = _splits(grid[0] * grid[1], steps, tile.programs)
-    kernel = functools.partial(
-        _kernel,
-        row_tiles=row_tiles,
-        tile_rows=tile_rows,
-        tile_outputs=tile.outputs,
-        steps=steps // splits,
-        shift=tile.shift,
-        interpret=interpret,
-    )
-    return pl.pallas_call(
-        kernel,
-        grid=(*grid, splits),
-        out_shape=jax.ShapeDtypeStruct((blocks, splits, rows, outputs), jnp.int32),
+
+    grid: tuple[int, int, int]
+    row_tiles: int
+    rows: int
+    tiles: tuple[int, ...]
+    outputs: int
+    steps: int
+    arrays: int
+    block: int
+    shift: bool
+    interpret: bool
+
+    @classmethod
+    def of(cls, x, weights, block: int, tile: Tile, interpret: bool) -> "_Plan":
+        blocks, rows, inputs = x.shape
+        tile_rows = min(tile.rows, max(SMALLEST, pl.next_power_of_2(rows)))
+        row_tiles = pl.cdiv(rows, tile_rows)
+        sizes = [arrays[0].shape[1] for arrays in weights]
+        outputs = math.gcd(tile.outputs, *sizes)  # powers of two
+        tiles = tuple(size // outputs for size in sizes)
+        # Programs that share their weights come one after another, and find them in the cache.
+        grid = (blocks * row_tiles, sum(tiles))
+        steps = inputs // (4 * STEP)
+        parts = _splits(math.prod(grid), steps, tile.programs)
+        return cls(
+            (*grid, parts),
+            row_tiles,
+            tile_rows,
+            tiles,
+            outputs,
+            steps // parts,
+            len(weights[0]),
+            block,
+            tile.shift,
+            interpret,
+        )
+
+
+def _sums(x, weights, experts, block: int, tile: Tile | None, interpret: bool) -> list:
+    """Exact sums int32 [blocks, R, O] of each weight, of one launch.
+
+    weights: (packed,) or (packed, multipliers) of each
+    """
+    for arrays in weights:
+        multipliers_shape = arrays[1].shape if len(arrays) > 1 else None
+        if not takes(x.shape, arrays[0].shape, block, multipliers_shape):
+            found = f"{x.shape} times {arrays[0].shape} in blocks of {block} bytes"
+            found += f" with multipliers {multipliers_shape}" if multipliers_shape else ""
+            raise ValueError(f"no kernel for {found}")
+        _check("packed", arrays[0], arrays[0].shape, jnp.uint8)
+        if multipliers_shape:
+            _check("multipliers", arrays[1], multipliers_shape, jnp.int8)
+    _check("x", x, x.shape, jnp.int8)
+    _check("experts", experts, x.shape[:1], experts.dtype)
+    tile = tile or tile_for(x.shape[1], len(weights[0]) > 1)
+    plan = _Plan.of(x, weights, block, tile, interpret)
+    total = sum(plan.tiles) * plan.outputs
+    parts = pl.pallas_call(
+        functools.partial(_sums_kernel, plan=plan),
+        grid=plan.grid,
+        out_shape=jax.ShapeDtypeStruct((len(x), plan.grid[2], x.shape[1], total), jnp.int32),
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="ternary_many_rows" if tile.rows > FEW_ROWS.rows else "ternary_few_rows",
-    )(*arrays)
+    )(experts.astype(jnp.int32), x, *(array for arrays in weights for array in arrays))
+    sums = jnp.sum(parts, axis=1)
+    if tile.shift and len(weights[0]) == 1:
+        # So far of trit + 1; in the kernel, that would cost more than the unpacking.
+        offsets = jnp.sum(x, axis=2, keepdims=True, dtype=jnp.int32)
+        sums -= jnp.where(_is_there(experts, weights[0][0])[:, None, None], offsets, 0)
+    ends = np.cumsum(plan.tiles)[:-1] * plan.outputs
+    return jnp.split(sums, ends, axis=2)
 
 
-def _kernel(
-    experts_ref,
-    x_ref,
-    packed_ref,
-    *refs,  # multipliers, where there are any, and sums
-    row_tiles: int,
-    tile_rows: int,
-    tile_outputs: int,
-    steps: int,
-    shift: bool,
-    interpret: bool,
-):
-    """One tile of rows and outputs, one part of I."""
-    block, part = pl.program_id(0) // row_tiles, pl.program_id(2)
-    first_row = pl.program_id(0) % row_tiles * tile_rows
-    first_output = pl.program_id(1) * tile_outputs
-    outputs = pl.ds(first_output, tile_outputs)
+def _sums_kernel(experts_ref, x_ref, *refs, plan: _Plan):
+    """One tile of rows and of the outputs of one weight, one part of I."""
+    *weights_refs, sums_ref = refs
+    each = plan.arrays
+    block, part = pl.program_id(0) // plan.row_tiles, pl.program_id(2)
+    first_row = pl.program_id(0) % plan.row_tiles * plan.rows
+    first_tile, tile_of_all = 0, pl.program_id(1)
+    for i, tiles in enumerate(plan.tiles):
+        refs, tile = weights_refs[i * each : (i + 1) * each], tile_of_all - first_tile
+
+        def one(refs=refs, tile=tile):
+            total = _tile_sums(experts_ref, x_ref, refs, block, first_row, tile, part, plan)
+            first_column = tile_of_all * plan.outputs
+            row, column = _indices(first_row, plan.rows, first_column, plan.outputs)
+            there = row < x_ref.shape[1]
+            triton.store(sums_ref.at[block, part, row, column], total, mask=there)
+
+        if len(plan.tiles) == 1:
+            one()
+        else:
+            pl.when((tile >= 0) & (tile < tiles))(one)
+        first_tile += tiles
+
+
+def _gated_kernel(experts_ref, x_ref, *refs, plan: _Plan, halves: int):
+    """gelu(x @ gate) * (x @ up) of one tile of rows, with their halves, and of outputs."""
+    *offsets_ref, steps_ref, gate_scales_ref, up_scales_ref = refs[: -2 * plan.arrays - 1]
+    scales_refs, y_ref = (gate_scales_ref, up_scales_ref), refs[-1]
+    weights_refs, each = refs[-2 * plan.arrays - 1 : -1], plan.arrays
+    block = pl.program_id(0) // plan.row_tiles
+    first_row = pl.program_id(0) % plan.row_tiles * plan.rows
+    expert = jnp.maximum(experts_ref[block], 0)
+    rows = plan.rows // halves
+    first_output = pl.program_id(1) * plan.outputs
+    outputs = pl.ds(first_output, plan.outputs)
+    row, column = _indices(first_row // halves, rows, first_output, plan.outputs)
+    there = row < y_ref.shape[1]
+    step = triton.load(steps_ref.at[block, row], mask=there, other=0)
+
+    def product(i):
+        refs = weights_refs[i * each : (i + 1) * each]
+        total = _tile_sums(experts_ref, x_ref, refs, block, first_row, pl.program_id(1), 0, plan)
+        if offsets_ref:
+            half, _ = _indices(first_row, plan.rows, 0, plan.outputs)
+            offsets = triton.load(
+                offsets_ref[0].at[block, half], mask=half < x_ref.shape[1], other=0
+            )
+            total -= jnp.where(_is_there(experts_ref[block], refs[0]), offsets, 0)
+        total = total if each == 1 else total.astype(jnp.float32)
+        if halves == 2:
+            half, _ = _indices(0, plan.rows, 0, plan.outputs)
+            total = total * jnp.where(half % 2 == 0, 128, 1).astype(total.dtype)
+            total = jnp.sum(total.reshape(rows, 2, plan.outputs), axis=1)
+        alone = scales_refs[i].shape[2] == 1
+        gamma = scales_refs[i][expert, 0, 0 if alone else outputs]
+        return total.astype(jnp.float32) * (gamma * step)
+
+    gate, up = product(0), product(1)
+    triton.store(y_ref.at[block, row, column], (_gelu(gate) * up).astype(y_ref.dtype), mask=there)
+
+
+def _gelu(x):
+    """`jax.nn.gelu`, its approximation by tanh, as x times a logistic function."""
+    return x / (1 + jnp.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+
+
+def _tile_sums(experts_ref, x_ref, refs, block, first_row, tile, part, plan: _Plan):
+    """int32 [rows, outputs] of a tile; refs: packed and, where there are any, multipliers.
+
+    Where plan.shift, of trits that are 1 too large.
+    """
+    packed_ref, *multipliers_ref = refs
+    outputs = pl.ds(tile * plan.outputs, plan.outputs)
     expert = experts_ref[block]
-    *multipliers_ref, sums_ref = refs
     groups, planes = multipliers_ref[0].shape[2:] if multipliers_ref else (1, 1)
-    groups = 4 * BLOCK * groups // x_ref.shape[2]  # of a block; none if all inputs are one
+    groups = 4 * STEP * groups // x_ref.shape[2]  # of a step; none if all inputs are one
 
     def packed_at(start, plane):
-        return packed_ref[expert, outputs, pl.ds(start * planes + plane * BLOCK, BLOCK)]
+        return packed_ref[expert, outputs, pl.ds(start * planes + plane * STEP, STEP)]
 
-    def multipliers_at(start, group, plane):  # [tile_outputs, BLOCK], alike along BLOCK
-        m = multipliers_ref[0][expert, outputs, start // BLOCK * groups + group, plane]
-        return jnp.broadcast_to(m[:, None], (tile_outputs, BLOCK))
+    def multipliers_at(start, group, plane):  # [outputs, STEP], alike along STEP
+        m = multipliers_ref[0][expert, outputs, start // STEP * groups + group, plane]
+        return jnp.broadcast_to(m[:, None], (plan.outputs, STEP))
 
-    def add_block(i, state):
+    def add_step(i, state):
         sums, offsets = list(state[0]), state[1]
-        start = (part * steps + i) * BLOCK  # of a plane
+        start = (part * plan.steps + i) * STEP  # of a plane
         codes = [packed_at(start, plane) for plane in range(planes)]
         if multipliers_ref:
             multipliers = [
@@ -225,27 +408,30 @@ def _kernel(
                 for group in range(max(1, groups))
             ]
         for slab in range(4):
-            row, column = _indices(first_row, tile_rows, 4 * start + slab * BLOCK, BLOCK)
+            row, column = _indices(first_row, plan.rows, 0, STEP)
+            if plan.block < STEP:  # several packing blocks, each of four slabs
+                column = column // plan.block * (4 * plan.block) + column % plan.block
+            column += 4 * start + slab * plan.block
             x = triton.load(x_ref.at[block, row, column], mask=row < x_ref.shape[1], other=0)
             if multipliers_ref:
-                w = _summed(codes, multipliers[slab * groups // 4], slab, interpret)
+                w = _summed(codes, multipliers[slab * groups // 4], slab, plan.interpret)
+            elif plan.shift:
+                w = _shifted(codes[0], slab, plan.interpret)
             else:
-                w = _shifted(codes[0], slab, interpret) if shift else _masked(codes[0], slab)
+                w = _masked(codes[0], slab)
             sums[slab % len(sums)] += lax.dot_general(
                 w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
             )
-            if not shift:  # masked codes stand for trit + 1, and in slab 3 for trit - 1
+            if not plan.shift:  # masked codes stand for trit + 1, and in slab 3 for trit - 1
                 offsets += x.astype(jnp.int32) * (-1 if slab == 3 else 1)
         return tuple(sums), offsets
 
-    zeros = jnp.zeros((tile_outputs, tile_rows), jnp.int32)
-    start = ((zeros,) * (1 if shift else 4), jnp.zeros((tile_rows, BLOCK), jnp.int32))
-    count = jnp.where(_is_there(expert, packed_ref), jnp.int32(steps), jnp.int32(0))
-    sums, offsets = lax.fori_loop(jnp.int32(0), count, add_block, start)
+    zeros = jnp.zeros((plan.outputs, plan.rows), jnp.int32)
+    start = ((zeros,) * (1 if plan.shift else 4), jnp.zeros((plan.rows, STEP), jnp.int32))
+    count = jnp.where(_is_there(expert, packed_ref), jnp.int32(plan.steps), jnp.int32(0))
+    sums, offsets = lax.fori_loop(jnp.int32(0), count, add_step, start)
     total = functools.reduce(jnp.add, (s >> 2 * slab for slab, s in enumerate(sums))).T
-    total -= jnp.sum(offsets, axis=1, keepdims=True)
-    row, column = _indices(first_row, tile_rows, first_output, tile_outputs)
-    triton.store(sums_ref.at[block, part, row, column], total, mask=row < x_ref.shape[1])
+    return total - jnp.sum(offsets, axis=1, keepdims=True)
 
 
 def _indices(first_row, rows: int, first_column, columns: int):
@@ -323,7 +509,7 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    lengths: jax.Array,
+    positions: jax.Array,
     multiplier: float,
     cap: float,
     *,
@@ -331,8 +517,8 @@ def decode_attention(
 ) -> jax.Array:  # [B, N, H], in the dtype of q
     """Soft-capped attention of one query a row, q [B, N, H], over the cache k, v [B, K, S, H].
 
-    Row b sees slots 0 to lengths[b] - 1, and without any it is zeros; little of the cache beyond
-    is read. Query heads g G to g G + G - 1, where G = N / K, share key/value head g.
+    Row b sees slots 0 to positions[b], and where that is negative it is zeros; little of the cache
+    beyond is read. Query heads g G to g G + G - 1, where G = N / K, share key/value head g.
 
     No logit is above the cap, so the softmax needs no maximum: parts of the cache sum
     exp(logit - cap) and exp(logit - cap) v by themselves, in float32, and their sums are added.
@@ -342,7 +528,7 @@ def decode_attention(
         raise ValueError(f"no kernel for q {q.shape} and cache {k.shape}")
     _check("k", k, k.shape, q.dtype)
     _check("v", v, k.shape, q.dtype)
-    _check("lengths", lengths, q.shape[:1], lengths.dtype)
+    _check("positions", positions, q.shape[:1], positions.dtype)
     batch, heads, size = q.shape
     kv_heads, slots = k.shape[1:3]
     group = heads // kv_heads
@@ -363,7 +549,7 @@ def decode_attention(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="decode_attention",
-    )(lengths.astype(jnp.int32), q.reshape(batch, kv_heads, group, size), k, v)
+    )(positions.astype(jnp.int32), q.reshape(batch, kv_heads, group, size), k, v)
     weights = jnp.sum(weights, axis=2)
     y = jnp.sum(sums, axis=2) / jnp.where(weights > 0, weights, 1)
     return y.reshape(q.shape).astype(q.dtype)
@@ -376,18 +562,18 @@ def takes_attend(q, k, *_, **__) -> bool:
 
 def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
     """`attention.attend` of single queries, q [B, 1, N, H], by `decode_attention`."""
-    return decode_attention(q[:, 0], k, v, positions[:, 0] + 1, multiplier, cap)[:, None]
+    return decode_attention(q[:, 0], k, v, positions[:, 0], multiplier, cap)[:, None]
 
 
 def _attention_kernel(
-    lengths_ref, q_ref, k_ref, v_ref, sums_ref, weights_ref, *, tile_rows, multiplier, cap
+    positions_ref, q_ref, k_ref, v_ref, sums_ref, weights_ref, *, tile_rows, multiplier, cap
 ):
     """One row's query heads of one key/value head, over an equal part of the row's own slots."""
     row, head, part = (pl.program_id(axis) for axis in range(3))
     group, size = q_ref.shape[2:]
     query, column = _indices(0, tile_rows, 0, size)
     q = triton.load(q_ref.at[row, head, query, column], mask=query < group, other=0)
-    length = jnp.minimum(lengths_ref[row], k_ref.shape[2])
+    length = jnp.minimum(positions_ref[row] + 1, k_ref.shape[2])
     tiles = pl.cdiv(length, SLOTS)
     share = pl.cdiv(tiles, pl.num_programs(2))
     dot = functools.partial(
@@ -437,22 +623,29 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, interpret: bool = Fa
     return _rows_call(kernel, x.shape, out, "rms_norm", interpret)(x, scale)
 
 
-def quantize_rows(x: jax.Array, levels: int, dtype, *, interpret: bool = False):
+def quantize_rows(x: jax.Array, levels: int, dtype, *, halves: int = 1, interpret: bool = False):
     """Rows x [R, I] as integers of a dtype and a float32 step [R, 1], see `quantize.quantize_rows`.
 
     levels: the largest integer
+    halves: 2 for [R, 2 I], `quantize.high_and_low` side by side
     """
 
     def kernel(x_ref, integers_ref, step_ref):
         row, column, here = _row_of(x_ref)
         x = triton.load(x_ref.at[row, column], mask=here, other=0).astype(jnp.float32)
-        step = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30) / levels
+        step = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30) * np.float32(1 / levels)
         step_ref[row, 0] = step
-        integers = _round(x / step).astype(jnp.int32).astype(dtype)
-        triton.store(integers_ref.at[row, column], integers, mask=here)
+        integers = _round(x / step).astype(jnp.int32)
+        if halves == 2:
+            high = (integers + 64) >> 7
+            low_column = x_ref.shape[1] + column
+            low = (integers - (high << 7)).astype(dtype)
+            triton.store(integers_ref.at[row, low_column], low, mask=here)
+            integers = high
+        triton.store(integers_ref.at[row, column], integers.astype(dtype), mask=here)
 
     out = (
-        jax.ShapeDtypeStruct(x.shape, dtype),
+        jax.ShapeDtypeStruct((x.shape[0], halves * x.shape[1]), dtype),
         jax.ShapeDtypeStruct((x.shape[0], 1), jnp.float32),
     )
     return _rows_call(kernel, x.shape, out, "quantize_rows", interpret)(x)

@@ -84,29 +84,85 @@ def test_two_processes(tmp_path):
     np.testing.assert_allclose(first, logits_on_a_mesh(), rtol=0, atol=2e-5)
 
 
-@pytest.mark.slow
-def test_the_command_on_two_hosts():
-    """`run.py --distributed` on the demo: process 0 writes what one process does, 1 nothing."""
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "run.py", "--prompt", "JULIET:", "--max-len", "12", "--mesh", "2,2"]
+ROOT = Path(__file__).parent.parent
+
+
+def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        return f"localhost:{free.getsockname()[1]}"
 
-    def start(devices, *flags):
-        flag = f"--xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            [*command, *flags], cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True
-        )
 
-    processes = [start(2, "--distributed", f"{address},2,{i}") for i in range(2)] + [start(4)]
+def start(devices, *flags, **variables):
+    """`run.py` on the demo, with so many CPU devices, on a mesh of four."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "run.py", "--prompt", "JULIET:", "--mesh", "2,2", *flags],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(*processes):
+    """What each wrote to stdout and stderr, once all have ended."""
     try:
-        (first, errors), (second, _), (alone, _) = (p.communicate(timeout=240) for p in processes)
+        return [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    # JAX's collectives on CPU write to stdout too, before there is any text.
-    assert alone.startswith("JULIET:") and first.endswith(alone), errors
-    assert "JULIET" not in second
+
+
+@pytest.mark.slow
+def test_the_command_on_two_hosts():
+    """`run.py --distributed` on the demo: process 0 writes what one process does, 1 nothing.
+
+    Where they are is given, or what SLURM says.
+    """
+    address = free_address()
+    slurm = {"SLURM_JOB_ID": "4242", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    processes = [
+        start(4, "--max-len", "12"),
+        *(start(2, "--max-len", "12", "--distributed", f"{address},2,{i}") for i in range(2)),
+        *(
+            start(2, "--max-len", "12", "--distributed", **slurm, SLURM_PROCID=i, SLURM_LOCALID=i)
+            for i in "01"
+        ),
+    ]
+    alone, *hosts = ended(*processes)
+    assert alone[0].startswith("JULIET:")
+    for first, second in (hosts[:2], hosts[2:]):
+        # JAX's collectives on CPU write to stdout too, before there is any text.
+        assert first[0].endswith(alone[0]), first[1]
+        assert "JULIET" not in second[0]
+
+
+@pytest.mark.slow
+def test_all_hosts_end_where_one_has_no_checkpoint(tmp_path):
+    address = free_address()
+    flags = [(), ("--checkpoint", str(tmp_path / "nothing"))]
+    processes = [start(2, "--distributed", f"{address},2,{i}", *flags[i]) for i in range(2)]
+    for process, (_, errors) in zip(processes, ended(*processes), strict=True):
+        assert process.returncode == 1
+        assert "error: host 1, " in errors and "nothing: no checkpoint here" in errors
+
+
+@pytest.mark.slow
+def test_a_host_that_dies():
+    """The other one ends with a message."""
+    address = free_address()
+    first, second = (
+        start(2, "--max-len", "250", "--distributed", f"{address},2,{i}") for i in "01"
+    )
+    try:
+        for line in first.stderr:
+            if line.startswith("load"):  # compiling comes next, and takes seconds
+                break
+        second.kill()
+        _, errors = first.communicate(timeout=240)
+        assert first.returncode == 1
+        assert "error: another host ended, or cannot be reached" in errors
+    finally:
+        first.kill()
