@@ -516,14 +516,25 @@ def _each_product(product, x, w, experts):
 
     def body(i, y):
         one = lax.cond(
-            experts[i] < 0,
+            _is_skipped(experts[i]),
             lambda: jnp.zeros(result.shape, result.dtype),
-            lambda: product(x[i], w, experts[i]),
+            lambda: jnp.where(experts[i] < 0, 0, product(x[i], w, experts[i])),
         )
         return lax.dynamic_update_index_in_dim(y, one, i, axis=0)
 
     y = kernels.zeros_after(x, (len(experts), *result.shape), result.dtype)
     return lax.fori_loop(0, len(experts), body, y)
+
+
+@jax.custom_batching.custom_vmap
+def _is_skipped(expert):
+    return expert < 0
+
+
+@_is_skipped.def_vmap
+def _(size, batched, expert):
+    """Whether all are: for a condition of each, JAX would copy the weights that many times."""
+    return jnp.all(expert < 0), False
 
 
 def _of_blocks(w, experts):
@@ -533,21 +544,28 @@ def _of_blocks(w, experts):
     return w.at[jnp.where(experts < 0, len(w), experts)].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _integer_products(x, trits):  # [blocks, R, I], [blocks, I, O] -> [blocks, R, O]
     """Products of floats that are integers of 8 bits: exact in bfloat16 with sums in float32.
 
-    The gradient that comes back is rounded to bfloat16.
+    Gradients and tangents that come are rounded to bfloat16.
     """
     return _matmul(x.astype(jnp.bfloat16), trits.astype(jnp.bfloat16), BATCHED)
 
 
-def _integer_products_forward(x, trits):
-    x, trits = x.astype(jnp.bfloat16), trits.astype(jnp.bfloat16)
-    return _matmul(x, trits, BATCHED), (x, trits)
+@_integer_products.defjvp
+def _(primals, tangents):
+    kept = tuple(x.astype(jnp.bfloat16) for x in primals)
+    dy = kernels.linear(_integer_tangent, _integer_backward, kept, tangents)
+    return _matmul(*kept, BATCHED), dy
 
 
-def _integer_products_backward(kept, dy):
+def _integer_tangent(kept, tangents):
+    (x, trits), (dx, d_trits) = kept, (d.astype(jnp.bfloat16) for d in tangents)
+    return _matmul(dx, trits, BATCHED) + _matmul(x, d_trits, BATCHED)
+
+
+def _integer_backward(kept, dy):
     x, trits = kept
     dy = dy.astype(jnp.bfloat16)
     dx = _matmul(dy, trits, (((2,), (2,)), ((0,), (0,))))
@@ -562,9 +580,6 @@ def _transposed(x):
     which on a CPU is then one for float32, eight times as slow.
     """
     return x.swapaxes(-1, -2)
-
-
-_integer_products.defvjp(_integer_products_forward, _integer_products_backward)
 
 
 def _matmul(x, w, contract):
