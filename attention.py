@@ -27,10 +27,30 @@ def attend(
     A query sees the slots up to its own position, `positions` [B, T]. Query heads g G to
     g G + G - 1 share key/value head g.
     """
+    weights = _weights(q, k, positions, multiplier, cap).astype(v.dtype)
+    return _ungroup_heads(einsum("BKGTS,BKSH->BKGTH", weights, v), q)
+
+
+def _weights(q, k, positions, multiplier, cap):  # float32 [B, K, G, T, S]
     logits = _capped_logits(_group_heads(q, k.shape[1]), k, multiplier, cap)
     visible = _visible(jnp.arange(k.shape[2]), positions)
-    weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(v.dtype)
-    return _ungroup_heads(einsum("BKGTS,BKSH->BKGTH", weights, v), q)
+    return jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1)
+
+
+def weights(
+    q: jax.Array, k: jax.Array, positions: jax.Array, multiplier: float, cap: float
+) -> jax.Array:
+    """The weights of `attend`, [B, N, T, S] in the dtype of q."""
+    found = _weights(q, k, positions, multiplier, cap).astype(q.dtype)
+    return found.reshape(*q.shape[::2], *found.shape[-2:])
+
+
+def weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """What `attend` makes of its weights [B, N, T, S] and values [B, K, S, H]: [B, T, N, H]."""
+    batch, heads, queries, slots = weights.shape
+    grouped = weights.reshape(batch, v.shape[1], -1, queries, slots)
+    y = einsum("BKGTS,BKSH->BTKGH", grouped, v)
+    return y.reshape(batch, queries, heads, -1).astype(v.dtype)
 
 
 def attend_to_cache(

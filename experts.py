@@ -155,3 +155,36 @@ def mixture(
     options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
     out = quantize.grouped_dot(hidden, linear_1, chosen, **options)  # [R, D]
     return gated_sums(out, flat(gates), blocks).reshape(batch, queries, size)
+
+
+# --- Of each expert, to look at -------------------------------------------------------------------
+#
+# Of each token and each of its experts by itself. Arguments as those of `mixture`.
+
+
+def hidden_of_each(x, index, valid, linear, linear_v, activations: str) -> jax.Array:
+    """What an expert's last matrix is multiplied with, [B, T, A, F]; zeros where not valid."""
+
+    def product(rows, chosen):
+        return quantize.gated_dot(rows, linear, linear_v, chosen, activations=activations)
+
+    pairs = jnp.repeat(x[:, :, None], index.shape[-1], axis=2)  # [B, T, A, D]
+    return _of_each(product, pairs, index, valid, linear.shape[0])
+
+
+def outputs_of_each(hidden, index, valid, linear_1, **options) -> jax.Array:
+    """What an expert makes of `hidden_of_each`, [B, T, A, D]; options of `quantize.grouped_dot`."""
+
+    def product(rows, chosen):
+        return quantize.grouped_dot(rows, linear_1, chosen, **options)
+
+    return _of_each(product, hidden, index, valid, linear_1.shape[0])
+
+
+def _of_each(product, x, index, valid, num_experts):  # [B, T, A, I] -> [B, T, A, O]
+    used = jnp.broadcast_to(valid[..., None], index.shape).reshape(-1)
+    blocks = group_by_expert(index.reshape(-1, 1), used, num_experts)
+    rows = rows_of_tokens(x.reshape(-1, x.shape[-1]), blocks)
+    y = product(rows, blocks.expert_of_block)
+    y = y.at[blocks.row_of_pair[:, 0]].get(mode="fill", fill_value=0)
+    return y.reshape(*index.shape, -1)

@@ -190,7 +190,7 @@ def gradient_of(kernel: Callable) -> Callable:
 
 def _jvp_with_gradient(fast, slow, gradient, primals, tangents):
     """The tangents of `slow`, whose transpose is `gradient`, whose derivatives are `slow`'s."""
-    moved = tuple(t for t in tangents if t.dtype != jax.dtypes.float0)
+    moved = tuple(t for t in tangents if getattr(t, "dtype", None) != jax.dtypes.float0)
     count, y = len(moved), fast(*primals)
 
     def tangent(kept, moved):
