@@ -61,11 +61,20 @@ def attend_to_cache(
     So a chunk of a prompt costs by what the cache holds, not by its size, and no [T, S] array is
     made. Blocks are added to sums that are scaled by the largest logit so far (online softmax;
     Milakov and Gimelshein, 2018, algorithm 3). A single query takes the whole cache: its blocks
-    would be too little work. Without a gradient: the number of blocks is not known before.
+    would be too little work. Its derivative is that of `attend`: a loop over blocks, whose number is
+    not known before, has no gradient.
     """
+    whole = functools.partial(attend, multiplier=multiplier, cap=cap)
+    if k.shape[2] <= CACHE_BLOCK or q.shape[1] == 1 or attend.kernel(q, k, cap=cap):
+        return whole(q, k, v, positions)
+    blocks = functools.partial(_attend_in_blocks, multiplier=multiplier, cap=cap)
+    blocks = jax.custom_jvp(blocks)
+    blocks.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
+    return blocks(q, k, v, positions)
+
+
+def _attend_in_blocks(q, k, v, positions, multiplier, cap):
     slots, block = k.shape[2], CACHE_BLOCK
-    if slots <= block or q.shape[1] == 1 or attend.kernel(q, k, cap=cap):
-        return attend(q, k, v, positions, multiplier=multiplier, cap=cap)
     grouped = _group_heads(q, k.shape[1])
 
     def add_block(i, sums):

@@ -356,6 +356,19 @@ def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Ar
     return KVMemory(write(memory.k, k, positions), write(memory.v, v, positions))
 
 
+def check_ids(tokens, vocab_size: int) -> None:
+    """ValueError for token ids outside of the vocabulary, where their values are there to see."""
+    if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
+        return
+    tokens = np.asarray(tokens)
+    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if bad.size:
+        raise ValueError(
+            f"token id {bad[0]} is not in the vocabulary, 0 to {vocab_size - 1}; "
+            "encode texts with the model's own tokenizer"
+        )
+
+
 # --- Parts with parameters ------------------------------------------------------------------------
 
 
@@ -629,11 +642,13 @@ class LanguageModel(hk.Module):
     ) -> LanguageModelOutput:
         """The logits after each token, or after the last one of each row.
 
-        tokens: int32 [B, T], padded on the right
+        tokens: int32 [B, T], padded on the right. ValueError for ids outside of the vocabulary;
+          under `jit`, where no value can be an error, their logits are NaN
         memory: the cache to continue and to extend; without one the rows stand alone
         lengths: int32 [B], tokens of each row that are not padding (by default all T); a row of
           length 0 does not advance, and what it writes is overwritten before it can be seen
         """
+        check_ids(tokens, self.config.vocab_size)
         if lengths is None:
             lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
         embed = InOutEmbed(self.config)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 
@@ -29,30 +29,37 @@ def linear(f: Callable, transpose: Callable, kept: Any, x: Any) -> Any:
     def backward(kept, dy):
         return jax.tree.leaves(transpose(kept_tree.unflatten(kept), out_tree.unflatten(dy)))
 
-    found = _linear.bind(*arrays, *inputs, f=forward, transpose=backward, kept=len(arrays))
-    return out_tree.unflatten(found)
+    return out_tree.unflatten(_bind(arrays, inputs, forward, backward))
 
 
 _linear = Primitive("linear")
 _linear.multiple_results = True
 
 
+def _bind(kept, x, f, transpose):
+    jaxpr = jax.make_jaxpr(f)(*jax.tree.map(_abstract, (list(kept), list(x))))
+    return _linear.bind(*kept, *x, jaxpr=jaxpr, f=f, transpose=transpose, kept=len(kept))
+
+
+def _abstract(x):
+    kind = jax.typeof(x)
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype)
+
+
 @_linear.def_impl
-def _apply(*arrays, f, transpose, kept):
-    return f(arrays[:kept], arrays[kept:])
+def _apply(*arrays, jaxpr, f, transpose, kept):
+    return jaxpr_as_fun(jaxpr)(*arrays)
 
 
 @_linear.def_abstract_eval
-def _shapes(*avals, f, transpose, kept):
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-    return jax.make_jaxpr(f)(shapes[:kept], shapes[kept:]).out_avals
+def _shapes(*avals, jaxpr, f, transpose, kept):
+    return jaxpr.out_avals
 
 
-def _jvp(primals, tangents, *, f, transpose, kept):
-    arrays, x = list(primals[:kept]), primals[kept:]
-    call = {"f": f, "transpose": transpose, "kept": kept}
-    y = _linear.bind(*primals, **call)
-    dy = _linear.bind(*arrays, *map(ad.instantiate_zeros, tangents[kept:]), **call)
+def _jvp(primals, tangents, *, jaxpr, f, transpose, kept):
+    arrays, x = list(primals[:kept]), list(primals[kept:])
+    y = _bind(arrays, x, f, transpose)
+    dy = _bind(arrays, [ad.instantiate_zeros(t) for t in tangents[kept:]], f, transpose)
     moved = [i for i, t in enumerate(tangents[:kept]) if type(t) is not ad.Zero]
 
     def of_moved(*values):
@@ -65,26 +72,19 @@ def _jvp(primals, tangents, *, f, transpose, kept):
     return y, dy
 
 
-def _transposed(dy, *arrays, f, transpose, kept):
-    given, x = arrays[:kept], arrays[kept:]
-    dy = [ad.instantiate_zeros(d) for d in dy]
-    dx = _linear.bind(*given, *dy, f=transpose, transpose=f, kept=kept)
+def _transposed(dy, *arrays, jaxpr, f, transpose, kept):
+    dx = _bind(list(arrays[:kept]), [ad.instantiate_zeros(d) for d in dy], transpose, f)
     # What is known of x is zeros, the tangents of what does not move.
-    wanted = map(ad.is_undefined_primal, x)
+    wanted = map(ad.is_undefined_primal, arrays[kept:])
     return [None] * kept + [d if want else None for d, want in zip(dx, wanted, strict=True)]
 
 
-def _batched(arrays, axes, *, f, transpose, kept):
+def _batched(arrays, axes, *, jaxpr, f, transpose, kept):
     size = next(a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None)
     pairs = zip(arrays[kept:], axes[kept:], strict=True)
     x = [batching.bdim_at_front(a, axis, size) for a, axis in pairs]
-    f, transpose = (jax.vmap(one, (tuple(axes[:kept]), 0)) for one in (f, transpose))
-
-    def of_tuple(one):
-        return lambda kept, x: one(tuple(kept), x)
-
-    call = {"f": of_tuple(f), "transpose": of_tuple(transpose), "kept": kept}
-    found = _linear.bind(*arrays[:kept], *x, **call)
+    f, transpose = (jax.vmap(one, (list(axes[:kept]), 0)) for one in (f, transpose))
+    found = _bind(list(arrays[:kept]), x, f, transpose)
     return found, [0] * len(found)
 
 
