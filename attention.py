@@ -61,8 +61,8 @@ def attend_to_cache(
     So a chunk of a prompt costs by what the cache holds, not by its size, and no [T, S] array is
     made. Blocks are added to sums that are scaled by the largest logit so far (online softmax;
     Milakov and Gimelshein, 2018, algorithm 3). A single query takes the whole cache: its blocks
-    would be too little work. Its derivative is that of `attend`: a loop over blocks, whose number is
-    not known before, has no gradient.
+    would be too little work. The derivative is that of `attend`: a loop over blocks whose number
+    is not known before has no gradient.
     """
     whole = functools.partial(attend, multiplier=multiplier, cap=cap)
     if k.shape[2] <= CACHE_BLOCK or q.shape[1] == 1 or attend.kernel(q, k, cap=cap):
