@@ -22,8 +22,13 @@ CONFIG = dataclasses.replace(
     factories.ODD, emb_size=64, num_layers=1, num_q_heads=4, num_kv_heads=2, key_size=16
 )
 TOKENS = factories.random_tokens(CONFIG, 2, 5)
+USUAL = ("ternary", "ternary2-64", "int8", "float32")  # of each kind one
 SMALL = ("language_model/rms_norm", "transformer/decoder_layer_0/router")
 X = jnp.asarray(np.random.default_rng(0).standard_normal((12, 64)), jnp.float32)
+
+
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
 
 
 def weight(name, experts_=3, outputs=64):
@@ -60,7 +65,7 @@ def near(found, wanted, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("activations", quantize.ACTIVATIONS)
-@pytest.mark.parametrize("name", formats.FORMATS)
+@pytest.mark.parametrize("name", [n if n in USUAL else slow(n) for n in formats.FORMATS])
 def test_derivatives_of_products_are_those_of_floats(name, activations):
     """Straight through the rounding of x: with the dequantized matrix, to x and to scales."""
     w, chosen = weight(name), jnp.array([2, -1, 0, 2])
@@ -121,8 +126,9 @@ def test_training_has_tangents_and_vmap():
     gradients = jax.grad(f, argnums=(0, 1))(x, codes)
     steps = jnp.sin(jnp.arange(96.0)).reshape(12, 8), jnp.ones_like(codes)
     _, tangent = jax.jvp(f, (x, codes), steps)
-    inner = sum(jnp.sum(g * step) for g, step in zip(gradients, steps, strict=True))
-    np.testing.assert_allclose(tangent, inner, rtol=0.02)  # bfloat16
+    parts = jnp.concatenate([(g * s).ravel() for g, s in zip(gradients, steps, strict=True)])
+    assert abs(tangent - parts.sum()) < 2**-8 * abs(parts).sum()  # of bfloat16
+    assert abs(tangent) > 2**-6 * abs(parts).sum()
     both = jax.vmap(jax.grad(f), (0, None))(jnp.stack([x, x + 1]), codes)
     np.testing.assert_allclose(both[0], gradients[0], rtol=0.02, atol=1e-4)
 
@@ -171,10 +177,9 @@ def test_a_large_cache_has_a_gradient(monkeypatch):
         return jnp.sum(jnp.sin(look(*arrays, positions, multiplier=0.9, cap=5.0)))
 
     with kernels.disabled():
-        value, found = jax.value_and_grad(functools.partial(loss, attention.attend_to_cache))(
-            arrays
-        )
-        whole, wanted = jax.value_and_grad(functools.partial(loss, attention.attend))(arrays)
+        of = jax.value_and_grad(loss, argnums=1)
+        value, found = of(attention.attend_to_cache, arrays)
+        whole, wanted = of(attention.attend, arrays)
     np.testing.assert_allclose(value, whole, rtol=1e-6)
     near(found, wanted, 1e-5)
 
@@ -250,7 +255,7 @@ def test_gradients_of_a_tree_with_packed_bytes():
 def test_rounding_to_codes_has_no_gradient(name):
     f = formats.FORMATS[name]
     with pytest.raises(
-        TypeError, match=r"a derivative for float32 \[12, 64\].* FORMATS\[name\].tr"
+        TypeError, match=r"a derivative for float32 \[12, 64\].*; use formats.FORMATS"
     ):
         jax.grad(lambda w: quantize.dequantize(f.quantize(w)).sum())(X)
     assert (jax.grad(lambda w: quantize.dequantize(f.train(w)).sum())(X) != 0).any()
