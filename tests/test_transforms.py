@@ -124,11 +124,10 @@ def test_training_has_tangents_and_vmap():
 
     x, codes = X[:, 8:16], w.codes
     gradients = jax.grad(f, argnums=(0, 1))(x, codes)
-    steps = jnp.sin(jnp.arange(96.0)).reshape(12, 8), jnp.ones_like(codes)
+    steps = jax.tree.map(jnp.sign, gradients)
     _, tangent = jax.jvp(f, (x, codes), steps)
-    parts = jnp.concatenate([(g * s).ravel() for g, s in zip(gradients, steps, strict=True)])
-    assert abs(tangent - parts.sum()) < 2**-8 * abs(parts).sum()  # of bfloat16
-    assert abs(tangent) > 2**-6 * abs(parts).sum()
+    slope = sum(jnp.sum(abs(g)) for g in gradients)
+    np.testing.assert_allclose(tangent, slope, rtol=2**-6)  # each part is rounded to bfloat16
     both = jax.vmap(jax.grad(f), (0, None))(jnp.stack([x, x + 1]), codes)
     np.testing.assert_allclose(both[0], gradients[0], rtol=0.02, atol=1e-4)
 
