@@ -27,10 +27,30 @@ def attend(
     A query sees the slots up to its own position, `positions` [B, T]. Query heads g G to
     g G + G - 1 share key/value head g.
     """
+    weights = _weights(q, k, positions, multiplier, cap).astype(v.dtype)
+    return _ungroup_heads(einsum("BKGTS,BKSH->BKGTH", weights, v), q)
+
+
+def _weights(q, k, positions, multiplier, cap):  # float32 [B, K, G, T, S]
     logits = _capped_logits(_group_heads(q, k.shape[1]), k, multiplier, cap)
     visible = _visible(jnp.arange(k.shape[2]), positions)
-    weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1).astype(v.dtype)
-    return _ungroup_heads(einsum("BKGTS,BKSH->BKGTH", weights, v), q)
+    return jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1)
+
+
+def weights(
+    q: jax.Array, k: jax.Array, positions: jax.Array, multiplier: float, cap: float
+) -> jax.Array:
+    """The weights of `attend`, [B, N, T, S] in the dtype of q."""
+    found = _weights(q, k, positions, multiplier, cap).astype(q.dtype)
+    return found.reshape(*q.shape[::2], *found.shape[-2:])
+
+
+def weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """What `attend` makes of its weights [B, N, T, S] and values [B, K, S, H]: [B, T, N, H]."""
+    batch, heads, queries, slots = weights.shape
+    grouped = weights.reshape(batch, v.shape[1], -1, queries, slots)
+    y = einsum("BKGTS,BKSH->BTKGH", grouped, v)
+    return y.reshape(batch, queries, heads, -1).astype(v.dtype)
 
 
 def attend_to_cache(
@@ -41,11 +61,20 @@ def attend_to_cache(
     So a chunk of a prompt costs by what the cache holds, not by its size, and no [T, S] array is
     made. Blocks are added to sums that are scaled by the largest logit so far (online softmax;
     Milakov and Gimelshein, 2018, algorithm 3). A single query takes the whole cache: its blocks
-    would be too little work. Without a gradient: the number of blocks is not known before.
+    would be too little work. The derivative is that of `attend`: a loop over blocks whose number
+    is not known before has no gradient.
     """
+    whole = functools.partial(attend, multiplier=multiplier, cap=cap)
+    if k.shape[2] <= CACHE_BLOCK or q.shape[1] == 1 or attend.kernel(q, k, cap=cap):
+        return whole(q, k, v, positions)
+    blocks = functools.partial(_attend_in_blocks, multiplier=multiplier, cap=cap)
+    blocks = jax.custom_jvp(blocks)
+    blocks.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
+    return blocks(q, k, v, positions)
+
+
+def _attend_in_blocks(q, k, v, positions, multiplier, cap):
     slots, block = k.shape[2], CACHE_BLOCK
-    if slots <= block or q.shape[1] == 1 or attend.kernel(q, k, cap=cap):
-        return attend(q, k, v, positions, multiplier=multiplier, cap=cap)
     grouped = _group_heads(q, k.shape[1])
 
     def add_block(i, sums):

@@ -73,19 +73,36 @@ def expert_block(pairs: int, num_experts: int) -> int:
     return 1 << max(0, math.ceil(math.log2(rows)))
 
 
-@jax.custom_vjp
 def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
     """The tokens x [T, D] as rows [R, D]; padding is zeros, which kernels leave out.
 
     The gradients of this and of `gated_sums` read rows, too: a scatter would be slower.
     """
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return _rows(blocks, x)
+    return kernels.linear(_rows, _rows_backward, blocks, x)
+
+
+def _rows(blocks, x):
     return x.at[blocks.token_of_row].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
+def _rows_backward(blocks, d_rows):
+    ones = jnp.ones(blocks.row_of_pair.shape, jnp.float32)
+    return _gated_sums(d_rows, ones, blocks.row_of_pair).astype(d_rows.dtype)
+
+
+@jax.custom_jvp
 def gated_sums(rows: jax.Array, gates: jax.Array, blocks: ExpertBlocks) -> jax.Array:
     """Each token's rows of [R, D], times its gates [T, A], summed: float32 [T, D]."""
     return _gated_sums(rows, gates, blocks.row_of_pair)
+
+
+@gated_sums.defjvp
+def _(primals, tangents):
+    d_rows, d_gates, _ = tangents
+    d_sums = kernels.linear(_sums_tangent, _sums_backward, primals, (d_rows, d_gates))
+    return gated_sums(*primals), d_sums
 
 
 @kernels.accelerated("gated_sums")
@@ -95,9 +112,10 @@ def _gated_sums(rows, gates, index):
     return jnp.sum(chosen.astype(jnp.float32) * used[..., None], axis=1)
 
 
-def _rows_backward(blocks, d_rows):
-    ones = jnp.ones(blocks.row_of_pair.shape, jnp.float32)
-    return gated_sums(d_rows, ones, blocks).astype(d_rows.dtype), None
+def _sums_tangent(kept, tangents):
+    (rows, gates, blocks), (d_rows, d_gates) = kept, tangents
+    at = blocks.row_of_pair
+    return _gated_sums(d_rows, gates, at) + _gated_sums(rows, d_gates, at)
 
 
 def _sums_backward(kept, d_sums):
@@ -106,11 +124,7 @@ def _sums_backward(kept, d_sums):
     gate_of_row = jnp.zeros(len(rows)).at[at].set(gates, mode="drop")
     d_gates = jnp.sum(rows.astype(jnp.float32) * d_rows, axis=1)
     d_gates = d_gates.at[at].get(mode="fill", fill_value=0)
-    return (d_rows * gate_of_row[:, None]).astype(rows.dtype), d_gates, None
-
-
-rows_of_tokens.defvjp(lambda x, blocks: (rows_of_tokens(x, blocks), blocks), _rows_backward)
-gated_sums.defvjp(lambda *args: (gated_sums(*args), args), _sums_backward)
+    return (d_rows * gate_of_row[:, None]).astype(rows.dtype), d_gates
 
 
 def mixture(
@@ -141,3 +155,36 @@ def mixture(
     options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
     out = quantize.grouped_dot(hidden, linear_1, chosen, **options)  # [R, D]
     return gated_sums(out, flat(gates), blocks).reshape(batch, queries, size)
+
+
+# --- Of each expert, to look at -------------------------------------------------------------------
+#
+# Of each token and each of its experts by itself. Arguments as those of `mixture`.
+
+
+def hidden_of_each(x, index, valid, linear, linear_v, activations: str) -> jax.Array:
+    """What an expert's last matrix is multiplied with, [B, T, A, F]; zeros where not valid."""
+
+    def product(rows, chosen):
+        return quantize.gated_dot(rows, linear, linear_v, chosen, activations=activations)
+
+    pairs = jnp.repeat(x[:, :, None], index.shape[-1], axis=2)  # [B, T, A, D]
+    return _of_each(product, pairs, index, valid, linear.shape[0])
+
+
+def outputs_of_each(hidden, index, valid, linear_1, **options) -> jax.Array:
+    """What an expert makes of `hidden_of_each`, [B, T, A, D]; options of `quantize.grouped_dot`."""
+
+    def product(rows, chosen):
+        return quantize.grouped_dot(rows, linear_1, chosen, **options)
+
+    return _of_each(product, hidden, index, valid, linear_1.shape[0])
+
+
+def _of_each(product, x, index, valid, num_experts):  # [B, T, A, I] -> [B, T, A, O]
+    used = jnp.broadcast_to(valid[..., None], index.shape).reshape(-1)
+    blocks = group_by_expert(index.reshape(-1, 1), used, num_experts)
+    rows = rows_of_tokens(x.reshape(-1, x.shape[-1]), blocks)
+    y = product(rows, blocks.expert_of_block)
+    y = y.at[blocks.row_of_pair[:, 0]].get(mode="fill", fill_value=0)
+    return y.reshape(*index.shape, -1)

@@ -177,6 +177,21 @@ def _weight_sums(teacher, student):
     return error, energy, counts.sum(axis=0)
 
 
+def weight_errors(params: dict, others: dict) -> dict[str, float]:
+    """{"module/name": |W - W'|^2 / |W|^2} of two trees of parameters, in any formats."""
+
+    @jax.jit
+    def error(w, other):
+        w, other = map(quantize.dequantize, (w, other))
+        return jnp.sum(jnp.square(w - other)) / jnp.maximum(jnp.sum(w * w), 1e-30)
+
+    return {
+        f"{module}/{name}": float(error(w, others[module][name]))
+        for module, entries in params.items()
+        for name, w in entries.items()
+    }
+
+
 def is_trits(w: quantize.Weight) -> bool:
     """Whether each weight is one trit times a size."""
     return isinstance(w, quantize.PackedWeight) and w.planes == 1

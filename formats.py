@@ -43,6 +43,25 @@ class Format(NamedTuple):
     fit: tuple[int, int | None] | None = None
 
 
+def _without_gradient(w):
+    """w; TypeError where a derivative is asked for, which would be silently that of scales only."""
+    return _constant(w) if isinstance(w, jax.Array) else w
+
+
+@jax.custom_jvp
+def _constant(w):
+    return w
+
+
+@_constant.defjvp
+def _(primals, tangents):
+    raise TypeError(
+        f"a derivative for {primals[0].dtype} {list(primals[0].shape)}, weights that are rounded "
+        "to codes, which have none; use formats.FORMATS[name].train, whose gradient goes "
+        "straight through, or differentiate with respect to the scales of what was made"
+    )
+
+
 # --- Absmean --------------------------------------------------------------------------------------
 
 
@@ -61,6 +80,7 @@ def round_to_trits(w, gamma):
 
 def ternarize(w) -> PackedWeight:
     """Absmean ternary form of a float matrix `[..., I, O]`: one scale for the matrix."""
+    w = _without_gradient(w)
     gamma = absmean_scale(w)
     return quantize.pack(round_to_trits(w.astype(np.float32), gamma).astype(np.int8), gamma)
 
@@ -101,6 +121,7 @@ def fit(w, planes: int, group: int | None) -> PackedWeight:
     *lead, inputs, outputs = w.shape
     if inputs > MAX_INPUTS:
         raise ValueError(f"{inputs} inputs, but sums of this format are for {MAX_INPUTS} at most")
+    w = _without_gradient(w)
     xp = np if isinstance(w, np.ndarray) else jnp
     groups = number_of_groups(inputs, group)
     padded = xp.pad(w.astype(np.float32), [(0, 0)] * len(lead) + [(0, -inputs % 4), (0, 0)])
@@ -225,6 +246,7 @@ def rounded(grouped, inputs: int, scales, multipliers) -> PackedWeight:
 
 def quantize_int8(w, groups: int = 1) -> QuantizedWeight:
     """Absolute-maximum int8 form of `[..., I, O]`, a bfloat16 scale for each column and group."""
+    w = _without_gradient(w)
     xp = np if isinstance(w, np.ndarray) else jnp
     *lead, inputs, outputs = w.shape
     w = w.astype(np.float32).reshape(*lead, groups, inputs // groups, outputs)

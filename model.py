@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 import attention
+import captures
 import experts
 import files
 import formats
@@ -355,6 +356,19 @@ def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Ar
     return KVMemory(write(memory.k, k, positions), write(memory.v, v, positions))
 
 
+def check_ids(tokens, vocab_size: int) -> None:
+    """ValueError for token ids outside of the vocabulary, where their values are there to see."""
+    if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
+        return
+    tokens = np.asarray(tokens)
+    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if bad.size:
+        raise ValueError(
+            f"token id {bad[0]} is not in the vocabulary, 0 to {vocab_size - 1}; "
+            "encode texts with the model's own tokenizer"
+        )
+
+
 # --- Parts with parameters ------------------------------------------------------------------------
 
 
@@ -413,7 +427,8 @@ class RMSNorm(hk.Module):
     name: str | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
-        return rms_norm(x, hk.get_parameter("scale", x.shape[-1:], init=jnp.ones), self.eps)
+        scale = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones)
+        return captures.tap("", rms_norm(x, scale, self.eps))
 
 
 @dataclasses.dataclass
@@ -464,18 +479,29 @@ class MultiHeadAttention(hk.Module):
         heads = {"query": c.num_q_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
         shapes = {name: (x.shape[-1], count * c.key_size) for name, count in heads.items()}
         projected = products(x, *matrices(self, shapes), c.activations)
-        q, k, v = (y.reshape(*x.shape[:2], -1, c.key_size) for y in projected)
+        parts = (y.reshape(*x.shape[:2], -1, c.key_size) for y in projected)
+        q, k, v = (captures.tap(name, y) for name, y in zip(heads, parts, strict=True))
         q, k = (rotary_embedding(y, positions, c.rope_base) for y in (q, k))
+        q, k = captures.tap("rotated_query", q), captures.tap("rotated_key", k)
         if memory is None:
             look, seen = attention.attend, KVMemory(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
             look, seen = attention.attend_to_cache, write_memory(memory, k, v, positions)
             memory = seen
-        look = functools.partial(look, multiplier=c.attn_output_multiplier, cap=c.attn_logit_cap)
-        rows = ("batch", None, "heads", None)
-        look = sharding.shard_map(look, (rows, MEMORY_AXES, MEMORY_AXES, ("batch", None)), rows)
-        y = look(q, *seen, positions)  # [B, T, N, H]
-        return Linear(c.emb_size, c.activations, "linear")(y.reshape(*x.shape[:2], -1)), memory
+        options = {"multiplier": c.attn_output_multiplier, "cap": c.attn_logit_cap}
+        rows, position = ("batch", None, "heads", None), ("batch", None)
+        if captures.is_tapped("weights"):
+            look = functools.partial(attention.weights, **options)
+            look = sharding.shard_map(look, (rows, MEMORY_AXES, position), MEMORY_AXES)
+            mix = sharding.shard_map(attention.weighted, (MEMORY_AXES, MEMORY_AXES), rows)
+            y = mix(captures.tap("weights", look(q, seen.k, positions)), seen.v)
+        else:
+            look = functools.partial(look, **options)
+            look = sharding.shard_map(look, (rows, MEMORY_AXES, MEMORY_AXES, position), rows)
+            y = look(q, *seen, positions)
+        y = captures.tap("heads", y)  # [B, T, N, H]
+        y = Linear(c.emb_size, c.activations, "linear")(y.reshape(*x.shape[:2], -1))
+        return captures.tap("output", y), memory
 
 
 @dataclasses.dataclass
@@ -490,9 +516,14 @@ class Router(hk.Module):
         c, size = self.config, x.shape[-1]
         rows = x.reshape(-1, size).astype(jnp.float32)
         logits = quantize.table_dot(rows, matrix(size, c.num_experts).T)
-        logits = logits.reshape(*x.shape[:2], c.num_experts)
+        logits = captures.tap("logits", logits.reshape(*x.shape[:2], c.num_experts))
         probs = jax.nn.softmax(logits, axis=-1)
-        return logits, probs, *lax.top_k(probs, c.num_selected_experts)
+        gates, index = lax.top_k(probs, c.num_selected_experts)
+        if captures.is_tapped("chosen", "gates"):
+            index = captures.tap("chosen", index)
+            chosen = jax.nn.one_hot(index, c.num_experts).sum(axis=-2)  # [B, T, E]
+            gates = jnp.take_along_axis(captures.tap("gates", probs * chosen), index, axis=-1)
+        return logits, probs, gates, index
 
 
 @dataclasses.dataclass
@@ -509,15 +540,24 @@ class MoELayer(hk.Module):
         shapes = {"linear": up, "linear_v": up, "linear_1": down}
         weights, axes = matrices(self, shapes)
         axis = sharding.mesh_axis(axes[-1][1], c.ffn_size)  # of F
-        mix = functools.partial(
-            experts.mixture,
-            activations=c.activations,
-            axis_name=axis,
-            scale_last=quantize.has_last_scale(weights[-1]),
-        )
+        options = {"axis_name": axis, "scale_last": quantize.has_last_scale(weights[-1])}
+        options["activations"] = c.activations
         token = ("batch", None, None)
-        mix = sharding.shard_map(mix, (token, token, token, token[:2], *axes), token)
-        return mix(x, gates, index, valid, *weights).astype(x.dtype)
+        if captures.is_tapped("hidden", "outputs"):
+            first = functools.partial(experts.hidden_of_each, activations=c.activations)
+            pair = ("batch", None, None, axes[-1][1])
+            first = sharding.shard_map(first, (token, token, token[:2], *axes[:2]), pair)
+            hidden = captures.tap("hidden", first(x, index, valid, *weights[:2]))
+            last = functools.partial(experts.outputs_of_each, **options)
+            out = (*token, None)
+            last = sharding.shard_map(last, (pair, token, token[:2], axes[-1]), out)
+            each = captures.tap("outputs", last(hidden, index, valid, weights[-1]))
+            y = jnp.sum(each.astype(jnp.float32) * gates[..., None], axis=2)
+        else:
+            mix = functools.partial(experts.mixture, **options)
+            mix = sharding.shard_map(mix, (token, token, token, token[:2], *axes), token)
+            y = mix(x, gates, index, valid, *weights)
+        return captures.tap("output", y.astype(x.dtype))
 
 
 # The norms whose output is added to h; dropout in training comes after them (`learning.is_added`).
@@ -541,7 +581,7 @@ def add_attention(c: LanguageModelConfig, h, positions, memory):
     """The first half of a layer: h [B, T, D] with its attention added, and the layer's cache."""
     y = RMSNorm(c.rms_norm_eps, "rms_norm")(h)
     y, memory = MultiHeadAttention(c)(y, positions, memory)
-    return h + RMSNorm(c.rms_norm_eps, "rms_norm_1")(y), memory
+    return captures.tap("middle", h + RMSNorm(c.rms_norm_eps, "rms_norm_1")(y)), memory
 
 
 def add_experts(c: LanguageModelConfig, h, valid) -> LayerOutput:
@@ -554,8 +594,9 @@ def add_experts(c: LanguageModelConfig, h, valid) -> LayerOutput:
     else:
         gate = jax.nn.gelu(Linear(c.ffn_size, c.activations, "linear")(x))
         y = gate * Linear(c.ffn_size, c.activations, "linear_v")(x)
-        y = Linear(c.emb_size, c.activations, "linear_1")(y)
-    h = h + RMSNorm(c.rms_norm_eps, "rms_norm_3")(y)
+        y = captures.tap("experts/hidden", y)
+        y = captures.tap("experts/output", Linear(c.emb_size, c.activations, "linear_1")(y))
+    h = captures.tap("hidden", h + RMSNorm(c.rms_norm_eps, "rms_norm_3")(y))
     return LayerOutput(h, logits, probs, index)
 
 
@@ -601,20 +642,23 @@ class LanguageModel(hk.Module):
     ) -> LanguageModelOutput:
         """The logits after each token, or after the last one of each row.
 
-        tokens: int32 [B, T], padded on the right
+        tokens: int32 [B, T], padded on the right. ValueError for ids outside of the vocabulary;
+          under `jit`, where no value can be an error, their logits are NaN
         memory: the cache to continue and to extend; without one the rows stand alone
         lengths: int32 [B], tokens of each row that are not padding (by default all T); a row of
           length 0 does not advance, and what it writes is overwritten before it can be seen
         """
+        check_ids(tokens, self.config.vocab_size)
         if lengths is None:
             lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
         embed = InOutEmbed(self.config)
-        layers, memory = self.transformer(embed(tokens), lengths, memory)
+        h = captures.tap("embedding", embed(tokens))
+        layers, memory = self.transformer(h, lengths, memory)
         h = layers[-1].hidden
         if last_only:
             h = jnp.take_along_axis(h, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         h = RMSNorm(self.config.rms_norm_eps)(h)
-        return LanguageModelOutput(embed.decode(h), memory, layers)
+        return LanguageModelOutput(captures.tap("logits", embed.decode(h)), memory, layers)
 
 
 # --- Edges ----------------------------------------------------------------------------------------

@@ -73,6 +73,10 @@ class QuantizedWeight:
         """Logical shape [..., I, O]."""
         return tuple(self.codes.shape)
 
+    def __getitem__(self, expert: int) -> "QuantizedWeight":
+        """One expert's weight [I, O] of [E, I, O]."""
+        return _expert(self, expert)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -121,6 +125,19 @@ class PackedWeight:
             outputs, width = groups * LANES, quads * QUAD
         return (*lead, 4 * width // self.planes - self.padding, outputs)
 
+    def __getitem__(self, expert: int) -> "PackedWeight":
+        """One expert's weight [I, O] of [E, I, O]."""
+        return _expert(self, expert)
+
+
+def _expert(w, expert: int):
+    """IndexError unless w is [E, I, O] and has this expert, which ends a loop over them, too."""
+    if len(w.shape) != 3:
+        raise IndexError(f"a weight [I, O], {list(w.shape)}, has no experts to index")
+    if not -w.shape[0] <= expert < w.shape[0]:
+        raise IndexError(f"expert {expert} of {w.shape[0]}; the first is 0")
+    return jax.tree.map(lambda x: x[expert], w)
+
 
 Weight = jax.Array | QuantizedWeight | PackedWeight
 
@@ -134,6 +151,12 @@ def dequantize(w: Weight) -> jax.Array:
     codes = codes_of(w).reshape(*lead, groups, inputs // groups, outputs)
     scales = w.scales[..., :, None, :].astype(np.float32)
     return (codes.astype(np.float32) * scales).reshape(w.shape)
+
+
+def count(params: Any) -> int:
+    """The number of weights that a tree of parameters, in any formats, stands for."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "shape"))
+    return sum(math.prod(w.shape) for w in leaves)
 
 
 def codes_of(w: QuantizedWeight | PackedWeight):
@@ -205,6 +228,38 @@ def unpack(w: PackedWeight):
     codes = _sum_planes(trits, _of_slabs(w.multipliers, packed.shape[-4]))
     codes = codes.reshape(*lead, outputs, -1)
     return codes[..., : w.shape[-2]].swapaxes(-1, -2)
+
+
+def trits_of(w: PackedWeight):
+    """The trits of a packed weight, int8 [..., I, O]; with multipliers, of planes [..., P, I, O].
+
+    `pack(trits_of(w), w.scales, w.multipliers)` is w, in rows.
+    """
+    w = in_rows(w)
+    planes, inputs = w.planes, w.shape[-2]
+    *lead, outputs, width = w.packed.shape
+    packed = w.packed.reshape(*lead, outputs, -1, planes, 1, w.block)
+    trits = _trits_at(packed, np.array([0, 2, 4, 6], np.uint8)[:, None])
+    trits = trits.swapaxes(-4, -3).reshape(*lead, outputs, planes, -1)[..., :inputs]
+    trits = trits.swapaxes(-3, -1).swapaxes(-3, -2)  # [..., P, I, O]
+    return trits[..., 0, :, :] if w.multipliers is None else trits
+
+
+def with_trits(w: PackedWeight, trits) -> PackedWeight:
+    """w with other trits, an array like `trits_of(w)`, in the form that w has. NumPy in, NumPy out.
+
+    Raises ValueError for an array of another shape, and for what is no trit.
+    """
+    wanted = jax.eval_shape(trits_of, w).shape
+    if trits.shape != wanted:
+        raise ValueError(
+            f"trits of this weight are {list(wanted)}, got {list(trits.shape)}; see trits_of"
+        )
+    if not isinstance(trits, jax.core.Tracer) and (wrong := trits[abs(trits) > 1]).size:
+        raise ValueError(f"a trit is -1, 0 or 1, got {wrong[0]}; clip or round first")
+    rows = in_rows(w)
+    packed = pack(trits, rows.scales, rows.multipliers, w.block)
+    return interleave(packed) if w.interleaved else packed
 
 
 def interleaves(outputs: int, width: int, block: int) -> bool:
@@ -516,14 +571,25 @@ def _each_product(product, x, w, experts):
 
     def body(i, y):
         one = lax.cond(
-            experts[i] < 0,
+            _is_skipped(experts[i]),
             lambda: jnp.zeros(result.shape, result.dtype),
-            lambda: product(x[i], w, experts[i]),
+            lambda: jnp.where(experts[i] < 0, 0, product(x[i], w, experts[i])),
         )
         return lax.dynamic_update_index_in_dim(y, one, i, axis=0)
 
     y = kernels.zeros_after(x, (len(experts), *result.shape), result.dtype)
     return lax.fori_loop(0, len(experts), body, y)
+
+
+@jax.custom_batching.custom_vmap
+def _is_skipped(expert):
+    return expert < 0
+
+
+@_is_skipped.def_vmap
+def _(size, batched, expert):
+    """Whether all are: for a condition of each, JAX would copy the weights that many times."""
+    return jnp.all(expert < 0), False
 
 
 def _of_blocks(w, experts):
@@ -533,21 +599,28 @@ def _of_blocks(w, experts):
     return w.at[jnp.where(experts < 0, len(w), experts)].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _integer_products(x, trits):  # [blocks, R, I], [blocks, I, O] -> [blocks, R, O]
     """Products of floats that are integers of 8 bits: exact in bfloat16 with sums in float32.
 
-    The gradient that comes back is rounded to bfloat16.
+    Gradients and tangents that come are rounded to bfloat16.
     """
     return _matmul(x.astype(jnp.bfloat16), trits.astype(jnp.bfloat16), BATCHED)
 
 
-def _integer_products_forward(x, trits):
-    x, trits = x.astype(jnp.bfloat16), trits.astype(jnp.bfloat16)
-    return _matmul(x, trits, BATCHED), (x, trits)
+@_integer_products.defjvp
+def _(primals, tangents):
+    kept = tuple(x.astype(jnp.bfloat16) for x in primals)
+    dy = kernels.linear(_integer_tangent, _integer_backward, kept, tangents)
+    return _matmul(*kept, BATCHED), dy
 
 
-def _integer_products_backward(kept, dy):
+def _integer_tangent(kept, tangents):
+    (x, trits), (dx, d_trits) = kept, (d.astype(jnp.bfloat16) for d in tangents)
+    return _matmul(dx, trits, BATCHED) + _matmul(x, d_trits, BATCHED)
+
+
+def _integer_backward(kept, dy):
     x, trits = kept
     dy = dy.astype(jnp.bfloat16)
     dx = _matmul(dy, trits, (((2,), (2,)), ((0,), (0,))))
@@ -562,9 +635,6 @@ def _transposed(x):
     which on a CPU is then one for float32, eight times as slow.
     """
     return x.swapaxes(-1, -2)
-
-
-_integer_products.defvjp(_integer_products_forward, _integer_products_backward)
 
 
 def _matmul(x, w, contract):
@@ -670,7 +740,7 @@ def quantize_table(table: jax.Array) -> QuantizedWeight:
 def table_rows(
     table: jax.Array | QuantizedWeight, index: jax.Array, axis_name: str | None = None
 ) -> jax.Array:
-    """Rows of a table, float32 [..., D], for index int32 [...].
+    """Rows of a table, float32 [..., D], for index int32 [...]; NaN for a row that there is not.
 
     axis_name: inside `shard_map`, the mesh axis that V is split over. Each device looks into its
       own part, and one row and zeros are added: for one index, XLA:GPU would gather the table
@@ -684,7 +754,9 @@ def table_rows(
 
     int8 = isinstance(table, QuantizedWeight)
     rows = look(table.codes).astype(jnp.float32) * look(table.scales) if int8 else look(table)
-    return (rows if axis_name is None else lax.psum(rows, axis_name)).astype(jnp.float32)
+    rows = (rows if axis_name is None else lax.psum(rows, axis_name)).astype(jnp.float32)
+    size = table.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
+    return jnp.where(((index >= 0) & (index < size))[..., None], rows, jnp.nan)
 
 
 def table_dot(x: jax.Array, table: jax.Array | QuantizedWeight) -> jax.Array:

@@ -248,7 +248,7 @@ def plan(
 def described(runner: runners.ModelRunner, params: dict, weights: str, slots: int) -> dict:
     """Lines that say what serves, and on what; params: as from `runners.abstract_weights`."""
     c, mesh = runner.config, runner.mesh
-    parameters = sum(w.size for w in jax.tree.leaves(model.abstract_params(c)))
+    parameters = quantize.count(model.abstract_params(c))
     experts = (
         f"{c.num_selected_experts} of {c.num_experts} experts" if c.num_experts > 1 else "dense"
     )

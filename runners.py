@@ -41,6 +41,7 @@ from model import (
     LanguageModelConfig,
     Memory,
     abstract_params,
+    check_ids,
     formats_of,
     init_memory,
     make_model,
@@ -187,12 +188,7 @@ def check_tokens(tokens: Any, vocab_size: int, axes: int) -> np.ndarray:
             f"token ids are integers, as in {'[5, 6]' if axes == 1 else '[[5, 6], [7, 8]]'}; "
             f"got {array.dtype} {list(array.shape)}, {reprlib.repr(tokens)}"
         )
-    bad = array[(array < 0) | (array >= vocab_size)]
-    if bad.size:
-        raise ValueError(
-            f"token id {bad[0]} is not in the vocabulary, 0 to {vocab_size - 1}; "
-            "encode texts with the model's own tokenizer"
-        )
+    check_ids(array, vocab_size)
     return array.astype(np.int32)
 
 
@@ -814,12 +810,27 @@ class InferenceRunner:
 
         Raises ValueError if it cannot run, or if its logits are not finite.
         """
+        return self.texts([request])[0]
+
+    def texts(self, requests: Iterable[Request]) -> list[str]:
+        """The continuations of some prompts, in their order; they share the slots.
+
+        Raises what `text` does, once all others have ended.
+        """
         self._check_tokenizer()
+        requests = list(requests)
+        tokens: list[list[Token]] = [[] for _ in requests]
         # Closed here: a traceback, which a notebook keeps, would keep it open, and its slot busy.
-        with contextlib.closing(self.generate([request])) as generated:
-            tokens = [token for _, token in generated]
-        if tokens[-1].error:
-            raise tokens[-1].error
+        with contextlib.closing(self.generate(requests)) as generated:
+            for number, token in generated:
+                tokens[number].append(token)
+        for number, of_one in enumerate(tokens):
+            if error := of_one[-1].error:
+                error.add_note(f"That is request {number} of {len(requests)}, counted from 0.")
+                raise error
+        return [self._decode_tokens(of_one) for of_one in tokens]
+
+    def _decode_tokens(self, tokens: Sequence[Token]) -> str:
         found = [token.token_id for token in tokens]
         if found[-1] == self.runner.config.eos_token:
             found.pop()

@@ -27,6 +27,7 @@ import numpy as np
 from kernels import building as building
 from kernels.building import build as build
 from kernels.building import keep_compilations as keep_compilations
+from kernels.gradients import linear as linear
 
 HANDLERS = (
     "TernaryDots",
@@ -98,6 +99,12 @@ def on_cpu() -> bool:
     return platform() == "cpu" and _enabled and library() is not None
 
 
+def ffi_call(name: str, outs, **options) -> Callable:
+    """`jax.ffi.ffi_call` of one of HANDLERS; under `jax.vmap` it is called for each element."""
+    target = f"ternary_grok_{name}"
+    return jax.ffi.ffi_call(target, outs, vmap_method="sequential", **options)
+
+
 # --- Where a kernel is used -----------------------------------------------------------------------
 
 _enabled = True
@@ -140,7 +147,8 @@ def accelerated(name: str) -> Callable:
     """Decorates a plain function: a kernel of this name computes it, where one takes the arguments.
 
     Arrays, or trees of them, are passed by position, and everything else by keyword. The derivative
-    is that of the plain function, which alone is computed where one is taken; or the kernel's own.
+    is that of the plain function, which alone is computed where one is taken; the gradient may be
+    the kernel's own, see `gradient_of`. Under `jax.vmap` C++ runs once for each element.
 
     The function's `kernel` gives the kernel that such arguments have on this backend, or None. It
     takes shapes for arrays, and needs only those arguments that the kernel's predicate asks for.
@@ -153,8 +161,11 @@ def accelerated(name: str) -> Callable:
             if kernel is None:
                 return plain(*arrays, **options)
             fast, slow = (functools.partial(f, **options) for f in (kernel, plain))
-            if not isinstance(kernel, jax.custom_vjp):
-                fast = jax.custom_jvp(fast)
+            fast = jax.custom_jvp(fast)
+            if gradient := getattr(kernel, "gradient", None):
+                gradient = functools.partial(gradient, **options)
+                fast.defjvp(functools.partial(_jvp_with_gradient, fast, slow, gradient))
+            else:
                 fast.defjvp(lambda primals, tangents: jax.jvp(slow, primals, tangents))
             return fast(*arrays)
 
@@ -162,6 +173,46 @@ def accelerated(name: str) -> Callable:
         return function
 
     return decorate
+
+
+def gradient_of(kernel: Callable) -> Callable:
+    """Decorates the gradient of a kernel whose arrays are floats first, and others then.
+
+    (*arrays, result, its cotangent, **options) -> cotangents of the floats
+    """
+
+    def decorate(gradient: Callable) -> Callable:
+        kernel.gradient = gradient
+        return gradient
+
+    return decorate
+
+
+def _jvp_with_gradient(fast, slow, gradient, primals, tangents):
+    """The tangents of `slow`, whose transpose is `gradient`, whose derivatives are `slow`'s."""
+    moved = tuple(t for t in tangents if getattr(t, "dtype", None) != jax.dtypes.float0)
+    count, y = len(moved), fast(*primals)
+
+    def tangent(kept, moved):
+        primals, _ = kept
+        return jax.jvp(lambda *floats: slow(*floats, *primals[count:]), primals[:count], moved)[1]
+
+    def plain_gradient(*arrays):
+        *primals, _, dy = arrays
+        _, pull = jax.vjp(lambda *floats: slow(*floats, *primals[count:]), *primals[:count])
+        return pull(dy)
+
+    @jax.custom_jvp
+    def of_kernel(*arrays):
+        return gradient(*arrays)
+
+    of_kernel.defjvp(lambda primals, tangents: jax.jvp(plain_gradient, primals, tangents))
+
+    def backward(kept, dy):
+        primals, y = kept
+        return of_kernel(*primals, y, dy)
+
+    return y, linear(tangent, backward, (primals, y), moved)
 
 
 def _kernel(name: str, *arrays, **options) -> Callable | None:
@@ -407,7 +458,7 @@ def _ternary(x, weights, experts, dtype, path=-1, levels=0, gated=0) -> list[jax
         arrays += [w.packed, multipliers, scales]
     outs = [jax.ShapeDtypeStruct((*x.shape[:2], w.shape[-1]), dtype) for w in weights]
     attributes = {"block": weights[0].block, "path": path, "levels": levels, "gated": gated}
-    call = jax.ffi.ffi_call("ternary_grok_TernaryDots", outs[:1] if gated else outs)
+    call = ffi_call("TernaryDots", outs[:1] if gated else outs)
     return call(x, experts, *arrays, **{name: np.int64(n) for name, n in attributes.items()})
 
 
@@ -417,7 +468,7 @@ def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
     The order of the sums depends on D only. Needs `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct((*x.shape[:1], *table.shape[:1]), jnp.float32)
-    return jax.ffi.ffi_call("ternary_grok_TableDot", out)(x.astype(jnp.float32), table)
+    return ffi_call("TableDot", out)(x.astype(jnp.float32), table)
 
 
 # --- Norm -----------------------------------------------------------------------------------------
@@ -428,7 +479,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
     No other row shows in a result. Needs `on_cpu()`.
     """
-    call = jax.ffi.ffi_call("ternary_grok_RmsNorm", jax.ShapeDtypeStruct(x.shape, x.dtype))
+    call = ffi_call("RmsNorm", jax.ShapeDtypeStruct(x.shape, x.dtype))
     return call(x, scale, eps=np.float32(eps))
 
 
@@ -442,7 +493,7 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Ar
     are added, so that a result depends on its pair and angle only. Needs `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return jax.ffi.ffi_call("ternary_grok_Rotate", out)(x, positions, frequencies)
+    return ffi_call("Rotate", out)(x, positions, frequencies)
 
 
 def gated_sums(rows: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
@@ -453,7 +504,7 @@ def gated_sums(rows: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array
     `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct((len(index), rows.shape[1]), jnp.float32)
-    return jax.ffi.ffi_call("ternary_grok_GatedSums", out)(rows, gates, index)
+    return ffi_call("GatedSums", out)(rows, gates, index)
 
 
 def row_maxima(x: jax.Array) -> jax.Array:
@@ -462,7 +513,7 @@ def row_maxima(x: jax.Array) -> jax.Array:
     Needs `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct((len(x), 1), jnp.float32)
-    return jax.ffi.ffi_call("ternary_grok_RowMaxima", out)(x)
+    return ffi_call("RowMaxima", out)(x)
 
 
 def round_rows(x: jax.Array, steps: jax.Array, dtype) -> jax.Array:
@@ -471,13 +522,12 @@ def round_rows(x: jax.Array, steps: jax.Array, dtype) -> jax.Array:
     What is less than 2^22 steps, that is. Needs `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct(x.shape, dtype)
-    return jax.ffi.ffi_call("ternary_grok_RoundRows", out)(x, steps)
+    return ffi_call("RoundRows", out)(x, steps)
 
 
 # --- Attention ------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
     """`attention.attend`, reading the cache only as far as each query sees it.
 
@@ -485,22 +535,17 @@ def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
     position, zeros. No array of queries by slots is made, for the gradient neither. Needs
     `on_cpu()`, and a cap of at most `LARGEST_CAP`.
     """
-    call = jax.ffi.ffi_call("ternary_grok_Attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    call = ffi_call("Attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
     return call(q, k, v, positions, multiplier=np.float32(multiplier), cap=np.float32(cap))
 
 
-def _attend_forward(q, k, v, positions, multiplier, cap):
-    y = attend(q, k, v, positions, multiplier, cap)
-    return y, (q, k, v, positions, y)
-
-
-def _attend_backward(multiplier, cap, kept, dy):
-    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept[:3]]
-    call = jax.ffi.ffi_call("ternary_grok_AttendGradient", outs)
-    return *call(*kept, dy, multiplier=np.float32(multiplier), cap=np.float32(cap)), None
-
-
-attend.defvjp(_attend_forward, _attend_backward)
+@gradient_of(attend)
+def attend_gradient(q, k, v, positions, y, dy, multiplier: float, cap: float) -> tuple:
+    """Cotangents of q, k and v."""
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    call = ffi_call("AttendGradient", outs)
+    options = {"multiplier": np.float32(multiplier), "cap": np.float32(cap)}
+    return tuple(call(q, k, v, positions, y, dy, **options))
 
 
 def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
@@ -510,7 +555,7 @@ def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array
     `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
-    call = jax.ffi.ffi_call("ternary_grok_WriteSlots", out, input_output_aliases={0: 0})
+    call = ffi_call("WriteSlots", out, input_output_aliases={0: 0})
     return call(cache, new.astype(cache.dtype), slots)
 
 
@@ -519,7 +564,7 @@ def transposed(x: jax.Array) -> jax.Array:
     *lead, rows, columns = x.shape
     batch = math.prod(lead)
     out = jax.ShapeDtypeStruct((batch, columns, rows), x.dtype)
-    turned = jax.ffi.ffi_call("ternary_grok_Transpose", out)(x.reshape(batch, rows, columns))
+    turned = ffi_call("Transpose", out)(x.reshape(batch, rows, columns))
     return turned.reshape(*lead, columns, rows)
 
 

@@ -341,12 +341,23 @@ def test_a_kernel_where_one_takes_the_arguments_with_the_derivative_of_the_plain
     np.testing.assert_array_equal(twice(x, factor=1), [1, 3])
 
 
-def test_a_kernel_may_have_a_derivative_of_its_own(monkeypatch):
-    kernel = jax.custom_vjp(lambda x, factor: 2 * factor * x, nondiff_argnums=(1,))
-    kernel.defvjp(lambda x, factor: (2 * factor * x, None), lambda factor, _, dy: (5 * dy,))
+def test_a_kernel_may_have_a_gradient_of_its_own(monkeypatch):
+    """Tangents are those of the plain function; that gradient is linear in what comes back."""
+
+    def kernel(x, factor):
+        return 2 * factor * x
+
+    @kernels.gradient_of(kernel)
+    def gradient(x, y, dy, factor):
+        return (5 * dy,)
+
     monkeypatch.setitem(kernels.KERNELS, "twice", {"gpu": (kernel,)})
     monkeypatch.setattr(kernels, "platform", lambda: "gpu")
-    assert jax.grad(lambda x: twice(x, factor=1.0))(3.0) == 5
+    f = lambda x: twice(x, factor=1.0)  # noqa: E731
+    assert jax.grad(f)(3.0) == jax.vmap(jax.grad(f))(jnp.ones(2))[1] == 5
+    assert jax.jvp(f, (3.0,), (1.0,)) == (6, 2)
+    assert jax.grad(lambda x: f(x) ** 2)(3.0) == 5 * 2 * 6
+    assert jax.jvp(jax.grad(lambda x: f(x) ** 2), (3.0,), (1.0,))[1] == 5 * 2 * 2
 
 
 # --- The output head ------------------------------------------------------------------------------
@@ -482,7 +493,8 @@ def test_a_query_that_sees_nothing_gives_zeros(shape, dtype):
     hidden = np.arange(positions.size).reshape(positions.shape) % 3 == 0
     nowhere = np.array(positions)
     nowhere[hidden] = np.resize([-1, -(2**31)], hidden.sum())
-    call = jax.jit(lambda q, k, v, p: jax.vjp(lambda q: kernels.attend(q, k, v, p, 0.2, 9.0), q))
+    attend = functools.partial(attention.attend, multiplier=0.2, cap=9.0)
+    call = jax.jit(lambda q, k, v, p: jax.vjp(lambda q: attend(q, k, v, p), q))
     found, pull = call(q, k, v, nowhere)
     assert (found[hidden] == 0).all() and (pull(jnp.ones_like(q))[0][hidden] == 0).all()
     np.testing.assert_array_equal(found[~hidden], call(q, k, v, positions)[0][~hidden])
