@@ -54,6 +54,10 @@ SCORED_SIZE = 256  # of a prompt's logits at most so many rows at once: 134 MB e
 EMBEDDINGS = "language_model/in_out_embed"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 LAYER = "transformer/decoder_layer_0"
+NOT_FINITE = (
+    "the logits of this request are not finite: its weights are damaged, or too large; "
+    "verify the checkpoint"
+)
 EXACT = {"xla_allow_excess_precision": False}  # else the batch says where XLA rounds to bfloat16
 
 # --- A model on its mesh --------------------------------------------------------------------------
@@ -627,10 +631,7 @@ class InferenceRunner:
     def prompt_tokens(self, request: Request) -> np.ndarray:
         """The prompt as int32 [T], as it will be fed; ValueError for a request that cannot run."""
         check_sampling(request)
-        prompt = request.prompt
-        tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
-        empty = operator.length_hint(tokens, 1) == 0
-        tokens = check_tokens([BOS] if empty else tokens, self.runner.config.vocab_size, axes=1)
+        tokens = self.encode(request.prompt)
         room = self.sequence_len - request.max_len
         if room < 1 or (len(tokens) > room and not request.truncate):
             raise ValueError(
@@ -639,6 +640,12 @@ class InferenceRunner:
                 "have its start dropped (truncate), or choose a longer sequence_len"
             )
         return tokens[-room:]
+
+    def encode(self, prompt: str | Sequence[int]) -> np.ndarray:
+        """The tokens of a prompt of any length, int32 [T]; ValueError if it is none."""
+        tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
+        empty = operator.length_hint(tokens, 1) == 0
+        return check_tokens([BOS] if empty else tokens, self.runner.config.vocab_size, axes=1)
 
     def _encode(self, text: str) -> Sequence[int]:
         self._check_tokenizer()
@@ -937,13 +944,7 @@ def make_token(
 ) -> Token:
     """The token of a slot, of what it sampled; active: which slots go on."""
     if math.isnan(prob):
-        return failed(
-            slot,
-            ValueError(
-                "the logits of this request are not finite: its weights are damaged, or too large; "
-                "verify the checkpoint"
-            ),
-        )
+        return failed(slot, ValueError(NOT_FINITE))
     done = not active[slot]
     return Token(slot, int(token_id), float(prob), ids, probs, float(logprob), logprobs, done)
 
