@@ -81,12 +81,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, slots: str):
     return devices
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A type of flags: a whole number, `least` or more."""
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A type of flags: a whole number, `least` or more, and at most `most`."""
 
     def parse(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, got {value}")
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            expected = f"{least} or more" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {value}")
         return value
 
     parse.__name__ = "int"  # what argparse calls it

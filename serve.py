@@ -597,7 +597,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     run.add_model_arguments(parser, str(run.MAX_SLOTS))
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=8000, help="0 for any that is free (%(default)s)")
+    add(
+        "--port",
+        type=run.at_least(0, 65535),
+        default=8000,
+        help="0 for any that is free (%(default)s)",
+    )
     add("--model-name", help="what requests call the model (the checkpoint folder's name)")
     add(
         "--api-key",
@@ -612,11 +617,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add(
         "--timeout",
-        type=float,
-        default=600.0,
+        type=above_0,
+        default=600,
         help="seconds that a request may take, waiting included (%(default)s)",
     )
     return parser.parse_args(argv)
+
+
+def above_0(text: str) -> float:
+    """A type of flags."""
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
 
 
 def bind(host: str, port: int) -> socket.socket:
