@@ -122,15 +122,11 @@ class Writer:
 
     def _beginning(self) -> int:
         """How many characters at the end of what is held are the beginning of a stop."""
-        return max(
-            (
-                size
-                for stop in self.stop
-                for size in range(1, len(stop))
-                if self.held.endswith(stop[:size])
-            ),
-            default=0,
-        )
+        held, sizes = self.held, [0]
+        for stop in self.stop:
+            longest = min(len(stop) - 1, len(held))
+            sizes += [n for n in range(1, longest + 1) if held.endswith(stop[:n])]
+        return max(sizes)
 
     def _note(self, token: int, logprob, ids, logprobs, offset: int) -> None:
         """Keeps what is wanted of a token: a NumPy number, and the likeliest ones."""
@@ -161,8 +157,8 @@ class Job:
     """A request, and what becomes of it.
 
     request: as `InferenceRunner.insert` takes it, with a prompt of tokens
-    emit: is called with each Delta, the last of which has a `finish`; or at last with an exception,
-        Failed or TimeoutError. After `cancel` only with what is on its way
+    emit: is called with each Delta that has anything, the last of which has a `finish`; or at last
+        with an exception, Failed or TimeoutError. After `cancel` only with what is on its way
     only_prompt: whether nothing is to follow the prompt; its `max_len` is then not read
     generated: tokens sampled so far
     """
@@ -290,8 +286,9 @@ class Engine:
 
     def _drop_jobs(self) -> None:
         """Those whose callers have gone, and those that took too long."""
-        now = self.clock()
-        for job in [*self._waiting, *self._running.values()]:
+        with self._changed:
+            jobs, now = [*self._waiting, *self._running.values()], self.clock()
+        for job in jobs:
             if job.cancelled:
                 self._end(job)
             elif now > job.deadline:
@@ -317,7 +314,8 @@ class Engine:
             self._waiting.popleft()
             self._running[token.slot] = job
         job.started, job.slot = None, token.slot
-        job.emit(delta)
+        if delta.text or delta.tokens:
+            job.emit(delta)
         self._give(job, token)
 
     def _step(self) -> None:

@@ -71,32 +71,13 @@ class APIError(Exception):
         return JSONResponse(self.json(), self.status, self.headers)
 
 
-def whole(value) -> bool:
-    return type(value) is int
+def of_type(*types: type) -> Callable[[Any], bool]:
+    """Whether a value is of one of these types; a bool is no int."""
+    return lambda value: type(value) in types
 
 
-def number(value) -> bool:
-    return type(value) in (int, float)
-
-
-def text(value) -> bool:
-    return isinstance(value, str)
-
-
-def texts(value) -> bool:
-    return isinstance(value, list) and all(map(text, value))
-
-
-def stops(value) -> bool:
-    return text(value) or (texts(value) and len(value) <= 4)
-
-
-def stream_options(value) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() <= {"include_usage", "include_obfuscation"}
-        and all(isinstance(x, bool) for x in value.values())
-    )
+def list_of(fine: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fine, value))
 
 
 class Field(NamedTuple):
@@ -108,10 +89,15 @@ class Field(NamedTuple):
     fine: Callable[[Any], bool]
 
 
-FLAG = "true or false", lambda x: isinstance(x, bool)
+whole, number, text, flag = of_type(int), of_type(int, float), of_type(str), of_type(bool)
+ids = list_of(whole)
 FIELDS = {
     "model": Field(None, "a text", text),
-    "prompt": Field("", "a text, a list of texts, token ids, or a list of these", lambda x: True),
+    "prompt": Field(
+        "",
+        "a text, a list of texts, token ids, or a list of these",
+        lambda x: text(x) or bool(x) and (ids(x) or list_of(lambda y: text(y) or ids(y))(x)),
+    ),
     "max_tokens": Field(16, "a whole number, 0 or more", lambda x: whole(x) and x >= 0),
     "temperature": Field(
         1.0, "a number, 0 or more", lambda x: number(x) and 0 <= x <= runners.FLOAT32_MAX
@@ -119,11 +105,21 @@ FIELDS = {
     "top_p": Field(1.0, "a number above 0, at most 1", lambda x: number(x) and 0 < x <= 1),
     "n": Field(1, "a whole number, 1 or more", lambda x: whole(x) and x >= 1),
     "seed": Field(None, "a whole number", whole),
-    "stop": Field([], "a text or a list of up to 4 texts", stops),
+    "stop": Field(
+        [],
+        "a text or a list of up to 4 texts, none of them empty",
+        lambda x: (text(x) and x) or (list_of(text)(x) and len(x) <= 4 and all(x)),
+    ),
     "logprobs": Field(None, "a whole number from 0 to 5", lambda x: whole(x) and 0 <= x <= 5),
-    "echo": Field(False, *FLAG),
-    "stream": Field(False, *FLAG),
-    "stream_options": Field({}, '{"include_usage": true or false}', stream_options),
+    "echo": Field(False, "true or false", flag),
+    "stream": Field(False, "true or false", flag),
+    "stream_options": Field(
+        {},
+        '{"include_usage": true or false}',
+        lambda x: (
+            isinstance(x, dict) and x.keys() <= {"include_usage"} and all(map(flag, x.values()))
+        ),
+    ),
     "user": Field(None, "a text", text),  # theirs to tell, nothing that we use
 }
 UNSUPPORTED = {  # and the values that ask for nothing
@@ -157,7 +153,7 @@ def read_fields(body: dict) -> dict:
     """The values of FIELDS, each of the kind that it must be; raises APIError."""
     for name in body:
         if name not in FIELDS and name not in UNSUPPORTED and name != "best_of":
-            raise APIError(400, f"Unrecognized request argument supplied: {name!r:.100}", name)
+            raise APIError(400, f"Unrecognized request argument supplied: {name!r:.100}")
     given = {name: value for name, value in body.items() if value is not None}
     for name, neutral in UNSUPPORTED.items():
         if name in given and given[name] not in neutral:
@@ -172,30 +168,15 @@ def read_fields(body: dict) -> dict:
     return values
 
 
-def read_prompts(value: Any) -> list[str | list[int]]:
-    """One prompt or several, of text or of token ids; raises APIError."""
-
-    def ids(value) -> bool:
-        return isinstance(value, list) and all(map(whole, value))
-
-    if text(value) or (ids(value) and value):
-        return [value]
-    if isinstance(value, list) and value and all(text(x) or ids(x) for x in value):
-        return value
-    expected = FIELDS["prompt"].expected
-    raise APIError(400, f"prompt must be {expected}, got {reprlib.repr(value)}", "prompt")
-
-
 def read_completion(body: dict, inference: runners.InferenceRunner, choices: int) -> Completion:
     """Checks a request, and encodes its prompts; raises APIError.
 
     choices: the most that one request may ask for
     """
     values = read_fields(body)
-    prompts, n, new = read_prompts(values["prompt"]), values["n"], values["max_tokens"]
-    stop = [values["stop"]] if text(values["stop"]) else values["stop"]
-    if "" in stop:
-        raise APIError(400, "stop must not be an empty text", "stop")
+    prompts, stop, n, new = (values[name] for name in ("prompt", "stop", "n", "max_tokens"))
+    prompts = [prompts] if text(prompts) or whole(prompts[0]) else prompts
+    stop = [stop] if text(stop) else stop
     if len(prompts) * n > choices:
         raise APIError(
             400, f"{len(prompts)} prompts, n = {n} times, are more than {choices} choices", "n"
@@ -488,8 +469,7 @@ class API:
         wanted = work.completion.logprobs is not None
         try:
             async for index, delta in deltas:
-                if delta.text or delta.tokens or delta.finish:
-                    yield event(head | {"choices": [choice_json(index, [delta], wanted)]} | usage)
+                yield event(head | {"choices": [choice_json(index, [delta], wanted)]} | usage)
         except APIError as error:
             yield event(error.json())
             return
@@ -524,27 +504,15 @@ class API:
         prompt = (await read_json(request)).get("prompt")
         if not text(prompt):
             raise APIError(400, f"prompt must be a text, got {reprlib.repr(prompt)}", "prompt")
+        try:
+            encoded = await asyncio.to_thread(self.inference.encode, prompt)
+        except ValueError as error:
+            raise APIError(400, str(error), "prompt") from None
         processor = self.inference.tokenizer
         token = processor.piece_to_id(prompt)
-        if processor.is_control(token):
-            tokens = [token]
-        else:
-            tokens = await asyncio.to_thread(self._checked, prompt) if prompt else []
+        tokens = [token] if processor.is_control(token) else encoded.tolist() if prompt else []
         found = {"count": len(tokens), "max_model_len": self.inference.sequence_len}
         return JSONResponse(found | {"tokens": tokens})
-
-    async def detokenize(self, request: Request) -> Response:
-        tokens = (await read_json(request)).get("tokens")
-        if not isinstance(tokens, list):
-            raise APIError(400, f"tokens must be token ids, got {reprlib.repr(tokens)}", "tokens")
-        tokens = self._checked(tokens) if tokens else []
-        return JSONResponse({"prompt": self.inference.tokenizer.decode(tokens)})
-
-    def _checked(self, prompt: str | list) -> list[int]:
-        try:
-            return self.inference.encode(prompt).tolist()
-        except ValueError as error:
-            raise APIError(400, str(error)) from None
 
     async def tokenizer_info(self, request: Request) -> Response:
         pieces = map(self.inference.tokenizer.id_to_piece, (tokenizer.BOS, tokenizer.EOS))
@@ -570,7 +538,6 @@ def make_app(served: engine.Engine, name: str, api_key: str | None = None) -> Gu
         Route("/v1/models", api.models),
         Route("/v1/models/{name}", api.model),
         Route("/tokenize", api.tokenize, methods=["POST"]),
-        Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/tokenizer_info", api.tokenizer_info),
         Route("/health", api.health),
         Route("/metrics", api.metrics_text),
@@ -582,9 +549,11 @@ def make_app(served: engine.Engine, name: str, api_key: str | None = None) -> Gu
         if isinstance(error, HTTPException):
             message = f"{request.method} {request.url.path}: {error.detail}"
             error = APIError(error.status_code, message, headers=error.headers)
+        if not isinstance(error, APIError):
+            error = APIError(500, "an error of the server, whose log has more of it")
         return error.response()
 
-    handlers = dict.fromkeys((APIError, HTTPException, ClientDisconnect), refused)
+    handlers = dict.fromkeys((APIError, HTTPException, ClientDisconnect, Exception), refused)
     app = Starlette(routes=routes, exception_handlers=handlers)
     return Guard(app, api.metrics, {route.path for route in routes}, api_key)
 
@@ -617,18 +586,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add(
         "--timeout",
-        type=above_0,
+        type=run.at_least(1),
         default=600,
         help="seconds that a request may take, waiting included (%(default)s)",
     )
     return parser.parse_args(argv)
-
-
-def above_0(text: str) -> float:
-    """A type of flags."""
-    if not (value := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -658,6 +620,8 @@ class Server(uvicorn.Server):
 
 
 def serve(args: argparse.Namespace) -> None:
+    if args.api_key == "":
+        raise ValueError(f"the API key is empty; give another one, or none: unset {KEY_VARIABLE}")
     bound = bind(args.host, args.port)  # before what takes minutes
     checkpoint.check_folder(args.checkpoint)
     inference = run.prepare(args, run.MAX_SLOTS)
