@@ -89,16 +89,20 @@ class Writer:
         end: whether nothing will follow
         """
         text = ""
+        if not self.echo:
+            for token in tokens[-8:]:  # what follows may finish a character, and begins no text
+                self.decoder.push(token)
+            return Delta("", [], "length" if end else None)
         for i, token in enumerate(map(int, tokens)):
-            if self.echo and i == 0:
+            if i == 0:
                 self._note(token, None, (), (), 0)
-            elif self.echo and scores is not None:
+            elif scores is not None:
                 self._note(token, *(x[i - 1] for x in scores), len(text))
             text += self.decoder.push(token)
         text += self.decoder.flush() if end else ""
-        self.length = len(text) if self.echo else 0
-        tokens, self.tokens = self.tokens, []
-        return Delta(text if self.echo else "", tokens, "length" if end else None)
+        self.length = len(text)
+        noted, self.tokens = self.tokens, []
+        return Delta(text, noted, "length" if end else None)
 
     def push(self, token: runners.Token) -> Delta:
         """One more token, which has no error."""

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import http.client
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -211,6 +212,8 @@ def written(writer, tokens):
         ("aaab", ["aab"], "a", "stop"),
         ("To be, or not", ["or", "be"], "To ", "stop"),
         ("To be", ["To be"], "", "stop"),
+        ("To be", ["o", "T"], "", "stop"),  # both in one token
+        ("To be, or", ["e,"], "To b", "stop"),
         ("naïve café €", ["€"], "naïve café ", "stop"),  # within bytes
     ],
 )
@@ -732,14 +735,14 @@ def test_requests_that_take_too_long(inference, monkeypatch):
 # --- Errors of the model --------------------------------------------------------------------------
 
 
-def fail(monkeypatch, inference, name, times, when="after"):
-    """A part of `inference` that raises the first few times that it is called."""
-    function, left = getattr(inference, name), [None] * times
+def fail(monkeypatch, inference, name, times, when="after", first=1):
+    """A part of `inference` that raises a few times that it is called, from the first on."""
+    function, calls = getattr(inference, name), itertools.count(1)
 
     def failing(*args):
-        result = None if left and when == "before" else function(*args)
-        if left:
-            left.pop()
+        fails = first <= next(calls) < first + times
+        result = None if fails and when == "before" else function(*args)
+        if fails:
             raise RuntimeError("out of memory")
         return result
 
@@ -766,30 +769,24 @@ def test_an_error_ends_requests_and_not_the_server(inference, alone, monkeypatch
         assert (status, found["status"], found["errors"]) == (200, "ok", 1)
 
 
-def test_an_error_in_a_prompt_ends_no_other(inference, processor, monkeypatch):
-    """Two requests have slots when the prompt of a third one fails."""
+@pytest.mark.parametrize("name, lost", [("_prefill", 1), ("_insert", 3)])
+def test_an_error_of_a_third_request(inference, processor, monkeypatch, name, lost):
+    """It ends two that have slots only if it took their cache."""
     found, served = [queue.Queue() for _ in range(3)], engine.Engine(inference)
-    prefill, count = inference.prefill, [0]
-
-    def third_fails(started):
-        count[0] += 1
-        if count[0] == 3:
-            raise RuntimeError("out of memory")
-        prefill(started)
-
-    monkeypatch.setattr(inference, "prefill", third_fails)
+    fail(monkeypatch, inference, name, 1, first=3)
     jobs = [job(processor, [5 + i], [], max_len=20) for i in range(3)]
     for one, events in zip(jobs, found, strict=True):
         one.emit = events.put
     served.submit(jobs)
     served.start()
-    assert isinstance(found[2].get(timeout=30), engine.Failed)
-    for events in found[:2]:
-        while not (event := events.get(timeout=30)).finish:
+    ends = []
+    for events in found:
+        while not isinstance(event := events.get(timeout=30), Exception) and not event.finish:
             pass
-        assert event.finish == "length"
+        ends.append(event)
     served.close()
-    assert served.errors == 1 and served.error is None
+    assert [isinstance(end, engine.Failed) for end in ends] == [i >= 3 - lost for i in range(3)]
+    assert (served.errors, served.error) == (1, None)
 
 
 def test_health_tells_of_a_model_that_keeps_failing(inference, monkeypatch):
