@@ -710,15 +710,17 @@ def test_who_hangs_up_leaves_its_place(inference, monkeypatch, held, stream):
 def test_requests_that_take_too_long(inference, monkeypatch):
     """Those that wait and those that run; in a stream it is the last event."""
     now = [0.0]
-    body = {"model": "toy", "prompt": "A", "max_tokens": 70, "n": 2}
+    body = {"model": "toy", "prompt": "A", "max_tokens": 70}
     with serving(inference, timeout=5, clock=lambda: now[0]) as client:
         gate = Gate(monkeypatch, inference, "step", client)
-        with (
-            client.open("/v1/completions", body) as runs,
-            client.open("/v1/completions", body | {"stream": True}) as streams,
-            client.open("/v1/completions", body) as waits,
-        ):
-            until(lambda: len(gate.jobs) == 6 and gate.reached.is_set())
+        with contextlib.ExitStack() as stack:
+            runs = stack.enter_context(client.open("/v1/completions", body))
+            until(gate.reached.is_set)
+            streams = client.open("/v1/completions", body | {"stream": True})
+            streams = stack.enter_context(streams)
+            waits = stack.enter_context(client.open("/v1/completions", body))
+            until(lambda: len(gate.jobs) == 3)
+            assert (client.engine.running, client.engine.waiting) == (1, 2)
             now[0] = 5.1
             gate.open()
             for connection in (runs, waits):
@@ -899,7 +901,15 @@ def test_the_command(folder, number, host, key):
         assert process.stderr.read().split() == ["stop", "all", "requests", "have", "ended"]
 
 
-def test_commands_that_are_refused(folder, capsys):
+@pytest.fixture
+def handlers():
+    """Those of signals are afterwards what they were."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_commands_that_are_refused(folder, capsys, handlers):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = str(taken.getsockname()[1])
         with pytest.raises(SystemExit, match=f"error: cannot listen on 127.0.0.1:{port}"):
