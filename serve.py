@@ -250,13 +250,13 @@ def logprobs_json(tokens: list[engine.TokenText]) -> dict:
     }
 
 
-def choice_json(index: int, deltas: list[engine.Delta], logprobs: bool) -> dict:
-    """A choice, or part of one, of what came of it."""
+def choice_json(index: int, delta: engine.Delta, logprobs: bool) -> dict:
+    """A choice, or part of one."""
     return {
-        "text": "".join(delta.text for delta in deltas),
+        "text": delta.text,
         "index": index,
-        "logprobs": logprobs_json([t for d in deltas for t in d.tokens]) if logprobs else None,
-        "finish_reason": deltas[-1].finish,
+        "logprobs": logprobs_json(delta.tokens) if logprobs else None,
+        "finish_reason": delta.finish,
     }
 
 
@@ -267,6 +267,7 @@ class Work:
         """Raises APIError if there is no room for them; needs a running event loop."""
         self.completion = completion
         self.events: asyncio.Queue = asyncio.Queue()
+        self.parts: list[list[engine.Delta]] = [[] for _ in completion.requests]
         config, processor = served.inference.runner.config, served.inference.tokenizer
         settings = completion.stop, completion.echo, completion.logprobs
         self.jobs = [
@@ -284,6 +285,13 @@ class Work:
             raise APIError(503, str(error), headers={"Retry-After": "1"}) from None
 
     def _emit(self, loop: asyncio.AbstractEventLoop, index: int, event) -> None:
+        """Called by the engine; without a stream, the event loop need not wake for each token."""
+        if not self.completion.stream and isinstance(event, engine.Delta):
+            self.parts[index].append(event)
+            if not event.finish:
+                return
+            texts, tokens, _ = zip(*self.parts[index], strict=True)
+            event = event._replace(text="".join(texts), tokens=[t for part in tokens for t in part])
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
 
@@ -368,7 +376,7 @@ class Metrics:
         self.first, self.whole = (
             prometheus_client.Histogram(name, text, buckets=times, registry=self.registry)
             for name, text in (
-                ("ternary_grok_first_text_seconds", "From a request to its first text"),
+                ("ternary_grok_first_text_seconds", "From a request to what is first sent of it"),
                 ("ternary_grok_completion_seconds", "From a request to the end of its answer"),
             )
         )
@@ -457,11 +465,9 @@ class API:
         self.metrics.whole.observe(time.perf_counter() - begin)
 
     async def _whole(self, head: dict, work: Work, deltas: AsyncIterator) -> Response:
-        found: list[list[engine.Delta]] = [[] for _ in work.jobs]
-        async for index, delta in deltas:
-            found[index].append(delta)
         wanted = work.completion.logprobs is not None
-        choices = [choice_json(i, parts, wanted) for i, parts in enumerate(found)]
+        found = [choice_json(index, delta, wanted) async for index, delta in deltas]
+        choices = sorted(found, key=lambda choice: choice["index"])
         return JSONResponse(head | {"choices": choices, "usage": work.usage()})
 
     async def _stream(self, head: dict, work: Work, deltas: AsyncIterator) -> AsyncIterator[str]:
@@ -469,7 +475,7 @@ class API:
         wanted = work.completion.logprobs is not None
         try:
             async for index, delta in deltas:
-                yield event(head | {"choices": [choice_json(index, [delta], wanted)]} | usage)
+                yield event(head | {"choices": [choice_json(index, delta, wanted)]} | usage)
         except APIError as error:
             yield event(error.json())
             return
