@@ -493,6 +493,16 @@ def test_a_prompt_goes_on_after_ctrl_c_and_not_after_an_error(inference, monkeyp
     assert exact(complete(inference, request)) == alone
 
 
+def test_nothing_compiles_after_warm_up_of_scored_prompts(inference):
+    inference.warm_up([3, 20], scored=True)
+    before = inference._prefill._cache_size()
+    for length in (1, 4, 16, 22):
+        started = inference.start(Request([7] * length, 0, max_len=3), scored=True)
+        while started.left:
+            inference.prefill(started)
+    assert inference._prefill._cache_size() == before
+
+
 @pytest.mark.parametrize("length", [1, 16, 35])
 def test_log_probabilities_of_a_prompt_are_those_of_a_plain_pass(inference, length, monkeypatch):
     monkeypatch.setattr(runners, "SCORED_SIZE", 4)

@@ -158,7 +158,8 @@ def client(inference):
 
 
 class Gate:
-    """Holds a method of `inference` before it does anything, until `open`; keeps its jobs."""
+    """Holds a method of `inference` before it does anything, until `open`, or the end of a block;
+    keeps the jobs of a client's server."""
 
     def __init__(self, monkeypatch, inference, name, client):
         self.reached, self.opened, self.jobs = threading.Event(), threading.Event(), []
@@ -178,6 +179,12 @@ class Gate:
 
     def open(self):
         self.opened.set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.open()
 
 
 # --- Text and stops, without a model --------------------------------------------------------------
@@ -664,11 +671,10 @@ def test_a_full_queue(inference, monkeypatch):
     with (
         serving(inference, queue=2) as client,
         concurrent.futures.ThreadPoolExecutor(SLOTS) as threads,
+        Gate(monkeypatch, inference, "step", client) as gate,
     ):
-        gate = Gate(monkeypatch, inference, "step", client)
         waiting = [threads.submit(client.complete, prompt="A") for _ in range(SLOTS)]
         until(lambda: len(gate.jobs) == SLOTS)
-        more = threads.submit(lambda: None)
         with client.open("/v1/completions", {"model": "toy", "prompt": "A", "n": 2}) as fits:
             until(lambda: len(gate.jobs) == SLOTS + 2)
             status, headers, found = client.ask("/v1/completions", {"model": "toy"})
@@ -679,13 +685,13 @@ def test_a_full_queue(inference, monkeypatch):
             assert (error["status"], error["param"]) == (400, "n")  # never to be had
             gate.open()
             assert len(json.loads(fits.getresponse().read())["choices"]) == 2
-        assert all(len(w.result()["choices"]) == 1 for w in waiting) and more.result() is None
+        assert all(len(w.result()["choices"]) == 1 for w in waiting)
 
 
 @pytest.mark.parametrize("held", ["prefill", "step"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_leaves_its_place(inference, monkeypatch, held, stream):
-    """Of as many as decode, or are prefilled, and of those who wait."""
+    """One that decodes, or is prefilled, and those that wait."""
     body = {
         "model": "toy",
         "prompt": "A" * 20,
@@ -693,8 +699,7 @@ def test_who_hangs_up_leaves_its_place(inference, monkeypatch, held, stream):
         "stream": stream,
         "temperature": 0,
     }
-    with serving(inference) as client:
-        gate = Gate(monkeypatch, inference, held, client)
+    with serving(inference) as client, Gate(monkeypatch, inference, held, client) as gate:
         with contextlib.ExitStack() as stack:
             for _ in range(SLOTS + 2):
                 stack.enter_context(client.open("/v1/completions", body))
@@ -711,8 +716,10 @@ def test_requests_that_take_too_long(inference, monkeypatch):
     """Those that wait and those that run; in a stream it is the last event."""
     now = [0.0]
     body = {"model": "toy", "prompt": "A", "max_tokens": 70}
-    with serving(inference, timeout=5, clock=lambda: now[0]) as client:
-        gate = Gate(monkeypatch, inference, "step", client)
+    with (
+        serving(inference, timeout=5, clock=lambda: now[0]) as client,
+        Gate(monkeypatch, inference, "step", client) as gate,
+    ):
         with contextlib.ExitStack() as stack:
             runs = stack.enter_context(client.open("/v1/completions", body))
             until(gate.reached.is_set)
