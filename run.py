@@ -212,14 +212,17 @@ def plan(
     weights: str,
     precision: dict[str, str],
     slots: int,
+    scored: bool = False,
 ) -> None:
     """Reports the resolved configuration; ValueError if a device has too little memory for it.
 
     Weights that are mapped may be more than there is.
+
+    scored: whether log-probabilities of prompts will be wanted
     """
     c, mesh = runner.config, runner.mesh
     params = runners.abstract_weights(c, precision)
-    needed = runners.device_memory(runner, params, slots, c.sequence_len)
+    needed = runners.device_memory(runner, params, slots, c.sequence_len, scored=scored)
     total, limit = sum(needed.values()), sharding.memory_limit(mesh)
     parameters = sum(w.size for w in jax.tree.leaves(model.abstract_params(c)))
     experts = (
@@ -394,10 +397,12 @@ def report_speed(timing: runners.Timing) -> None:
 # --- The command ----------------------------------------------------------------------------------
 
 
-def prepare(args: argparse.Namespace, requests: int) -> runners.InferenceRunner:
+def prepare(
+    args: argparse.Namespace, requests: int, scored: bool = False
+) -> runners.InferenceRunner:
     """What the flags ask for, with slots for so many requests if they do not say; reports it.
 
-    Loads nothing. Raises ValueError, or checkpoint.CheckpointError.
+    Loads nothing. Raises ValueError, or checkpoint.CheckpointError. scored: as `plan` takes it
     """
     config = resolve_config(args)
     runner = runners.ModelRunner(config, resolve_mesh(args.mesh, config.num_kv_heads))
@@ -409,7 +414,7 @@ def prepare(args: argparse.Namespace, requests: int) -> runners.InferenceRunner:
     processor = tokenizer.load(args.checkpoint, config.vocab_size)
     weights = args.weights or checkpoint.default_weights(args.checkpoint)
     precision = runners.precision_of(args.checkpoint, model.abstract_params(config), args.weights)
-    plan(args, runner, weights, precision, slots)
+    plan(args, runner, weights, precision, slots, scored)
     return runners.InferenceRunner(runner, processor, slots)
 
 

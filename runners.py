@@ -50,7 +50,7 @@ from model import (
 BOS = 1  # what an empty prompt starts from
 TOP_K = 8  # alternatives that come with each token
 PAD_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # prefill is compiled for each one that is used
-SCORED_SIZE = 256  # of a prompt's logits at most so many rows at once: 134 MB each time for Grok-1
+SCORED_SIZE = 256  # chunks of a prompt all of whose logits are needed, 134 MB of Grok-1's
 EMBEDDINGS = "language_model/in_out_embed"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 LAYER = "transformer/decoder_layer_0"
@@ -1010,12 +1010,18 @@ def abstract_weights(config: LanguageModelConfig, precision: quantize.Rules) -> 
 
 
 def device_memory(
-    runner: ModelRunner, params: dict, slots: int, sequence_len: int, backend: str | None = None
+    runner: ModelRunner,
+    params: dict,
+    slots: int,
+    sequence_len: int,
+    backend: str | None = None,
+    scored: bool = False,
 ) -> dict:
     """Bytes that serving takes on each device, by purpose; nothing is allocated.
 
     params: as from `abstract_weights`
     backend: that it is for, if not this one
+    scored: whether prompts will be: three times the logits of SCORED_SIZE tokens
 
     "activations" is an estimate: what the larger of a prefill chunk and a decode step needs besides
     its arguments, and the logits of all slots, five times, to sort and to sample them.
@@ -1031,11 +1037,12 @@ def device_memory(
     step = functools.partial(step_bytes, config, local, sequence_len, fused=fused)
     prefill = step(1, min(PAD_SIZES[-1], sequence_len))
     decode = step(-(-slots // mesh.shape["data"]), 1)
+    scores = 3 * 4 * min(SCORED_SIZE, sequence_len) * config.vocab_size if scored else 0
     return {
         "weights": sharding.device_bytes(params, shardings) - table,
         "embeddings": table,
         "cache": sum(sharding.device_bytes(row, slots_shardings(mesh, row)) for row in rows),
-        "activations": max(prefill, decode) + 5 * 4 * slots * config.vocab_size,
+        "activations": max(prefill, decode, scores) + 5 * 4 * slots * config.vocab_size,
     }
 
 

@@ -630,7 +630,7 @@ def serve(args: argparse.Namespace) -> None:
         raise ValueError(f"the API key is empty; give another one, or none: unset {KEY_VARIABLE}")
     bound = bind(args.host, args.port)  # before what takes minutes
     checkpoint.check_folder(args.checkpoint)
-    inference = run.prepare(args, run.MAX_SLOTS)
+    inference = run.prepare(args, run.MAX_SLOTS, scored=True)
     if args.host not in LOOPBACK and not args.api_key:
         run.report(note=f"anybody who reaches {args.host} can use this: set {KEY_VARIABLE}")
     run.load(args, inference.runner)

@@ -955,7 +955,7 @@ def test_loops_make_the_zeros_that_they_start_from(weights, monkeypatch):
         assert len(loop.outvars) == loop.params.get("num_carry", len(loop.outvars))
 
 
-def compiled_bytes(runner, weights, slots, sequence_len):
+def compiled_bytes(runner, weights, slots, sequence_len, scored=False):
     """What XLA says that serving takes: all that stays, and the larger of what two steps add."""
     make = functools.partial(runners.empty_slots, runner.config, sequence_len=sequence_len)
     shapes = [jax.eval_shape(functools.partial(make, slots=n)) for n in (slots, 1)]
@@ -966,10 +966,15 @@ def compiled_bytes(runner, weights, slots, sequence_len):
         (params, *shapes),
         (sharding.parameter_shardings(runner.mesh, params), *places),
     )
-    tokens = np.zeros((1, min(runners.PAD_SIZES[-1], sequence_len)), np.int32)
+    size = runners.SCORED_SIZE if scored else runners.PAD_SIZES[-1]
+    tokens = np.zeros((1, min(size, sequence_len)), np.int32)
+    following = [tokens] * scored
     prefill, decode = runners.jit_steps(runner, places[0], places[1].memory)
     with jax.set_mesh(runner.mesh):
-        steps = prefill.lower(params, row.memory, tokens, 0, 1), decode.lower(params, all_slots)
+        steps = [
+            prefill.lower(params, row.memory, tokens, 0, 1, *following),
+            decode.lower(params, all_slots),
+        ]
         steps = [step.compile().memory_analysis() for step in steps]
     added = [s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in steps]
     return steps[1].argument_size_in_bytes + steps[0].alias_size_in_bytes + max(added)
@@ -1000,6 +1005,16 @@ def test_planned_memory_is_at_least_what_is_compiled(changes, weights, mesh, slo
     )
     compiled = compiled_bytes(runner, weights, slots, 1024)
     assert compiled <= planned <= 1.2 * compiled
+
+
+def test_planned_memory_of_scored_prompts_is_at_least_what_is_compiled():
+    config = dataclasses.replace(
+        model.PRESETS["bench"], emb_size=256, key_size=64, num_q_heads=4, num_layers=2
+    )
+    runner = runners.ModelRunner(config, sharding.make_mesh(1, 1))
+    planned = device_memory(runner, "ternary", 1, 1024, scored=True)
+    compiled = compiled_bytes(runner, "ternary", 1, 1024, scored=True)
+    assert compiled <= sum(planned.values()) <= 1.2 * compiled
 
 
 def test_planned_memory_of_a_toy_is_at_least_what_is_compiled():
