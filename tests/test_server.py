@@ -737,6 +737,7 @@ def test_requests_that_take_too_long(inference, monkeypatch):
                 assert error["message"] == "it took longer than 5 seconds"
             events = streams.getresponse().read().decode().split("\n\n")
             assert json.loads(events[-2][6:])["error"]["code"] == "timeout"
+        assert gate.jobs[0].generated and not any(job.generated for job in gate.jobs[1:])
         until(lambda: not client.engine.running and not client.engine.waiting)
         assert client.complete(prompt="A", max_tokens=2)["usage"]["completion_tokens"] == 2
 
