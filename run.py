@@ -46,8 +46,11 @@ FLAGS = {  # of what errors of requests name
 }
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def add_model_arguments(parser: argparse.ArgumentParser, slots: str):
+    """The flags that `prepare` and `load` read; the group of devices, for more of these.
+
+    slots: how many there are by default, in words
+    """
     add = parser.add_argument_group("model").add_argument
     add(
         "--checkpoint",
@@ -69,10 +72,35 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="refuse weights that are no numbers, such as NaN, while they load (yes)",
     )
 
-    add = parser.add_argument_group("devices").add_argument
+    devices = parser.add_argument_group("devices")
+    add = devices.add_argument
     add("--mesh", metavar="D,M", help="data,model axes (1, as many devices as divide the heads)")
-    add("--slots", type=int, help=f"requests that decode together (the prompts, up to {MAX_SLOTS})")
-    add("--sequence-len", type=int, help="longest prompt and continuation (the model's context)")
+    add("--slots", type=int, help=f"requests that decode together ({slots})")
+    add(
+        "--sequence-len",
+        type=at_least(2),
+        help="longest prompt and continuation (the model's context)",
+    )
+    return devices
+
+
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A type of flags: a whole number, `least` or more, and at most `most`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            expected = f"{least} or more" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {value}")
+        return value
+
+    parse.__name__ = "int"  # what argparse calls it
+    return parse
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = add_model_arguments(parser, f"the prompts, up to {MAX_SLOTS}").add_argument
     add(
         "--distributed",
         nargs="?",
@@ -97,10 +125,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="sample from this much probability (%(default)s)")
     add("--seed", type=int, default=42, help="same seed, same text (%(default)s)")
     add("--truncate", action="store_true", help="drop the start of prompts that do not fit")
-    args = parser.parse_args(argv)
-    if args.sequence_len is not None and args.sequence_len < 2:
-        parser.error(f"--sequence-len must be 2 or more, got {args.sequence_len}")
-    return args
+    return parser.parse_args(argv)
 
 
 def join_hosts(where: str) -> None:
@@ -223,13 +248,17 @@ def plan(
     weights: str,
     precision: dict[str, str],
     slots: int,
+    scored: bool = False,
 ) -> None:
     """Reports the resolved configuration; ValueError if a device has too little memory for it.
 
     Weights that are mapped may be more than there is.
+
+    scored: whether log-probabilities of prompts will be wanted
     """
-    params = runners.abstract_weights(runner.config, precision)
-    needed = runners.device_memory(runner, params, slots, runner.config.sequence_len)
+    c = runner.config
+    params = runners.abstract_weights(c, precision)
+    needed = runners.device_memory(runner, params, slots, c.sequence_len, scored)
     total, limit = sum(needed.values()), sharding.memory_limit(runner.mesh)
     report(
         **described(runner, params, weights, slots),
@@ -461,38 +490,53 @@ def report_speed(timing: runners.Timing) -> None:
 # --- The command ----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Job:
-    """What the flags ask for, checked; no weights yet."""
+def prepare(
+    args: argparse.Namespace, requests: int, scored: bool = False
+) -> runners.InferenceRunner:
+    """What the flags ask for, with slots for so many requests if they do not say; reports it.
 
-    inference: runners.InferenceRunner
-    request: runners.Request
-    requests: list[runners.Request]
-
-
-def prepare(args: argparse.Namespace) -> Job:
-    """Reads all but the weights, and reports the plan; ValueError for what cannot run."""
-    checkpoint.check_folder(args.checkpoint)
-    prompts = read_prompts(args)
+    Loads nothing. Raises ValueError, or checkpoint.CheckpointError. scored: as `plan` takes it
+    """
     config = resolve_config(args)
     runner = runners.ModelRunner(config, resolve_mesh(args.mesh, config.num_kv_heads))
     data = runner.mesh.shape["data"]
     slots = args.slots
     if slots is None:
-        slots = -(-min(max(len(prompts), 1), MAX_SLOTS) // data) * data
+        slots = -(-min(max(requests, 1), MAX_SLOTS) // data) * data
     runners.check_slots(slots, runner.mesh)
     processor = tokenizer.load(args.checkpoint, config.vocab_size)
     weights = args.weights or checkpoint.default_weights(args.checkpoint)
     precision = runners.precision_of(args.checkpoint, model.abstract_params(config), args.weights)
-    plan(args, runner, weights, precision, slots)
+    plan(args, runner, weights, precision, slots, scored)
+    return runners.InferenceRunner(runner, processor, slots)
 
-    inference = runners.InferenceRunner(runner, processor, slots)
+
+def load(args: argparse.Namespace, runner: runners.ModelRunner) -> None:
+    """Loads the weights, and reports it."""
+    begin = time.perf_counter()
+    progress = sys.stderr.isatty()
+    on_all_hosts(lambda: runner.load(args.checkpoint, args.weights, progress, args.check))
+    loaded = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
+    mapped = f", {readable_size(runner.mapped_bytes)} of it mapped" if runner.mapped_bytes else ""
+    report(load=f"{readable_size(loaded)} in {time.perf_counter() - begin:.1f} s{mapped}")
+
+
+def read_requests(
+    args: argparse.Namespace,
+) -> tuple[runners.InferenceRunner, runners.Request, list[runners.Request]]:
+    """What the flags ask for: the request of any prompt, and those of the prompts, as tokens.
+
+    Loads nothing; ValueError for what cannot run.
+    """
+    checkpoint.check_folder(args.checkpoint)
+    prompts = read_prompts(args)
+    inference = prepare(args, len(prompts))
     request = runners.Request(
         "", args.temperature, args.top_p, args.seed, args.max_len, args.truncate
     )
     requests = [dataclasses.replace(request, prompt=prompt) for prompt in prompts]
     requests = [dataclasses.replace(r, prompt=prompt_tokens(inference, r)) for r in requests]
-    return Job(inference, request, requests)
+    return inference, request, requests
 
 
 def run(args: argparse.Namespace) -> None:
@@ -501,23 +545,15 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.distributed is not None:
         join_hosts(args.distributed)
-    job = on_all_hosts(lambda: prepare(args))
-    inference, runner = job.inference, job.inference.runner
-
-    begin = time.perf_counter()
-    progress = sys.stderr.isatty()
-    on_all_hosts(lambda: runner.load(args.checkpoint, args.weights, progress, args.check))
-    loaded = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
-    mapped = f", {readable_size(runner.mapped_bytes)} of it mapped" if runner.mapped_bytes else ""
-    report(load=f"{readable_size(loaded)} in {time.perf_counter() - begin:.1f} s{mapped}")
-
-    if not job.requests:
-        converse(inference, job.request)
+    inference, request, requests = on_all_hosts(lambda: read_requests(args))
+    load(args, inference.runner)
+    if not requests:
+        converse(inference, request)
         return
     begin = time.perf_counter()
-    inference.warm_up(len(request.prompt) for request in job.requests)
+    inference.warm_up(len(request.prompt) for request in requests)
     report(compile=f"{time.perf_counter() - begin:.1f} s")
-    answer(inference, job.requests)
+    answer(inference, requests)
     report_speed(inference.timing)
 
 

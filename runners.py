@@ -51,9 +51,14 @@ from model import (
 BOS = 1  # what an empty prompt starts from
 TOP_K = 8  # alternatives that come with each token
 PAD_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # prefill is compiled for each one that is used
+SCORED_SIZE = 256  # chunks of a prompt all of whose logits are needed, 134 MB of Grok-1's
 EMBEDDINGS = "language_model/in_out_embed"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 LAYER = "transformer/decoder_layer_0"
+NOT_FINITE = (
+    "the logits of this request are not finite: its weights are damaged, or too large; "
+    "verify the checkpoint"
+)
 EXACT = {"xla_allow_excess_precision": False}  # else the batch says where XLA rounds to bfloat16
 
 # --- A model on its mesh --------------------------------------------------------------------------
@@ -225,8 +230,26 @@ class SampleSettings(NamedTuple):
     max_len: jax.Array
 
 
+class LogProbs(NamedTuple):
+    """What the model gave to tokens, before temperature and top-p: float32 [...], and the likeliest
+    ones in their places, int32 [..., TOP_K], with theirs."""
+
+    logprob: jax.Array
+    top_k_token_ids: jax.Array
+    top_k_logprobs: jax.Array
+
+
+def log_probs(logits: jax.Array, token_id: jax.Array) -> LogProbs:
+    """log p of tokens, int32 [...], and of the likeliest, from float32 logits [..., V]."""
+    top_k, top_k_ids = lax.top_k(logits, min(TOP_K, logits.shape[-1]))
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, token_id[..., None], axis=-1)
+    return LogProbs((chosen - total)[..., 0], top_k_ids, top_k - total)
+
+
 class SampleOutput(NamedTuple):
-    """A token of each row, int32 [B], and the most likely ones [B, TOP_K], with probabilities.
+    """A token of each row, int32 [B], and the most likely ones [B, TOP_K], with probabilities, and
+    with those of `LogProbs`.
 
     prob is NaN if the largest logit of the row is not finite, as with any NaN among them; then
     nothing else in it has a meaning.
@@ -236,6 +259,8 @@ class SampleOutput(NamedTuple):
     prob: jax.Array
     top_k_token_ids: jax.Array
     top_k_probs: jax.Array
+    logprob: jax.Array
+    top_k_logprobs: jax.Array
 
 
 def top_p_filter(logits: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -278,7 +303,6 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     shifted = logits - largest
     allowed = top_p_filter(shifted / temperature, settings.nucleus_p)
     total = jax.nn.logsumexp(allowed, axis=-1, keepdims=True)
-    top_k, top_k_ids = lax.top_k(allowed, min(TOP_K, logits.shape[-1]))
     ids = jnp.arange(logits.shape[-1])
     # argmax, which XLA makes slow. Not where `shifted` is 0: a fused multiply-add may make it 1e-9.
     greedy = jnp.min(jnp.where(logits == largest, ids, ids[-1]), axis=-1)
@@ -291,7 +315,9 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     token = jnp.where(random, drawn, greedy).astype(jnp.int32)
     chosen = jnp.take_along_axis(allowed, token[:, None], axis=-1)
     prob = jnp.where(jnp.isfinite(largest), jnp.exp(chosen - total), jnp.nan)[:, 0]
-    return SampleOutput(token, prob, top_k_ids, jnp.exp(top_k - total))
+    logprob, top_k_ids, top_k_logprobs = log_probs(shifted, token)
+    top_k = jnp.take_along_axis(allowed, top_k_ids, axis=-1)
+    return SampleOutput(token, prob, top_k_ids, jnp.exp(top_k - total), logprob, top_k_logprobs)
 
 
 # --- Slots: all that decoding keeps between two steps ---------------------------------------------
@@ -353,18 +379,29 @@ def advance(logits: jax.Array, slots: Slots, eos: int) -> tuple[Slots, SampleOut
 
 
 def prefill_chunk(
-    model: hk.Transformed, params: dict, memory: Memory, tokens: jax.Array, start, length
-) -> tuple[Memory, jax.Array]:
+    model: hk.Transformed,
+    params: dict,
+    memory: Memory,
+    tokens: jax.Array,
+    start,
+    length,
+    following: jax.Array | None = None,
+) -> tuple[Memory, jax.Array, LogProbs | None]:
     """Puts part of a prompt into a cache of one row: its new state, and the logits [1, V] after it.
 
     tokens: int32 [1, T], padded on the right to one of few sizes
     start: where they go, the number of tokens before them; whatever lies there is overwritten
     length: how many are not padding
+    following: what follows each token, int32 [1, T], whose `LogProbs` [1, T] then come too
     """
     memory = memory._replace(step=jnp.full(1, start, jnp.int32))
     lengths = jnp.full(1, length, jnp.int32)
-    output = model.apply(params, None, tokens, memory, lengths, last_only=True)
-    return output.model_state, output.logits
+    output = model.apply(params, None, tokens, memory, lengths, last_only=following is None)
+    if following is None:
+        return output.model_state, output.logits, None
+    logits = replicated(output.logits)
+    last = lax.dynamic_index_in_dim(logits, length - 1, axis=1, keepdims=False)
+    return output.model_state, last, log_probs(logits, following)
 
 
 def insert_row(
@@ -404,7 +441,10 @@ def jit_steps(runner: ModelRunner, in_slots: Slots, in_row: Memory) -> tuple[Cal
     jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=EXACT)
     decode = functools.partial(decode_step, runner.model, eos=runner.config.eos_token)
     return (
-        jit(functools.partial(prefill_chunk, runner.model), out_shardings=(in_row, everywhere)),
+        jit(
+            functools.partial(prefill_chunk, runner.model),
+            out_shardings=(in_row, everywhere, everywhere),
+        ),
         jit(decode, out_shardings=(in_slots, everywhere)),
     )
 
@@ -419,6 +459,7 @@ def lower_steps(
     """The steps that serving will compile, of the largest chunk and of all slots, by name.
 
     params: as from `abstract_weights`; nothing is allocated
+    steps: "scored", too, the largest chunk whose tokens' log-probabilities are computed
     """
     make = functools.partial(empty_slots, runner.config, sequence_len=sequence_len)
     shapes = [jax.eval_shape(functools.partial(make, slots=n)) for n in (slots, 1)]
@@ -429,14 +470,17 @@ def lower_steps(
         (sharding.parameter_shardings(runner.mesh, params), *places),
     )
     everywhere = sharding.activation_sharding(runner.mesh)
-    number, tokens = (
+    number, *tokens = (
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
-        for shape in ((), (1, min(PAD_SIZES[-1], sequence_len)))
+        for shape in ((), *((1, min(n, sequence_len)) for n in (PAD_SIZES[-1], SCORED_SIZE)))
     )
     prefill, decode = jit_steps(runner, places[0], places[1].memory)
     with jax.set_mesh(runner.mesh):
         lower = {
-            "prefill": lambda: prefill.lower(params, row.memory, tokens, number, number),
+            "prefill": lambda: prefill.lower(params, row.memory, tokens[0], number, number),
+            "scored": lambda: prefill.lower(
+                params, row.memory, tokens[1], number, number, tokens[1]
+            ),
             "decode": lambda: decode.lower(params, all_slots),
         }
         return {step: lower[step]() for step in steps}
@@ -498,10 +542,10 @@ class Request:
 class Token(NamedTuple):
     """A new token of the request in a slot; top_k_* are [TOP_K], likeliest first.
 
-    Probabilities are those it was sampled from, after temperature and top-p. `done` marks the last
-    token of its request, [EOS] or not.
+    Probabilities are those it was sampled from, after temperature and top-p; logarithms those of
+    the model, before them. `done` marks the last token of its request, [EOS] or not.
 
-    error: why the request ended without a token: then `token_id` is -1, `prob` 0 and top_k_* empty,
+    error: why the request ended without a token: then `token_id` is -1, `prob` 0, top_k_* empty,
         and `slot` is -1 if the request never had one
     """
 
@@ -510,13 +554,38 @@ class Token(NamedTuple):
     prob: float
     top_k_token_ids: np.ndarray
     top_k_probs: np.ndarray
+    logprob: float
+    top_k_logprobs: np.ndarray
     done: bool
     error: ValueError | None = None
 
 
 def failed(slot: int, error: ValueError) -> Token:
     """The end of a request without a token."""
-    return Token(slot, -1, 0.0, np.empty(0, np.int32), np.empty(0, np.float32), True, error)
+    none = np.empty(0, np.float32)
+    return Token(slot, -1, 0.0, np.empty(0, np.int32), none, -math.inf, none, True, error)
+
+
+@dataclasses.dataclass
+class Prefill:
+    """A request on its way to a slot, as `InferenceRunner.start` makes it.
+
+    request: with its prompt as tokens, int32 [T]
+    left: the chunks of it that are still to be computed, as from `chunks`
+    scores: `LogProbs` of the tokens after each of those computed, if these are wanted, else None
+    """
+
+    request: Request
+    left: list[tuple[int, int, int]]
+    scores: list[LogProbs] | None
+    row: Memory | None  # the cache; None once a slot has it, or an error took it
+    logits: jax.Array | None = None  # [1, V], after the last chunk computed
+
+    def log_probs(self) -> LogProbs:
+        """Of all tokens but the first, which nothing predicts: [T - 1], in NumPy; once none is
+        left."""
+        parts = zip(*self.scores, strict=True)
+        return LogProbs(*(np.concatenate(part)[:-1] for part in parts))
 
 
 @dataclasses.dataclass
@@ -533,8 +602,9 @@ class InferenceRunner:
     """Serves requests with a loaded ModelRunner.
 
     `generate` runs any number of them; `insert`, `step` and `remove` are its parts, for callers
-    that come and go; `run` is the reference's interface. One at a time: they share the slots.
-    With several processes each makes the same calls.
+    that come and go; `start`, `prefill` and `insert_row` are those of `insert`, for callers who
+    make steps between the chunks of a prompt; `run` is the reference's interface. One at a time:
+    they share the slots. With several processes each makes the same calls.
 
     After Ctrl-C or an error it goes on. Ctrl-C loses nothing but the requests of a `generate` that
     it ends. An error ends others only if the device has already been given their cache, and then it
@@ -594,10 +664,7 @@ class InferenceRunner:
     def prompt_tokens(self, request: Request) -> np.ndarray:
         """The prompt as int32 [T], as it will be fed; ValueError for a request that cannot run."""
         check_sampling(request)
-        prompt = request.prompt
-        tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
-        empty = operator.length_hint(tokens, 1) == 0
-        tokens = check_tokens([BOS] if empty else tokens, self.runner.config.vocab_size, axes=1)
+        tokens = self.encode(request.prompt)
         room = self.sequence_len - request.max_len
         if room < 1 or (len(tokens) > room and not request.truncate):
             raise ValueError(
@@ -606,6 +673,12 @@ class InferenceRunner:
                 "have its start dropped (truncate), or choose a longer sequence_len"
             )
         return tokens[-room:]
+
+    def encode(self, prompt: str | Sequence[int]) -> np.ndarray:
+        """The tokens of a prompt of any length, int32 [T]; ValueError if it is none."""
+        tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
+        empty = operator.length_hint(tokens, 1) == 0
+        return check_tokens([BOS] if empty else tokens, self.runner.config.vocab_size, axes=1)
 
     def _encode(self, text: str) -> Sequence[int]:
         self._check_tokenizer()
@@ -628,7 +701,72 @@ class InferenceRunner:
         ValueError for a request that cannot run, or if no slot is free. After an exception it has
         no slot.
         """
-        return self._start(self._with_tokens(request))
+        return self._insert_all(self._with_tokens(request))
+
+    def start(self, request: Request, scored: bool = False) -> Prefill:
+        """A request to `prefill` chunk by chunk, and then to give a slot with `insert_row`.
+
+        Any calls may come between these, and it may be dropped at any time. ValueError for a
+        request that cannot run.
+
+        scored: whether to compute the log-probabilities of its prompt, in chunks of at most
+            SCORED_SIZE tokens: it takes all their logits, not those of the last one
+        """
+        return self._start(self._with_tokens(request), scored)
+
+    def prefill(self, started: Prefill) -> None:
+        """Computes the next chunk of a prompt, of which some must be left.
+
+        After an exception it has to be started anew; after Ctrl-C it goes on.
+        """
+        tokens, (start, stop, size) = started.request.prompt, started.left[0]
+        padded = np.zeros((2, 1, size), np.int32)
+        for row, part in enumerate((tokens[start:stop], tokens[start + 1 : stop + 1])):
+            padded[row, 0, : len(part)] = part
+        following = () if started.scores is None else (padded[1],)
+        begin = time.perf_counter()
+        with uninterrupted(), jax.set_mesh(self.runner.mesh):
+            row, started.row = self._row_of(started), None
+            row, logits, scores = self._prefill(
+                self.runner.params, row, padded[0], start, stop - start, *following
+            )
+            # An error on the device must come out here, before the slots are given away.
+            jax.block_until_ready(logits)
+            if scores is not None:
+                found = jax.device_get(scores)
+                started.scores += [LogProbs(*(x[0, : stop - start] for x in found))]
+            started.row, started.logits, started.left = row, logits, started.left[1:]
+        self.timing.prefill_seconds += time.perf_counter() - begin
+        self.timing.prefill_tokens += stop - start
+
+    def insert_row(self, started: Prefill) -> Token:
+        """Gives the lowest free slot to a prompt of which nothing is left, and samples its first
+        token.
+
+        ValueError if something is left, or if no slot is free: it can have one later.
+        """
+        if started.left:
+            raise ValueError(f"{len(started.left)} chunks of this prompt are still to be computed")
+        slot, request, row = self._free_slot(), started.request, self._row_of(started)
+        settings = SampleSettings(
+            np.float32(request.temperature),
+            np.float32(request.nucleus_p),
+            np.uint32(request.rng_seed),
+            np.int32(request.max_len),
+        )
+        begin = time.perf_counter()
+        with uninterrupted():
+            sample, active = self._exchange(
+                lambda slots: self._insert(slots, row, started.logits, settings, slot)
+            )
+        self.timing.prefill_seconds += time.perf_counter() - begin
+        token = make_token(slot, active, *(x[0] for x in sample))
+        # Plain JAX multiplies what is masked by 0, and 0 times NaN is NaN.
+        self._row, started.row = None if token.error else row, None
+        busy = self.busy if token.done else self.busy | {slot: request}
+        # Until here only the device knows of the request, and it computes a row that nobody reads.
+        self.busy = busy
+        return token
 
     def step(self) -> list[Token]:
         """The next token of every request that has a slot.
@@ -682,56 +820,43 @@ class InferenceRunner:
             request = self._with_tokens(request)
         except ValueError as error:
             return failed(-1, error)
-        return self._start(request)
+        return self._insert_all(request)
 
     def _own(self, running: dict[int, tuple[int, Request]]) -> dict[int, tuple[int, Request]]:
         """Those of `generate`'s requests that still have their slot."""
         return {slot: own for slot, own in running.items() if self.busy.get(slot) is own[1]}
 
-    def _start(self, request: Request) -> Token:
+    def _insert_all(self, request: Request) -> Token:
         """`insert`, of a prompt of tokens."""
+        self._free_slot()
+        started = self._start(request)
+        while started.left:
+            self.prefill(started)
+        return self.insert_row(started)
+
+    def _free_slot(self) -> int:
+        """The lowest one; ValueError if there is none."""
         free = set(range(self.num_slots)) - self.busy.keys()
         if not free:
             raise ValueError(f"all {self.num_slots} slots are busy; step until one is done")
-        slot = min(free)
-        settings = SampleSettings(
-            np.float32(request.temperature),
-            np.float32(request.nucleus_p),
-            np.uint32(request.rng_seed),
-            np.int32(request.max_len),
-        )
-        begin = time.perf_counter()
-        logits = self._fill_row(request.prompt)
-        with uninterrupted():
-            sample, active = self._exchange(
-                lambda slots: self._insert(slots, self._row, logits, settings, slot)
-            )
-        self.timing.prefill_seconds += time.perf_counter() - begin
-        self.timing.prefill_tokens += len(request.prompt)
-        token = make_token(slot, active, *(x[0] for x in sample))
-        if token.error:
-            self._row = None  # plain JAX multiplies what is masked by 0, and 0 times NaN is NaN
-        busy = self.busy if token.done else self.busy | {slot: request}
-        # Until here only the device knows of the request, and it computes a row that nobody reads.
-        self.busy = busy
-        return token
+        return min(free)
 
-    def _fill_row(self, tokens: np.ndarray) -> jax.Array:
-        """Prefills the row of the cache with a prompt; the logits [1, V] after it."""
-        try:
-            for start, stop, size in chunks(len(tokens), self.pad_sizes):
-                padded = np.zeros((1, size), np.int32)
-                padded[0, : stop - start] = tokens[start:stop]
-                with uninterrupted(), jax.set_mesh(self.runner.mesh):
-                    row = self._new_row().memory if self._row is None else self._row
-                    self._row, logits = self._prefill(
-                        self.runner.params, row, padded, start, stop - start
-                    )
-            # An error on the device must come out here, before the slots are given away.
-            return jax.block_until_ready(logits)
-        except BaseException:
-            self._row = None
-            raise
+    def _start(self, request: Request, scored: bool = False) -> Prefill:
+        """`start`, of a prompt of tokens; it is given the row that the last one left, if any."""
+        row, self._row = self._row, None
+        if row is None:
+            with jax.set_mesh(self.runner.mesh):
+                row = self._new_row().memory
+        sizes = self.pad_sizes
+        if scored:
+            sizes = [size for size in sizes if size <= SCORED_SIZE] or sizes[:1]
+        left = list(chunks(len(request.prompt), sizes))
+        return Prefill(request, left, [] if scored else None, row)
+
+    def _row_of(self, started: Prefill) -> Memory:
+        if started.row is None:
+            raise RuntimeError("this prompt has a slot, or an error took its cache; start it anew")
+        return started.row
 
     def _exchange(self, call: Callable) -> tuple[SampleOutput, np.ndarray]:
         """All slots for those that a call makes of them; its samples, and which rows are active.
@@ -791,12 +916,17 @@ class InferenceRunner:
                 active = self._free(self._slots.active, slot)
                 self._slots = self._slots._replace(active=active)
 
-    def warm_up(self, lengths: Iterable[int]) -> None:
-        """Compiles what prompts of these lengths need; takes a free slot, and resets `timing`."""
+    def warm_up(self, lengths: Iterable[int], scored: bool = False) -> None:
+        """Compiles what prompts of these lengths need; takes a free slot, and resets `timing`.
+
+        scored: whether some of them will be
+        """
         sizes = {size for length in lengths for *_, size in chunks(length, self.pad_sizes)}
         for size in sorted(sizes):
-            prompt = [BOS] * min(size, self.sequence_len - 1)
-            self.insert(Request(prompt, max_len=1))
+            request = Request([BOS] * min(size, self.sequence_len - 1), max_len=1)
+            self.insert(request)
+            if scored and size <= SCORED_SIZE:
+                self.prefill(self.start(request, scored))
         with uninterrupted():
             self._step()
         self.timing = Timing()
@@ -858,18 +988,13 @@ def sample_from_model(server: Server, prompt: str, max_len: int, temperature: fl
 
 
 def make_token(
-    slot: int, active: np.ndarray, token_id, prob, top_k_token_ids, top_k_probs
+    slot: int, active: np.ndarray, token_id, prob, ids, probs, logprob, logprobs
 ) -> Token:
     """The token of a slot, of what it sampled; active: which slots go on."""
     if math.isnan(prob):
-        return failed(
-            slot,
-            ValueError(
-                "the logits of this request are not finite: its weights are damaged, or too large; "
-                "verify the checkpoint"
-            ),
-        )
-    return Token(slot, int(token_id), float(prob), top_k_token_ids, top_k_probs, not active[slot])
+        return failed(slot, ValueError(NOT_FINITE))
+    done = not active[slot]
+    return Token(slot, int(token_id), float(prob), ids, probs, float(logprob), logprobs, done)
 
 
 def chunks(length: int, pad_sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -932,10 +1057,13 @@ def abstract_weights(config: LanguageModelConfig, precision: quantize.Rules) -> 
     return jax.eval_shape(functools.partial(cast_embeddings, config=config), params)
 
 
-def device_memory(runner: ModelRunner, params: dict, slots: int, sequence_len: int) -> dict:
+def device_memory(
+    runner: ModelRunner, params: dict, slots: int, sequence_len: int, scored: bool = False
+) -> dict:
     """Bytes that serving takes on each device, by purpose; nothing is allocated.
 
     params: as from `abstract_weights`
+    scored: whether prompts will be: three times the logits of SCORED_SIZE tokens
 
     "activations" is an estimate: what the larger of a prefill chunk and a decode step needs besides
     its arguments, and the logits of all slots, five times, to sort and to sample them.
@@ -950,11 +1078,12 @@ def device_memory(runner: ModelRunner, params: dict, slots: int, sequence_len: i
     step = functools.partial(step_bytes, config, local, sequence_len)
     prefill = step(1, min(PAD_SIZES[-1], sequence_len))
     decode = step(-(-slots // mesh.shape["data"]), 1)
+    scores = 3 * 4 * min(SCORED_SIZE, sequence_len) * config.vocab_size if scored else 0
     return {
         "weights": sharding.device_bytes(params, shardings) - table,
         "embeddings": table,
         "cache": sum(sharding.device_bytes(row, slots_shardings(mesh, row)) for row in rows),
-        "activations": max(prefill, decode) + 5 * 4 * slots * config.vocab_size,
+        "activations": max(prefill, decode, scores) + 5 * 4 * slots * config.vocab_size,
     }
 
 

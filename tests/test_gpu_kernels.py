@@ -108,9 +108,10 @@ def test_largest_sums():
 def test_products_that_share_a_launch(weights, inputs, rows, activations):
     """Three weights, and a gated product: blocks of rows of two experts, one of which is skipped.
 
-    A step's blocks of 64 bytes are 1 packing block for 2048 inputs, 2 for 1024 and 8 for 256.
+    A step's blocks of 64 bytes are 1 packing block for 2048 inputs, 2 for 1024 and 8 for 256. No
+    number lies between two steps, where XLA, which divides less exactly on a CPU, may go down.
     """
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(1)
     ws = [
         formats.FORMATS[weights].quantize(
             jnp.asarray(random.standard_normal((2, inputs, outputs)), jnp.float32)
@@ -288,7 +289,7 @@ def test_attention_at_the_cap():
     q = jnp.full((2, 1, 16), 100.0)
     k = jnp.stack([q[0], -q[1]])[:, :, None].repeat(64, axis=2)
     v = jnp.arange(64.0)[:, None] * jnp.ones((2, 1, 64, 16))
-    y = gpu.decode_attention(q, k, v, jnp.array([3, 5]), 1.0, 30.0, interpret=True)
+    y = gpu.decode_attention(q, k, v, jnp.array([2, 4]), 1.0, 30.0, interpret=True)
     np.testing.assert_allclose(y[:, 0, 0], [1, 2], rtol=1e-6)
 
 

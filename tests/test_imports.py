@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"convert", "download", "evaluate", "run", "tokenizer", "train"}
+COMMANDS = {"convert", "download", "evaluate", "run", "serve", "tokenizer", "train"}
 
 
 def python(code: str) -> str:
@@ -22,6 +22,7 @@ def python(code: str) -> str:
         ("kernels", {"data", "quantize", "haiku"}),
         ("download", {"jax", "checkpoint", "quantize"}),  # so that it starts at once
         ("checkpoint", {"haiku", "model"} | COMMANDS),
+        ("engine", {"starlette", "uvicorn"} | COMMANDS - {"tokenizer"}),
         ("learning", {"checkpoint", "data", "runners", "tqdm"} | COMMANDS),
     ],
 )

@@ -200,7 +200,7 @@ def test_text_that_is_not_utf_8(folder, capsys, monkeypatch, tmp_path):
             ["--prompt", "x", "--max-len", "3", "--weights", "float32"],
             "it is int8 in the file, which cannot become float32",
         ),
-        (["--prompt", "x", "--sequence-len", "1"], "--sequence-len must be 2 or more, got 1"),
+        (["--prompt", "x", "--sequence-len", "1"], "--sequence-len: must be 2 or more, got 1"),
         (["--prompt", "x", "--distributed", "host"], "error: --distributed is HOST:PORT,N,I"),
         (["--prompts-file", "/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
         ([], "error: no prompt; give --prompt"),

@@ -64,7 +64,7 @@ def ids(tokens):
 def exact(tokens):
     """Everything about tokens but their slot, to be compared bit by bit."""
     return [
-        (t.token_id, t.prob, t.top_k_token_ids.tolist(), t.top_k_probs.tolist(), t.done)
+        (t.token_id, t.prob, t.top_k_token_ids.tolist(), t.top_k_probs.tolist(), t.logprob, t.done)
         for t in tokens
     ]
 
@@ -154,6 +154,17 @@ def test_temperature_sharpens():
     output = sample(logits, both, jnp.zeros(2, jnp.int32))
     np.testing.assert_allclose(output.top_k_probs[0, 0], 0.64 / 0.68, rtol=1e-6)
     np.testing.assert_allclose(output.top_k_probs[1, 0], 2 / 3, rtol=1e-6)
+
+
+def test_log_probabilities_are_those_before_temperature_and_top_p():
+    logits = jnp.log(jnp.tile(jnp.array([0.1, 0.6, 0.3]), (2, 1))) + 7
+    output = sample(logits, settings(2, temperature=0.5, nucleus_p=0.5), jnp.zeros(2, jnp.int32))
+    assert output.token_id.tolist() == [1, 1]
+    np.testing.assert_allclose(output.prob, 1)
+    np.testing.assert_allclose(output.logprob, np.log([0.6, 0.6]), rtol=1e-5)
+    assert output.top_k_token_ids[0].tolist() == [1, 2, 0]
+    np.testing.assert_allclose(output.top_k_logprobs[0], np.log([0.6, 0.3, 0.1]), rtol=1e-5)
+    assert output.top_k_probs[0].tolist() == [1, 0, 0]
 
 
 def test_a_draw_depends_on_seed_and_number_only():
@@ -424,6 +435,92 @@ def test_the_interface_of_the_reference(inference):
     with pytest.raises(ValueError, match="max_len"):
         runners.sample_from_model(server, "GROK", max_len=0, temperature=0.01)
     assert runners.sample_from_model(server, "GROK", max_len=9, temperature=0.01) == text
+
+
+# Prompts in parts
+
+
+def test_steps_and_other_requests_come_between_the_chunks_of_a_prompt(inference, expected):
+    request = Request([3] * 33, 0.9, rng_seed=3, max_len=4)  # chunks of 16, 16 and 1
+    alone = exact(complete(inference, request))
+    firsts, steps, started = [inference.insert(OTHERS[0])], [], inference.start(request)
+    while started.left:
+        with pytest.raises(
+            ValueError, match=f"{len(started.left)} chunks of this prompt are still"
+        ):
+            inference.insert_row(started)
+        inference.prefill(started)
+        steps.append(inference.step())
+        if len(firsts) == 1:
+            firsts.append(inference.insert(OTHERS[1]))
+    assert len(steps) == 3
+    firsts.append(inference.insert_row(started))
+    with pytest.raises(RuntimeError, match="this prompt has a slot"):
+        inference.insert_row(started)
+    drain(inference, steps)
+    assert of_each(firsts, steps) == [*expected, alone]
+
+
+def test_a_started_prompt_waits_for_a_slot(inference):
+    request = Request([5, 6, 7], 0, max_len=3)
+    alone = exact(complete(inference, request))
+    firsts = [inference.insert(Request([9], max_len=30)) for _ in range(SLOTS)]
+    started = inference.start(request)
+    inference.prefill(started)
+    with pytest.raises(ValueError, match="all 4 slots are busy"):
+        inference.insert_row(started)
+    for first in firsts:
+        inference.remove(first.slot)
+    assert finished(inference, [inference.insert_row(started)]) == [alone]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_prompt_goes_on_after_ctrl_c_and_not_after_an_error(inference, monkeypatch, when):
+    request = Request([3] * 20, 0, max_len=6)
+    alone = exact(complete(inference, request))
+    started = inference.start(request)
+    fail_once(monkeypatch, inference, "_prefill", "after", ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        inference.prefill(started)
+    inference.prefill(started)
+    assert finished(inference, [inference.insert_row(started)]) == [alone]
+    started = inference.start(request)
+    fail_once(monkeypatch, inference, "_prefill", when, broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        inference.prefill(started)
+    with pytest.raises(RuntimeError, match="an error took its cache; start it anew"):
+        inference.prefill(started)
+    assert exact(complete(inference, request)) == alone
+
+
+def test_nothing_compiles_after_warm_up_of_scored_prompts(inference):
+    inference.warm_up([3, 20], scored=True)
+    before = inference._prefill._cache_size()
+    for length in (1, 4, 16, 22):
+        started = inference.start(Request([7] * length, 0, max_len=3), scored=True)
+        while started.left:
+            inference.prefill(started)
+    assert inference._prefill._cache_size() == before
+
+
+@pytest.mark.parametrize("length", [1, 16, 35])
+def test_log_probabilities_of_a_prompt_are_those_of_a_plain_pass(inference, length, monkeypatch):
+    monkeypatch.setattr(runners, "SCORED_SIZE", 4)
+    prompt = np.random.default_rng(0).integers(3, CONFIG.vocab_size, length)
+    started = inference.start(Request(prompt, 0, max_len=1), scored=True)
+    assert len(started.left) == -(-length // 4)
+    while started.left:
+        inference.prefill(started)
+    found = started.log_probs()
+    expected = jax.nn.log_softmax(inference.runner.logits(prompt[None])[0])
+    chosen = np.take_along_axis(expected[:-1], prompt[1:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(found.logprob, chosen, rtol=1e-4)
+    likely, ids = jax.lax.top_k(expected[:-1], runners.TOP_K)
+    np.testing.assert_allclose(found.top_k_logprobs, likely, rtol=1e-4)
+    assert found.top_k_token_ids.tolist() == ids.tolist()
+    token = inference.insert_row(started)
+    assert token.token_id == int(jnp.argmax(expected[-1])) and token.done
+    np.testing.assert_allclose(token.logprob, expected[-1].max(), rtol=1e-4)
 
 
 # Interruptions and errors
@@ -857,11 +954,12 @@ def test_loops_make_the_zeros_that_they_start_from(weights, monkeypatch):
         assert len(loop.outvars) == loop.params.get("num_carry", len(loop.outvars))
 
 
-def compiled_bytes(runner, weights, slots, sequence_len):
+def compiled_bytes(runner, weights, slots, sequence_len, scored=False):
     """What XLA says that serving takes: all that stays, and the larger of what two steps add."""
     params = abstract_weights(runner.config, weights)
-    lowered = runners.lower_steps(runner, params, slots, sequence_len)
-    steps = [lowered[name].compile().memory_analysis() for name in ("prefill", "decode")]
+    names = "scored" if scored else "prefill", "decode"
+    lowered = runners.lower_steps(runner, params, slots, sequence_len, names)
+    steps = [lowered[name].compile().memory_analysis() for name in names]
     added = [s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in steps]
     return steps[1].argument_size_in_bytes + steps[0].alias_size_in_bytes + max(added)
 
@@ -891,6 +989,16 @@ def test_planned_memory_is_at_least_what_is_compiled(changes, weights, mesh, slo
     )
     compiled = compiled_bytes(runner, weights, slots, 1024)
     assert compiled <= planned <= 1.2 * compiled
+
+
+def test_planned_memory_of_scored_prompts_is_at_least_what_is_compiled():
+    config = dataclasses.replace(
+        model.PRESETS["bench"], emb_size=256, key_size=64, num_q_heads=4, num_layers=2
+    )
+    runner = runners.ModelRunner(config, sharding.make_mesh(1, 1))
+    planned = device_memory(runner, "ternary", 1, 1024, scored=True)
+    compiled = compiled_bytes(runner, "ternary", 1, 1024, scored=True)
+    assert compiled <= sum(planned.values()) <= 1.2 * compiled
 
 
 def test_planned_memory_of_a_toy_is_at_least_what_is_compiled():
