@@ -10,6 +10,7 @@ chat: no prompt knows of another.
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -24,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import checkpoint
+import engine
 import kernels
 import layouts
 import model
@@ -98,6 +100,13 @@ def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def some_text(text: str) -> str:
+    """A type of flags: any text but none."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a text that is not empty")
+    return text
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = add_model_arguments(parser, f"the prompts, up to {MAX_SLOTS}").add_argument
@@ -123,7 +132,21 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max-len", type=int, default=100, help="new tokens for each prompt (%(default)s)")
     add("--temperature", type=float, default=0.7, help="0: the likeliest token (%(default)s)")
     add("--top-p", type=float, default=1.0, help="sample from this much probability (%(default)s)")
-    add("--seed", type=int, default=42, help="same seed, same text (%(default)s)")
+    add("--seed", type=int, default=42, help="of the first text, others follow (%(default)s)")
+    add("--samples", type=at_least(1), default=1, help="texts for each prompt (%(default)s)")
+    add(
+        "--stop",
+        action="append",
+        type=some_text,
+        metavar="TEXT",
+        help="ends a text, and is not written; may be repeated",
+    )
+    add(
+        "--json",
+        action="store_true",
+        help="a line of JSON for each text: with its tokens, their "
+        "log-probabilities and likeliest alternatives",
+    )
     add("--truncate", action="store_true", help="drop the start of prompts that do not fit")
     return parser.parse_args(argv)
 
@@ -418,40 +441,101 @@ def prompt_tokens(inference: runners.InferenceRunner, request: runners.Request) 
         raise ValueError(text) from None
 
 
-def answer(inference: runners.InferenceRunner, requests: list[runners.Request]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How answers are written.
+
+    stop: texts that end one, wherever they lie in tokens; they are not written
+    json: a line of JSON for each answer, once it is complete
+    """
+
+    stop: tuple[str, ...] = ()
+    json: bool = False
+
+
+class Answer:
+    """What becomes of a request: its text so far, and with `style.json` all that is known of it."""
+
+    def __init__(self, inference: runners.InferenceRunner, request: runners.Request, style: Style):
+        self.request, self.error, self.reason = request, None, None
+        self.tokens: list[runners.Token] = []
+        self.begin, self.seconds = time.perf_counter(), 0.0
+        eos = inference.runner.config.eos_token
+        self._writer = engine.Writer(inference.tokenizer, eos, style.stop, echo=not style.json)
+        # Through the decoder too: it is then the prompt as the model sees it, spaces included.
+        self.text = self._writer.prompt(request.prompt, None, end=False).text
+
+    def push(self, token: runners.Token) -> str:
+        """The text that one more token makes certain."""
+        self.seconds = time.perf_counter() - self.begin
+        if token.error:
+            self.error, self.reason = token.error, "error"
+            return ""
+        self.tokens.append(token)
+        delta = self._writer.push(token)
+        self.text, self.reason = self.text + delta.text, delta.finish
+        return delta.text
+
+    def fields(self, prompt: str) -> dict:
+        """For JSON; prompt: its text."""
+        found = {
+            "prompt": prompt,
+            "text": self.text,
+            "seed": self.request.rng_seed,
+            "reason": self.reason,
+            "tokens": [token.token_id for token in self.tokens],
+            "logprobs": [token.logprob for token in self.tokens],
+            "alternatives": [
+                dict(zip(map(int, t.top_k_token_ids), map(float, t.top_k_logprobs), strict=True))
+                for t in self.tokens
+            ],
+            "seconds": round(self.seconds, 6),
+        }
+        return found | ({"error": str(self.error)} if self.error else {})
+
+
+def answer(
+    inference: runners.InferenceRunner, requests: list[runners.Request], style: Style
+) -> None:
     """Writes prompts and continuations: one as it comes, several each when it is complete.
+
+    requests: with prompts as tokens
 
     ValueError, when all are, if one of them failed.
     """
-    decoders = [tokenizer.StreamDecoder(inference.tokenizer) for _ in requests]
-    # Through the decoder too: it is then the prompt as the model sees it, spaces included.
-    texts = [
-        "".join(map(decoder.push, request.prompt))
-        for decoder, request in zip(decoders, requests, strict=True)
-    ]
-    errors = []
-    alone = len(requests) == 1
+    answers = [Answer(inference, request, style) for request in requests]
+    alone = len(requests) == 1 and not style.json
     if alone:
-        write(texts[0])
+        write(answers[0].text)
     with contextlib.closing(inference.generate(requests)) as generated:
         for number, token in generated:
-            decoder = decoders[number]
-            ended = token.error or token.token_id == inference.runner.config.eos_token
-            piece = "" if ended else decoder.push(token.token_id)
-            if token.done:
-                piece += decoder.flush() + "\n"
-            texts[number] += piece
-            if token.error:
-                errors.append(f"prompt {number + 1}: {token.error}")
+            found = answers[number]
+            piece = found.push(token)
             if alone:
-                write(piece)
-            elif token.done:
-                write(f"[{number + 1}] {texts[number]}\n")
+                write(piece + "\n" * bool(found.reason))
+            elif found.reason and style.json:
+                prompt = inference.tokenizer.decode(list(map(int, found.request.prompt)))
+                write(json.dumps(found.fields(prompt), ensure_ascii=False) + "\n")
+            elif found.reason:
+                write(f"[{number + 1}] {found.text}\n\n")
+            if found.reason and not token.done:
+                inference.remove(token.slot)
+    errors = [f"prompt {i + 1}: {found.error}" for i, found in enumerate(answers) if found.error]
     if errors:
         raise ValueError("\n".join(errors))
 
 
-def converse(inference: runners.InferenceRunner, request: runners.Request) -> None:
+def sampled(request: runners.Request, prompts: list, samples: int) -> list[runners.Request]:
+    """So many requests for each prompt, each with a seed of its own: that of the first, and on."""
+    return [
+        dataclasses.replace(request, prompt=prompt, rng_seed=(request.rng_seed + i) % 2**32)
+        for i, prompt in enumerate(prompt for prompt in prompts for _ in range(samples))
+    ]
+
+
+def converse(
+    inference: runners.InferenceRunner, request: runners.Request, samples: int, style: Style
+) -> None:
     """Asks for prompts until the end of the input; each stands alone."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys edit, and bring back what was asked before
@@ -470,7 +554,7 @@ def converse(inference: runners.InferenceRunner, request: runners.Request) -> No
             report(error=str(error))
             continue
         try:
-            answer(inference, [dataclasses.replace(request, prompt=tokens)])
+            answer(inference, sampled(request, [tokens], samples), style)
         except KeyboardInterrupt:
             write("\n")
         except ValueError as error:
@@ -530,13 +614,13 @@ def read_requests(
     """
     checkpoint.check_folder(args.checkpoint)
     prompts = read_prompts(args)
-    inference = prepare(args, len(prompts))
+    inference = prepare(args, max(len(prompts), 1) * args.samples)
     request = runners.Request(
         "", args.temperature, args.top_p, args.seed, args.max_len, args.truncate
     )
     requests = [dataclasses.replace(request, prompt=prompt) for prompt in prompts]
-    requests = [dataclasses.replace(r, prompt=prompt_tokens(inference, r)) for r in requests]
-    return inference, request, requests
+    tokens = [prompt_tokens(inference, request) for request in requests]
+    return inference, request, sampled(request, tokens, args.samples)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -547,13 +631,14 @@ def run(args: argparse.Namespace) -> None:
         join_hosts(args.distributed)
     inference, request, requests = on_all_hosts(lambda: read_requests(args))
     load(args, inference.runner)
+    style = Style(tuple(args.stop or ()), args.json)
     if not requests:
-        converse(inference, request)
+        converse(inference, request, args.samples, style)
         return
     begin = time.perf_counter()
     inference.warm_up(len(request.prompt) for request in requests)
     report(compile=f"{time.perf_counter() - begin:.1f} s")
-    answer(inference, requests)
+    answer(inference, requests, style)
     report_speed(inference.timing)
 
 

@@ -396,7 +396,7 @@ def test_a_gpu_for_grok_1(monkeypatch):
     budget = planning.Budget("96GB-GPU", config, entries)
     beside = 7_000_000_000 - budget.bytes
     cache = 2 * 2 * 2 * (2048 * 8 * 128 * 2)  # two rows, two layers, keys and values
-    assert cache + 1.8e9 < beside < cache + 1.9e9
+    assert cache + 0.46e9 < beside < cache + 0.47e9  # compiled for an H200: 0.42 GB
     with pytest.raises(ValueError) as error:
         planning.Budget("80GB-GPU", config, entries)
     matrices = sum(sizes["ternary-fit-128"] for sizes in budget.sizes.values())
