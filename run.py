@@ -598,8 +598,8 @@ def prepare(
 def load(args: argparse.Namespace, runner: runners.ModelRunner) -> None:
     """Loads the weights, and reports it."""
     begin = time.perf_counter()
-    progress = sys.stderr.isatty()
-    on_all_hosts(lambda: runner.load(args.checkpoint, args.weights, progress, args.check))
+    options = {"progress": sys.stderr.isatty(), "check": args.check}
+    on_all_hosts(lambda: runner.load(args.checkpoint, args.weights, **options))
     loaded = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
     mapped = f", {readable_size(runner.mapped_bytes)} of it mapped" if runner.mapped_bytes else ""
     report(load=f"{readable_size(loaded)} in {time.perf_counter() - begin:.1f} s{mapped}")

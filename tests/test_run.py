@@ -97,6 +97,60 @@ def test_several_prompts_from_file_and_stdin(folder, expected, capsys, monkeypat
     assert "slots       2 of 64 tokens" in err
 
 
+def test_samples_of_prompts(folder, expected, capsys):
+    """Each text has a seed of its own, one after the other."""
+    prompts = ("--prompt", "All:", "--prompt", "First")
+    run.main(command(folder, *prompts, "--samples", "2", "--seed", str(2**32 - 2), "--slots", "2"))
+    out = capsys.readouterr().out
+    for i, (prompt, seed) in enumerate(
+        zip(("All:", "All:", "First", "First"), (-2, -1, 0, 1), strict=True)
+    ):
+        text = expected(prompt, temperature=0.7, rng_seed=seed % 2**32)
+        assert f"[{i + 1}] {text}\n\n" in out
+    assert out.count("[") >= 4
+
+
+def test_a_text_that_ends_before_a_stop(folder, expected, capsys):
+    """Wherever it lies in tokens; the slot is then free for the next one."""
+    whole = expected("All:", temperature=0.7, rng_seed=42)
+    new = whole.removeprefix("All:")
+    stop = new[4:7]
+    flags = ("--slots", "1", "--stop", "never written", "--stop", stop)
+    run.main(command(folder, "--prompt", "All:", *flags))
+    assert capsys.readouterr().out == "All:" + new[: new.index(stop)] + "\n"
+    run.main(command(folder, "--prompt", "All:", "--prompt", "First", *flags))
+    out = capsys.readouterr().out
+    assert f"[1] All:{new[: new.index(stop)]}\n\n[2] First" in out
+
+
+def test_answers_in_json(folder, expected, capsys):
+    prompts = ("--prompt", "All:", "--prompt", "é 😀")
+    run.main(command(folder, *prompts, "--json", "--temperature", "0"))
+    answers = {a["prompt"]: a for a in map(json.loads, capsys.readouterr().out.splitlines())}
+    for seed, prompt in enumerate(("All:", "é 😀"), start=42):
+        found = answers[prompt]
+        assert prompt + found["text"] == expected(prompt, temperature=0.0)
+        assert (found["reason"], found["seed"]) == ("length", seed) and found["seconds"] > 0
+        assert len(found["tokens"]) == len(found["logprobs"]) == len(found["alternatives"]) == 9
+        for token, logprob, likely in zip(
+            found["tokens"], found["logprobs"], found["alternatives"], strict=True
+        ):
+            assert likely[str(token)] == logprob == max(likely.values()) < 0  # the likeliest
+            assert len(likely) == runners.TOP_K
+    assert "error" not in answers["All:"]
+
+
+def test_an_answer_in_json_that_fails(folder, capsys, monkeypatch):
+    failed = runners.failed(0, ValueError("not finite"))
+    monkeypatch.setattr(
+        runners.InferenceRunner, "generate", lambda *_: (pair for pair in [(0, failed)])
+    )
+    with pytest.raises(SystemExit, match="error: prompt 1: not finite"):
+        run.main(command(folder, "--prompt", "x", "--json"))
+    found = json.loads(capsys.readouterr().out)
+    assert (found["reason"], found["error"], found["tokens"]) == ("error", "not finite", [])
+
+
 def conversation(monkeypatch, *prompts):
     """Somebody at a terminal who asks these; an exception is raised."""
     prompts = iter([*prompts, EOFError()])
