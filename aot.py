@@ -33,12 +33,11 @@ import runners
 import sharding
 from checkpoint import readable_size
 
-ENVIRONMENT = {  # of the compilers; here, for they read it when JAX loads them
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # their warnings are for those who have a device
-    "TPU_SKIP_MDS_QUERY": "1",  # libtpu asks no server where it is
+ENVIRONMENT = {  # of libtpu, here, for it reads that when JAX loads it
+    "TPU_SKIP_MDS_QUERY": "1",  # it asks no server where it is
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # and leaves others theirs
 }
 for variable, value in ENVIRONMENT.items():
     os.environ.setdefault(variable, value)

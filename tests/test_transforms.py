@@ -27,10 +27,6 @@ SMALL = ("language_model/rms_norm", "transformer/decoder_layer_0/router")
 X = jnp.asarray(np.random.default_rng(0).standard_normal((12, 64)), jnp.float32)
 
 
-def slow(name):
-    return pytest.param(name, marks=pytest.mark.slow)
-
-
 def weight(name, experts_=3, outputs=64):
     w = np.random.default_rng(1).standard_normal((experts_, 64, outputs)).astype(np.float32)
     made = jax.tree.map(jnp.asarray, formats.FORMATS[name].quantize(w))
@@ -64,8 +60,11 @@ def near(found, wanted, tolerance=1e-4):
 # --- Products -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activations", quantize.ACTIVATIONS)
-@pytest.mark.parametrize("name", [n if n in USUAL else slow(n) for n in formats.FORMATS])
+@pytest.mark.parametrize(
+    "name, activations",
+    [(name, kind) for name in USUAL for kind in quantize.ACTIVATIONS]
+    + [pytest.param(n, "int15", marks=pytest.mark.slow) for n in formats.FORMATS if n not in USUAL],
+)
 def test_derivatives_of_products_are_those_of_floats(name, activations):
     """Straight through the rounding of x: with the dequantized matrix, to x and to scales."""
     w, chosen = weight(name), jnp.array([2, -1, 0, 2])
