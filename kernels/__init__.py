@@ -1,9 +1,9 @@
 """Fast products, norms and attention, and what each takes; large pages.
 
 On a CPU they are the C++ beside this file, compiled on first use and kept, see `building.py`. On an
-NVIDIA GPU they are those of `gpu.py`. A function that has kernels is plain JAX, and `accelerated`
-by the name under which `KERNELS` lists them. Without a compiler, or for other shapes and devices,
-it runs as it is written, to the same integers, slower.
+NVIDIA GPU they are those of `gpu.py`, on a TPU those of `tpu.py`. A function that has kernels is
+plain JAX, and `accelerated` by the name under which `KERNELS` lists them. Without a compiler, or
+for other shapes and devices, it runs as it is written, to the same integers, slower.
 
 The C++ checks all arrays that it is given: what does not fit is an error of JAX that starts with
 INVALID_ARGUMENT and shows the sizes.
@@ -12,6 +12,7 @@ INVALID_ARGUMENT and shows the sizes.
 import contextlib
 import ctypes
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -571,15 +572,16 @@ def transposed(x: jax.Array) -> jax.Array:
 # --- Which kernels there are ----------------------------------------------------------------------
 
 
-def _gpu(name: str) -> Callable:
-    """A function of `gpu.py`, which is imported when it is called: Pallas takes a while."""
+def _in_module(module: str, name: str) -> Callable:
+    """A function of `gpu.py` or `tpu.py`, imported when it is called: Pallas takes a while."""
 
     def call(*arrays, **options):
-        from kernels import gpu
-
-        return getattr(gpu, name)(*arrays, **options)
+        return getattr(importlib.import_module(f"kernels.{module}"), name)(*arrays, **options)
 
     return call
+
+
+_gpu, _tpu = functools.partial(_in_module, "gpu"), functools.partial(_in_module, "tpu")
 
 
 FLOATS = (jnp.float32, jnp.bfloat16)
@@ -621,6 +623,14 @@ def _gpu_sums(x, w, experts):
     return _gpu("ternary_sums")(x, w.packed, experts, w.block, w.multipliers)
 
 
+def _tpu_sums(x, w, experts):
+    return _tpu("ternary_sums")(x, (w,), experts)[0]
+
+
+def _tpu_takes(x, w, *_) -> bool:
+    return _tpu("takes_weights")(x, (w,))
+
+
 KERNELS = {  # of each name on each backend: the kernel, and what says which arguments it takes
     "attend": {
         "cpu": (attend, _takes_cap),
@@ -640,10 +650,12 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     "ternary_dots": {
         "cpu": (ternary_dots, _takes_dots),
         "gpu": (_gpu("ternary_dots"), _takes_dots, _gpu("takes_dots")),
+        "tpu": (_tpu("ternary_dots"), _takes_floats, _tpu("takes_dots")),
     },
     "ternary_sums": {
         "cpu": (ternary_sums, lambda x, *_: x.dtype == jnp.int8),
         "gpu": (_gpu_sums, _gpu("takes_weight")),
+        "tpu": (_tpu_sums, _tpu_takes),
     },
     "transposed": {"cpu": (transposed, lambda x: x.dtype == jnp.bfloat16)},
     "write_slots": {"cpu": (write_slots,)},
