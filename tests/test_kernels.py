@@ -312,6 +312,8 @@ def test_the_kernel_is_that_of_the_device(monkeypatch):
         assert kernel(rows, w) is None
     assert kernel(rows, w)
     monkeypatch.setattr(kernels, "platform", lambda: "tpu")
+    assert kernel(rows, w) and not kernel(rows, change(padding=3))
+    monkeypatch.setattr(kernels, "platform", lambda: "another")
     assert kernel(rows, w) is None
 
 

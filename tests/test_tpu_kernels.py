@@ -238,7 +238,7 @@ def lowered_for_tpu(f, *arguments) -> list[str]:
     return [part.split('"')[1] for part in text.split("kernel_name = ")[1:]]
 
 
-@pytest.mark.parametrize("weights", ["ternary", "ternary-fit-256", "ternary2", "ternary2-64"])
+@pytest.mark.parametrize("weights", ["ternary", "ternary2-128"])
 def test_a_layer_of_grok_1_lowers_for_tpus(weights):
     """Products of the same rows are one kernel: of three matrices of attention, two of experts."""
     config = dataclasses.replace(model.PRESETS["grok-1"], num_layers=1, vocab_size=1024)
@@ -255,12 +255,11 @@ def test_a_layer_of_grok_1_lowers_for_tpus(weights):
         assert sorted(found) == ["slabs"] * 4 + ["ternary_sums"] * 4
 
 
-@pytest.mark.parametrize(
-    "preset, kernels_of_layer", [("demo", 4), ("10m", 4), ("100m", 4), ("1b", 4), ("bench", 4)]
-)
-def test_other_presets_have_kernels(preset, kernels_of_layer):
+@pytest.mark.parametrize("preset", ["demo", "bench"])
+def test_other_presets_have_kernels(preset):
+    """Whose packing blocks have 8 and 16 bytes."""
     config = dataclasses.replace(model.PRESETS[preset], num_layers=1)
     params = runners.abstract_weights(config, model.PRECISIONS["ternary"])
     slots = jax.eval_shape(lambda: runners.empty_slots(config, 2, config.sequence_len))
     step = functools.partial(runners.decode_step, model.make_model(config), eos=2)
-    assert lowered_for_tpu(step, params, slots).count("ternary_sums") == kernels_of_layer
+    assert lowered_for_tpu(step, params, slots).count("ternary_sums") == 4
