@@ -30,10 +30,10 @@ SEGMENT = 64  # bytes of a plane's packing block, where there are multipliers: h
 MOST_PARTS = 8  # segments of a part of B, see `parts_of`
 UNROLLED = 8  # parts of B, with few rows
 FEW_ROWS = 32
-MOST_ROWS = 256  # of a tile; more would make longer programs, and none faster
+MOST_ROWS = 128  # of a tile: with as many, the matrix unit is busy
 X_BYTES = 4 << 20  # of a tile, at most, and twice as much with the next one
 WEIGHT_BYTES = 1 << 20
-SUM_BYTES = 1 << 19
+LONGEST = 1 << 25  # rows times bytes: programs are as long, for few loops are left in them
 VMEM = 48 << 20  # that a kernel may take in all
 
 # --- Which products have a kernel -----------------------------------------------------------------
@@ -128,7 +128,7 @@ def output_tiles(outputs: list[int], width: int, rows: int) -> int | None:
     The least that makes tiles small enough. None where that cannot be done.
     """
     vectors, rest = divmod(math.gcd(*outputs), LANES)
-    most = min(WEIGHT_BYTES // width, SUM_BYTES // (4 * rows))
+    most = min(WEIGHT_BYTES, LONGEST // rows) // width
     fits = [n for n in range(1, vectors + 1) if vectors % n == 0]
     if rest or not fits:
         return None
@@ -309,6 +309,11 @@ def _products(arranged, offsets, count, rows, weights, experts, scaled=None, *, 
     scaled: None; or steps float32 [blocks, R, 1], of each weight its scales float32
       [blocks, 1, O or 1], and the dtype that products then have, [1, blocks, R, O]
     """
+    if len(weights) > 1 and rows.padded > FEW_ROWS:  # with few, each call counts
+        one = functools.partial(_products, arranged, offsets, count, rows, interpret=interpret)
+        steps, scales, dtype = scaled or (None, weights, None)
+        each = [(steps, [scale], dtype) if scaled else None for scale in scales]
+        return [one([w], experts, of)[0] for w, of in zip(weights, each, strict=True)]
     first, blocks = weights[0], len(experts)
     width, stack = first.packed.shape[2], len(first.packed)
     columns, multiplied = width % LANES > 0, first.multipliers is not None
