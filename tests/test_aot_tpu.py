@@ -40,7 +40,7 @@ def test_a_decode_step_on_tpus():
     """Nothing loops, and little is in between: 1.6 MB."""
     found = check(compiled("decode"), 4, 10e6)
     assert found.loops == 0
-    assert found.operations < 200  # 180; 256 without kernels
+    assert found.operations < 210  # 196
 
 
 @pytest.mark.slow
