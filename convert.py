@@ -36,6 +36,7 @@ import numpy as np
 import tqdm
 
 import calibration
+import card
 import checkpoint
 import conversion
 import data
@@ -154,6 +155,7 @@ def convert(
 
         if work:
             extra = extra | {REPORT: lambda: files.json_bytes({**work.report(), **(noted or {})})}
+        extra = extra | {card.NAME: card.model_card(config, leaves)}
         shards.write(
             output,
             leaves,

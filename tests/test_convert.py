@@ -20,6 +20,7 @@ from hub import Hub, point_to
 from huggingface_hub.utils import close_session
 from test_shards import contents, flip
 
+import card
 import checkpoint
 import convert
 import formats
@@ -347,7 +348,7 @@ def test_numbers_that_no_model_has_are_not_converted(tmp_path, name, value):
 def test_verify(demo, tmp_path, capsys):
     convert.main(["--verify", str(demo)])
     out = capsys.readouterr().out
-    assert re.search(r"8 files, 2.5\d MB, all as they were written\n$", out)
+    assert re.search(r"9 files, 2.5\d MB, all as they were written\n$", out)
     folder = tmp_path / "copy"
     shutil.copytree(demo, folder)
     file = folder / "model-00003-of-00005.safetensors"
@@ -366,8 +367,8 @@ def test_verify_a_checkpoint_of_the_first_version(demo, tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert re.search("5 files, .*, all as they were written$", first)
     assert second == (
-        "not compared, for they have no sums: 'config.json', 'model.safetensors.index.json', "
-        "'tokenizer.model'"
+        "not compared, for they have no sums: 'README.md', 'config.json', "
+        "'model.safetensors.index.json', 'tokenizer.model'"
     )
 
 
@@ -685,3 +686,38 @@ def test_pages_are_given_back(tmp_path):
     assert resident() == 0
     assert array.sum() == 1 << 20
     tensor_file.release(np.ones(3))  # not mapped: nothing to do
+
+
+def test_the_model_card():
+    """What the Hub reads is YAML between dashes; the rest says what the weights became."""
+    config = model.config_to_dict(model.PRESETS["grok-1"])
+    leaves = {
+        path: convert.stored_form(entry, "base3")
+        for path, entry in {
+            "layer/linear/w": entry_of("ternary", (8, 256, 64)),
+            "norm/scale": entry_of("float32", (256,)),
+        }.items()
+    }
+    about = checkpoint.quantization("ternary-experts", (), "base3")
+    about["quantization_config"]["calibration"] = {"tokens": 32768}
+    text = card.model_card(config | about, leaves).decode()
+    head = text.split("---\n")[1]
+    assert "base_model: xai-org/grok-1\n" in head and "license: apache-2.0\n" in head
+    assert f"| parameters | {8 * 256 * 64 + 256:,}, in 64 layers |" in text
+    assert (
+        "absmean of each matrix, as in BitNet b1.58 (arXiv 2402.17764); attention in int8" in text
+    )
+    assert "on 32,768 tokens of a text" in text
+    toy = dataclasses.asdict(model.PRESETS["tiny"])
+    other = card.model_card(toy | checkpoint.quantization("mine", (), "2bit"), leaves).decode()
+    assert "license" not in other and "mixed, by a table" in other
+
+
+@pytest.mark.parametrize("weights", model.PRECISIONS)
+def test_every_choice_of_weights_has_a_method(weights):
+    assert card.method(weights) != card.method("a table of mine")
+
+
+def entry_of(format, shape):
+    made = formats.shapes(format, shape)
+    return checkpoint.Entry("layer", "w", None, None, format, made, 0)

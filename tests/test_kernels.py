@@ -304,7 +304,7 @@ def test_the_kernel_is_that_of_the_device(monkeypatch):
     monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     assert kernel(rows, w)
     assert not kernel(rows.update(dtype=jnp.float32), w)
-    assert not kernel(rows, change(padding=3)) and not kernel(rows, change(block=32))
+    assert not kernel(rows, change(padding=3)) and not kernel(rows, change(block=48))
     for groups, taken in ((1, True), (8, True), (4, False)):
         multipliers = jax.ShapeDtypeStruct((3, 128, groups, 1), jnp.int8)
         assert bool(kernel(rows, change(multipliers=multipliers))) == taken
