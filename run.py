@@ -636,6 +636,8 @@ def run(args: argparse.Namespace) -> None:
         converse(inference, request, args.samples, style)
         return
     begin = time.perf_counter()
+    if sys.stderr.isatty() and jax.process_index() == 0:  # it takes seconds, and is overwritten
+        print(f"{'compile':<12}...", end="\r", file=sys.stderr, flush=True)
     inference.warm_up(len(request.prompt) for request in requests)
     report(compile=f"{time.perf_counter() - begin:.1f} s")
     answer(inference, requests, style)

@@ -103,7 +103,7 @@ def main(argv=None):
     print(f"{args.preset}, {active:,} active parameters, {flops / 1e6:.1f} million FLOPs a token")
     for name, rate in rates.items():
         print(f"{name:<16}{rate:>8,} tokens/s {rate * flops / 1e9:>6.0f} GFLOP/s")
-    share = rates["ours, float"] / rates["ours, ternary"]
+    share = rates["ours, float32"] / rates["ours, ternary"]
     print(f"a step with ternary weights and int8 activations takes {share:.2f} of one with floats")
     if args.json:
         about = {
