@@ -91,7 +91,7 @@ class Client:
 
     @contextlib.contextmanager
     def open(self, path, body=None, headers=()):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         method = "GET" if body is None else "POST"
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | dict(headers)
@@ -145,7 +145,7 @@ def serving(inference, api_key=None, **settings):
 
 def until(true):
     """Waits until something is true, which it must be soon."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not true():
         assert time.monotonic() < end
         time.sleep(0.002)
@@ -661,7 +661,7 @@ def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(inference, processor, 
     jobs[0].emit = lambda event: (short.append(event), event.finish and last.put(event))
     served.submit(jobs)
     served.start()
-    last.get(timeout=30)
+    last.get(timeout=120)
     served.close()
     assert calls[:18] == ["prefill", "step"] * 9  # of the first, and the eight chunks
     assert calls.count("prefill") == 10 and calls.count("step") == 39
@@ -792,7 +792,7 @@ def test_an_error_of_a_third_request(inference, processor, monkeypatch, name, lo
     served.start()
     ends = []
     for events in found:
-        while not isinstance(event := events.get(timeout=30), Exception) and not event.finish:
+        while not isinstance(event := events.get(timeout=120), Exception) and not event.finish:
             pass
         ends.append(event)
     served.close()
