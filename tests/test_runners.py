@@ -925,7 +925,7 @@ def test_the_planned_kernels_are_those_that_a_step_takes(
     weights = 0
     for e in equations(jaxpr):
         name = e.params.get("target_name", e.params.get("name"))
-        if name in ("ternary_grok_TernaryDots", "ternary_few_rows", "gated_dot"):
+        if name in ("ternary_grok_TernaryDots", "ternary_few_rows", "gated_dot", "ternary_sums"):
             weights += sum(x.aval.dtype == jnp.uint8 for x in e.invars)
     assert len(found["kernel"]) + len(found["plain JAX"]) == 7
     assert weights == len(found["kernel"])
