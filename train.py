@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import sentencepiece
 from tqdm import tqdm
 
 import checkpoint
@@ -171,6 +172,7 @@ def keep_freed_memory() -> None:
 
 
 SETTINGS = "settings.json"
+TRAIN = "train"  # --tokenizer: one made of the text
 DEAD = 0.01  # of an even share: an expert that is chosen less often learns nothing
 
 
@@ -283,8 +285,64 @@ def check_text(texts: Texts, validation: str) -> None:
     data.windows(tokenizer.encode(texts.processor, validation), texts.length)
 
 
+def tokenizer_file(output: Path) -> Path:
+    """Of a run that has a state; one begun by an earlier version has it in its checkpoint alone."""
+    own = output / tokenizer.FILE
+    return own if own.exists() else output / "checkpoint" / tokenizer.FILE
+
+
+def choose_tokenizer(args: argparse.Namespace, config, training: str):
+    """The tokenizer of a run, and the configuration with as many pieces.
+
+    It is the one that `--tokenizer` names, else that of the run, if it has begun, or of the
+    checkpoint to begin or to learn from, else one made of the training text. ValueError if it does
+    not fit the model.
+    """
+    named = args.tokenizer not in (None, TRAIN)
+    begun, folder = records.is_begun(args.output), args.init or args.teacher
+    if named or begun:
+        path = Path(args.tokenizer) if named else tokenizer_file(args.output)
+        path = path / tokenizer.FILE if path.is_dir() else path
+        processor = tokenizer.read(path, f"--tokenizer takes a {tokenizer.FILE}, or its folder")
+    elif folder and args.tokenizer is None:
+        path = folder / tokenizer.FILE
+        processor = tokenizer.load(folder, records.read_model(folder)[0].vocab_size)
+    else:
+        path = "the text"
+        content = tokenizer.train_at_most(training, config.vocab_size)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        if len(processor) < config.vocab_size and not args.init:
+            print(f"note: the text has only {len(processor)} pieces, not {config.vocab_size}")
+            config = dataclasses.replace(config, vocab_size=len(processor))
+    if begun and not args.init:  # it may have been such a text; another tokenizer is refused later
+        config = dataclasses.replace(config, vocab_size=len(processor))
+    if len(processor) != config.vocab_size:
+        cure = (
+            "take the tokenizer that it was trained with"
+            if args.init
+            else (f"give --vocab-size {len(processor)}, or another --tokenizer")
+        )
+        raise ValueError(
+            f"{path} has {len(processor)} pieces, the model has {config.vocab_size}; {cure}"
+        )
+    return processor, config
+
+
+def check_tokenizer(output: Path, processor) -> None:
+    """ValueError if a run was begun with another tokenizer."""
+    path = tokenizer_file(output)
+    if path.read_bytes() != processor.serialized_model_proto():
+        raise ValueError(
+            f"{output} was begun with another tokenizer, {path}: leave --tokenizer out, or give "
+            "another --output"
+        )
+
+
 def check_settings(output: Path, about: dict) -> None:
-    """ValueError, which names the difference, if a run was begun with another command."""
+    """ValueError, which names the difference, if a run was begun with another command.
+
+    Its tokenizer is compared by `check_tokenizer`.
+    """
     file = output / SETTINGS
     if not file.exists():
         return
@@ -299,7 +357,7 @@ def check_settings(output: Path, about: dict) -> None:
     differing = [
         f"{flag} was {old.get(flag, 'not given')}, now {new.get(flag, 'not given')}"
         for flag in old | new
-        if old.get(flag) != new.get(flag)
+        if old.get(flag) != new.get(flag) and flag != "--tokenizer"
     ]
     if differing:
         raise ValueError(
@@ -313,6 +371,7 @@ def run(
     settings: Settings,
     weights: str,
     text: str,
+    processor,
     output: Path,
     about: dict,
     form: str = "converted",
@@ -325,11 +384,11 @@ def run(
 
     The folder belongs to a run from its first state on.
 
+    processor: the tokenizer
     about: the command; form: of the exported checkpoint, see `records.export`
     init, teacher: checkpoint folders, to begin from and to learn from
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
-    processor = tokenizer.load(init, config.vocab_size)
     training, validation = data.split(text)
     texts = Texts(processor, training, settings, config.sequence_len)
     check_text(texts, validation)
@@ -339,6 +398,7 @@ def run(
         begun = states.latest_step() is not None
         if begun:
             check_settings(output, about)
+            check_tokenizer(output, processor)
         taught = (None, None) if teacher is None else teacher_of(teacher, processor, mesh)
         trainer = Trainer(config, settings, weights, mesh, taught)
         if begun:
@@ -359,6 +419,7 @@ def run(
             log.append(row)
             records.write_log(output, log)
             if row["step"]:  # nothing is lost with the state before the first step
+                files.write_bytes(output / tokenizer.FILE, processor.serialized_model_proto())
                 files.write_json(output / SETTINGS, about)
                 records.save_state(states, trainer.state)
             records.plot(output, log)
@@ -398,6 +459,12 @@ def parse_arguments(argv) -> argparse.Namespace:
     add("--preset", choices=sorted(set(model.PRESETS) - {"grok-1"}), help="of the model (demo)")
     add("--init", type=Path, help="checkpoint folder to begin from, of any form; then no --preset")
     add("--teacher", type=Path, help="checkpoint folder of a model whose predictions to learn")
+    add(
+        "--tokenizer",
+        metavar="train|FOLDER|FILE",
+        help="one made of the text's training part, or a tokenizer.model (that of --init or "
+        "--teacher, else train)",
+    )
     add(
         "--weights",
         default="ternary",
@@ -439,7 +506,7 @@ def _flag(name: str) -> str:
 def command_of(args: argparse.Namespace) -> str:
     """The command with every choice spelled out, but for the folder and the mesh, which may change
     when a run is resumed."""
-    names = ["data", "preset", "init", "teacher", "weights", "dtype", "format"]
+    names = ["data", "preset", "init", "teacher", "tokenizer", "weights", "dtype", "format"]
     chosen = {name: getattr(args, name) for name in names} | dataclasses.asdict(args.settings)
     flags = [(_flag(name), str(value)) for name, value in chosen.items() if value is not None]
     return shlex.join(["python", "train.py", *itertools.chain(*flags)])
@@ -474,6 +541,8 @@ def main(argv=None):
         if args.teacher:
             checkpoint.check_folder(args.teacher)
         config, mesh = configuration(args), sharding.parse_mesh(args.mesh)
+        text = data.load_text(args.data)
+        processor, config = choose_tokenizer(args, config, data.split(text)[0])
         params = jax.tree.leaves(model.abstract_params(config))
         count = sum(w.size for w in params)
         print(f"{args.preset or args.init}: {count:,} parameters")
@@ -484,7 +553,8 @@ def main(argv=None):
             config,
             settings,
             args.weights,
-            data.load_text(args.data),
+            text,
+            processor,
             args.output,
             about,
             args.format,

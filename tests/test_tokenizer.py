@@ -227,6 +227,17 @@ def test_training_refuses_what_it_cannot_do():
         tokenizer.train(SPEECH, 9999)
 
 
+def test_training_takes_fewer_pieces_where_there_are_no_more():
+    assert tokenizer.train_at_most(SPEECH, 300) == tokenizer.train(SPEECH, 300)
+    fewer = tokenizer.train_at_most(SPEECH, 9999)
+    pieces = len(sentencepiece.SentencePieceProcessor(model_proto=fewer))
+    assert fewer == tokenizer.train(SPEECH, pieces)
+    with pytest.raises(ValueError, match=f"no tokenizer of {pieces + 1} pieces"):
+        tokenizer.train(SPEECH, pieces + 1)
+    with pytest.raises(ValueError, match="no tokenizer of 100 pieces"):
+        tokenizer.train_at_most(SPEECH, 100)
+
+
 def test_command_trains_on_the_first_nine_tenths(tmp_path, capsys):
     text, output = tmp_path / "text.txt", tmp_path / "new.model"
     text.write_text(SPEECH * 9 + "é" * len(SPEECH))

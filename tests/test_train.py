@@ -46,8 +46,10 @@ def state_of(folder, config=CONFIG, settings=SETTINGS):
     return records.load_state(records.open_states(folder), like)
 
 
-def start(folder):
-    return train.run(CONFIG, SETTINGS, "ternary", TEXT, folder, {"command": "test"})
+def start(folder, text=TEXT, processor=None, settings=SETTINGS, config=CONFIG, **other):
+    processor = processor or tokenizer.load(None, config.vocab_size)
+    about = {"command": "test"}
+    return train.run(config, settings, "ternary", text, processor, folder, about, **other)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_a_run_leaves_log_plot_state_and_checkpoint(run):
     assert about["command"] == "test"
     assert about["validation"] == min(row["validation"] for row in log)
     assert json.loads((folder / "settings.json").read_text()) == {"command": "test"}
-    left = {"settings.json", "log.jsonl", "states", "checkpoint"}
+    left = {"settings.json", "tokenizer.model", "log.jsonl", "states", "checkpoint"}
     assert {path.name for path in folder.iterdir() if path.suffix != ".png"} == left
 
 
@@ -187,7 +189,7 @@ def fake_start(self, init):
 @pytest.mark.parametrize("text", ["", "a", "To be, or not to be."])
 def test_a_text_too_short_leaves_nothing(tmp_path, text):
     with pytest.raises(ValueError, match="take a longer text"):
-        train.run(CONFIG, SETTINGS, "ternary", text, tmp_path / "run", {"command": "test"})
+        start(tmp_path / "run", text)
     assert not (tmp_path / "run").exists()
 
 
@@ -416,6 +418,85 @@ def test_a_folder_half_exported_does_not_look_whole(tmp_path, monkeypatch, form,
     assert (tmp_path / "checkpoint").exists()
 
 
+# --- Tokenizers -----------------------------------------------------------------------------------
+
+
+def choose(output, *flags, text=TEXT):
+    args = train.parse_arguments(["--data", "x", "--output", str(output), *map(str, flags)])
+    return train.choose_tokenizer(args, train.configuration(args), text)
+
+
+def write_tokenizer(folder, pieces):
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(tokenizer.train(TEXT, pieces))
+    return folder
+
+
+def test_a_tokenizer_is_made_of_the_text(tmp_path, capsys):
+    """With as many pieces as the model, or as the text is good for."""
+    text = Path(__file__).read_text()
+    for flags in ([], ["--tokenizer", "train"]):
+        processor, config = choose(tmp_path, *flags, text=text)
+        assert processor.serialized_model_proto() == tokenizer.train(text, 1024)
+        assert config == model.PRESETS["demo"] and not capsys.readouterr().out
+    processor, config = choose(tmp_path)
+    assert len(processor) == config.vocab_size == 440
+    assert capsys.readouterr().out == "note: the text has only 440 pieces, not 1024\n"
+
+
+def test_a_tokenizer_of_ones_own(tmp_path):
+    """Never one of another folder when it is missing."""
+    folder = write_tokenizer(tmp_path / "own", 300)
+    message = f"^{folder}/tokenizer.model has 300 pieces, the model has 1024; give --vocab-size 300"
+    for path in (folder, folder / "tokenizer.model"):
+        with pytest.raises(ValueError, match=message):
+            choose(tmp_path, "--tokenizer", path)
+    with pytest.raises(FileNotFoundError):
+        choose(tmp_path, "--tokenizer", tmp_path)
+    (folder / "tokenizer.model").write_bytes(tokenizer.train(Path(__file__).read_text(), 1024))
+    processor, _ = choose(tmp_path, "--tokenizer", folder)
+    assert processor.serialized_model_proto() == (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_text("no")
+    with pytest.raises(ValueError, match="is not a SentencePiece model .* or its folder"):
+        choose(tmp_path, "--tokenizer", folder)
+
+
+def test_the_tokenizer_of_a_checkpoint(run, tmp_path):
+    """It is that of the model to begin or to learn from; one of another size fits none."""
+    theirs = (run[0] / "checkpoint" / "tokenizer.model").read_bytes()
+    for flag in ("--init", "--teacher"):
+        processor, _ = choose(tmp_path, flag, run[0] / "checkpoint")
+        assert processor.serialized_model_proto() == theirs
+    for choice in ("train", write_tokenizer(tmp_path / "own", 300)):
+        with pytest.raises(
+            ValueError, match=r"pieces, the model has 1024; take the .* trained with"
+        ):
+            choose(tmp_path, "--init", run[0] / "checkpoint", "--tokenizer", choice)
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    """In its folder and in its checkpoint; another one is refused when the run goes on."""
+    processor, config = choose(tmp_path / "run", "--preset", "tiny")
+    config = dataclasses.replace(CONFIG, vocab_size=config.vocab_size)
+    one = dataclasses.replace(SETTINGS, steps=1, warmup=0)
+    start(tmp_path / "run", processor=processor, settings=one, config=config)
+    runner = runners.ModelRunner(config)
+    runner.load(tmp_path / "run" / "checkpoint")
+    kept = tokenizer.load(tmp_path / "run" / "checkpoint", runner.config.vocab_size)
+    assert kept.serialized_model_proto() == processor.serialized_model_proto()
+    for missing in (None, "tokenizer.model"):  # as before it was kept beside the state
+        if missing:
+            (tmp_path / "run" / missing).unlink()
+        again, same = choose(tmp_path / "run", "--tokenizer", "train", text="another text")
+        assert again.serialized_model_proto() == processor.serialized_model_proto()
+        assert same.vocab_size == config.vocab_size
+    other, _ = choose(tmp_path / "run", "--tokenizer", write_tokenizer(tmp_path / "own", 300))
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path}/run was begun with another tokenizer, .* out"
+    ):
+        start(tmp_path / "run", processor=other, settings=one, config=config)
+
+
 # --- Dropout and router noise ---------------------------------------------------------------------
 
 
@@ -547,8 +628,8 @@ def test_a_run_from_a_checkpoint_says_where_it_begins(run, tmp_path):
     settings = dataclasses.replace(SETTINGS, learning_rate=1e-9)
 
     def begin(output, settings):
-        start = {"init": folder / "checkpoint", "teacher": folder / "checkpoint"}
-        train.run(CONFIG, settings, "ternary", TEXT, output, {"command": "test"}, **start)
+        model = folder / "checkpoint"
+        start(output, settings=settings, init=model, teacher=model)
         return records.read_log(output, settings.steps)
 
     log = begin(tmp_path / "same", settings)
@@ -647,7 +728,8 @@ def test_what_the_command_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "run", lambda *_, **__: {"validation": 1.25, "step": 6})
     train.main(["--data", str(tmp_path / "text"), "--output", str(tmp_path), "--preset", "tiny"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("tiny: ")
+    assert lines[0] == "note: the text has only 429 pieces, not 1024"
+    assert lines[1].startswith("tiny: ")
     for name, value in (("emb_size", "48"), ("--learning-rate", "0.002"), ("--steps", "1750")):
         assert f"{name:<31}{value}" in lines
     assert lines[-2:] == [
@@ -673,9 +755,11 @@ def test_the_command_can_be_given_again(tmp_path):
 
 
 def test_too_little_memory_is_said_before_anything_begins(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").write_text(TEXT)
     monkeypatch.setattr(train.sharding, "memory_limit", lambda mesh: 1_000_000)
     with pytest.raises(SystemExit, match="on each device, which has 1 MB; try a smaller"):
-        train.main(["--data", "x", "--output", str(tmp_path / "run"), "--preset", "tiny"])
+        flags = ["--data", str(tmp_path / "text"), "--output", str(tmp_path / "run")]
+        train.main([*flags, "--preset", "tiny"])
     printed = capsys.readouterr().out
     assert "time" in printed and "activations" in printed
     assert not (tmp_path / "run").exists()
