@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import shlex
 import sys
@@ -152,7 +153,7 @@ def plan(config, settings: Settings, weights: str, mesh) -> None:
     if total > limit:
         raise ValueError(
             f"this needs {size(total)} on each device, which has {size(limit)}; try a smaller "
-            "--batch-size with a larger --accumulate, --mesh over more devices, or a smaller preset"
+            "--batch-size with a larger --accumulate, --mesh over more devices, or a smaller model"
         )
 
 
@@ -451,12 +452,23 @@ def train_on(trainer: Trainer, texts: Texts, first: int, record) -> None:
         since, recent = time.perf_counter(), []
 
 
+SIZES = {  # in the place of the preset's, by their names in the configuration
+    "emb_size": "width of the model; the heads keep their size, so that their number follows",
+    "num_layers": "layers",
+    "num_experts": "experts of each layer",
+    "sequence_len": "tokens of context",
+    "vocab_size": "pieces of the tokenizer",
+}
+
+
 def parse_arguments(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--data", required=True, help=f"text file, or one of {list(data.SOURCES)}")
     add("--output", type=Path, required=True, help="run folder; resumed if begun")
     add("--preset", choices=sorted(set(model.PRESETS) - {"grok-1"}), help="of the model (demo)")
+    for name, text in SIZES.items():
+        add(_flag(name), type=int, metavar="N", help=f"{text} (the preset's)")
     add("--init", type=Path, help="checkpoint folder to begin from, of any form; then no --preset")
     add("--teacher", type=Path, help="checkpoint folder of a model whose predictions to learn")
     add(
@@ -489,13 +501,15 @@ def parse_arguments(argv) -> argparse.Namespace:
         parser.error("--format released is int8 that turns into absmean trits: --weights ternary")
     if args.preset and args.init:
         parser.error("--init brings its own configuration: leave --preset out")
+    fixed = [name for name in SIZES if getattr(args, name) is not None and name != "sequence_len"]
+    if fixed and args.init:
+        parser.error(f"--init brings its own configuration: leave {_flag(fixed[0])} out")
     args.preset = args.preset or (None if args.init else "demo")
     try:
         chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
         args.settings = Settings(**chosen)
     except ValueError as error:
-        names = "|".join(chosen)
-        parser.error(re.sub(rf"\b({names})\b", lambda name: _flag(name[0]), str(error)))
+        parser.error(with_flags(error, chosen))
     return args
 
 
@@ -503,10 +517,15 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def with_flags(error: ValueError, names) -> str:
+    """An error's text, in which names of settings have become flags."""
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda name: _flag(name[0]), str(error))
+
+
 def command_of(args: argparse.Namespace) -> str:
     """The command with every choice spelled out, but for the folder and the mesh, which may change
     when a run is resumed."""
-    names = ["data", "preset", "init", "teacher", "tokenizer", "weights", "dtype", "format"]
+    names = ["data", "preset", *SIZES, "init", "teacher", "tokenizer", "weights", "dtype", "format"]
     chosen = {name: getattr(args, name) for name in names} | dataclasses.asdict(args.settings)
     flags = [(_flag(name), str(value)) for name, value in chosen.items() if value is not None]
     return shlex.join(["python", "train.py", *itertools.chain(*flags)])
@@ -523,13 +542,38 @@ def aligned(values: dict) -> str:
 
 
 def configuration(args: argparse.Namespace) -> model.LanguageModelConfig:
-    """That of the preset, or of the checkpoint to begin from."""
+    """That of the preset, or of the checkpoint to begin from, with the sizes that are given."""
     config = records.read_model(args.init)[0] if args.init else model.PRESETS[args.preset]
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    try:
+        config = resized(config, **sizes)
+    except ValueError as error:
+        raise ValueError(with_flags(error, SIZES)) from None
     if args.weights == "float32":  # full precision all through
         config = dataclasses.replace(config, activations="float")
     elif args.init:  # from a twin in full precision, to BitNet's activations
         config = dataclasses.replace(config, activations="int8")
     return dataclasses.replace(config, fprop_dtype=args.dtype or config.fprop_dtype)
+
+
+def resized(config: model.LanguageModelConfig, **sizes: int) -> model.LanguageModelConfig:
+    """A configuration with other sizes, and what follows from them, as in `model.small`.
+
+    There are as many query heads as fill the width, and as many key/value heads as before if they
+    divide these. ValueError for a width that heads do not fill, or sizes that make no model.
+    """
+    if "emb_size" in sizes:
+        width, head = sizes["emb_size"], config.key_size
+        if width < 1 or width % head:
+            raise ValueError(f"emb_size must be a multiple of the heads' size, {head}, got {width}")
+        sizes["num_q_heads"] = width // head
+        sizes["num_kv_heads"] = math.gcd(width // head, config.num_kv_heads)
+        sizes["embedding_multiplier_scale"] = math.sqrt(width)
+    if "num_experts" in sizes:
+        if sizes["num_experts"] < 1:
+            raise ValueError(f"num_experts must be at least 1, got {sizes['num_experts']}")
+        sizes["num_selected_experts"] = min(config.num_selected_experts, sizes["num_experts"])
+    return dataclasses.replace(config, **sizes)
 
 
 def main(argv=None):

@@ -703,6 +703,7 @@ def test_a_teacher_with_another_tokenizer(run, tmp_path):
         (["--temperature", "0"], "--temperature must be above 0, got 0"),
         (["--accumulate", "0"], "--accumulate must be at least 1, got 0"),
         (["--init", "x", "--preset", "tiny"], "leave --preset out"),
+        (["--init", "x", "--num-layers", "3"], "leave --num-layers out"),
     ],
 )
 def test_flags_that_mean_nothing(flags, message, tmp_path, capsys):
@@ -736,6 +737,39 @@ def test_what_the_command_prints(tmp_path, monkeypatch, capsys):
         "validation 1.2500 nats per character after 6 steps",
         f"the best weights are in {tmp_path}/checkpoint",
     ]
+
+
+def configured(*flags):
+    return train.configuration(train.parse_arguments(["--data", "x", "--output", "y", *flags]))
+
+
+def test_sizes_beside_a_preset(run, monkeypatch):
+    """What follows from them is as in the presets: `1m` and `10m` are the demo in other sizes."""
+    sizes = ["--emb-size", "128", "--num-layers", "2"]
+    small = model.PRESETS["1m"]
+    assert configured(*sizes) == dataclasses.replace(small, num_kv_heads=2)
+    assert configured("--num-layers", "6") == model.PRESETS["10m"]
+    odd = configured("--emb-size", "192", "--num-experts", "1", "--vocab-size", "500")
+    assert (odd.num_q_heads, odd.num_kv_heads) == (3, 1)
+    assert (odd.num_experts, odd.num_selected_experts, odd.vocab_size) == (1, 1, 500)
+    longer = configured("--init", str(run[0] / "checkpoint"), "--sequence-len", "32")
+    assert longer == dataclasses.replace(CONFIG, sequence_len=32)
+    command = train.command_of(train.parse_arguments(["--data", "x", "--output", "y", *sizes]))
+    assert "--preset demo --emb-size 128 --num-layers 2 --weights" in command
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--emb-size", "100"], "--emb-size must be a multiple of the heads' size, 64, got 100"),
+        (["--num-layers", "0"], "--num-layers must be at least 1, got 0"),
+        (["--num-experts", "0"], "--num-experts must be at least 1, got 0"),
+        (["--vocab-size", "-1"], "--vocab-size must be at least 1, got -1"),
+    ],
+)
+def test_sizes_that_make_no_model(flags, message, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        train.main(["--data", "x", "--output", str(tmp_path / "new"), *flags])
 
 
 def test_times_for_reading():
