@@ -435,21 +435,30 @@ def run(
 
 def train_on(trainer: Trainer, texts: Texts, first: int, record) -> None:
     """The steps from the first one on; `record` is called with a row of the log at evaluations."""
-    settings = texts.settings
-    bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, unit="step")
+    settings, shown = texts.settings, {}
+    bar = tqdm(initial=first, total=settings.steps, unit="step")
     since, recent = time.perf_counter(), []
-    for i in bar:
+
+    def done(metrics: dict) -> None:
+        loss = float(metrics["loss"]) / texts.characters_per_token
+        bar.set_postfix(train=f"{loss:.3f}", **shown, refresh=False)
+        bar.update()
+
+    for i in range(first, settings.steps):
         recent.append(trainer.step(texts.batch(i)))
-        # The bar counts what is done; one step is always under way, while the next batch is made.
-        jax.block_until_ready(recent[-2:-1])
+        # One step is always under way, while the next batch is made.
+        for metrics in recent[-2:-1]:
+            done(metrics)
         if (i + 1) % settings.eval_every and i + 1 != settings.steps:
             continue
+        done(recent[-1])
         row = log_row(i + 1, recent, texts, settings)
         seconds = time.perf_counter() - since
         row["tokens_per_second"] = len(recent) * texts.batch_size * texts.length / seconds
         record(row)
-        bar.set_postfix(train=f"{row['train']:.3f}", validation=f"{row['validation']:.3f}")
+        shown["validation"] = f"{row['validation']:.3f}"
         since, recent = time.perf_counter(), []
+    bar.close()
 
 
 SIZES = {  # in the place of the preset's, by their names in the configuration

@@ -221,36 +221,60 @@ def test_log_and_plots_are_flushed_before_they_have_their_names(tmp_path, monkey
     assert {path.name for path in tmp_path.iterdir()} == set(names)
 
 
-class Metric:
-    def __init__(self, name, events):
-        self.name, self.events = name, events
+class Loss:
+    """Of an update; that it is asked for says that the update was waited for."""
 
-    def block_until_ready(self):
-        self.events.append(f"done {self.name}")
+    def __init__(self, step, events):
+        self.step, self.events = step, events
+
+    def __float__(self):
+        self.events.append(f"done {self.step}")
+        return self.step + 0.5
 
 
-def test_the_bar_counts_steps_that_are_done(monkeypatch):
-    """But for one, which is under way while the next batch is made."""
+def test_the_bar_counts_and_shows_updates_that_are_done(monkeypatch):
+    """From the first one on; another is under way while the next batch is made."""
     events = []
 
     class Trainer:
         def step(self, tokens):
             events.append(f"begun {tokens}")
-            return {"loss": Metric(tokens, events)}
+            return {"loss": Loss(tokens, events)}
 
     class Texts:
         settings = SETTINGS
-        batch_size, length = 2, 16
+        batch_size, length, characters_per_token = 2, 16, 2.0
 
         def batch(self, step):
             events.append(f"batch {step}")
             return step
 
-    monkeypatch.setattr(train, "log_row", lambda *_: {"train": 1.0, "validation": 1.0})
-    train.train_on(Trainer(), Texts(), 3, lambda row: None)
-    one = ["batch 3", "begun 3"]
-    two = ["batch 4", "begun 4", "done 3"]
-    assert events == one + two + ["batch 5", "begun 5", "done 4"]
+    class Bar:
+        def __init__(self, initial, total, unit):
+            events.append(f"bar {initial} of {total}")
+
+        def set_postfix(self, refresh, **shown):
+            events.append(shown)
+
+        def update(self):
+            events.append("counted")
+
+        def close(self):
+            events.append("closed")
+
+    monkeypatch.setattr(train, "tqdm", Bar)
+    monkeypatch.setattr(train, "log_row", lambda step, *_: {"validation": 1.0})
+    train.train_on(Trainer(), Texts(), 1, lambda row: events.append("recorded"))
+    assert events == [
+        "bar 1 of 6",
+        *["batch 1", "begun 1"],
+        *["batch 2", "begun 2", "done 1", {"train": "0.750"}, "counted"],
+        *["done 2", {"train": "1.250"}, "counted", "recorded"],
+        *["batch 3", "begun 3"],
+        *["batch 4", "begun 4", "done 3", {"train": "1.750", "validation": "1.000"}, "counted"],
+        *["batch 5", "begun 5", "done 4", {"train": "2.250", "validation": "1.000"}, "counted"],
+        *["done 5", {"train": "2.750", "validation": "1.000"}, "counted", "recorded", "closed"],
+    ]
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--eval-every", "--batch-size"])
