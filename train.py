@@ -174,6 +174,8 @@ def keep_freed_memory() -> None:
 
 SETTINGS = "settings.json"
 TRAIN = "train"  # --tokenizer: one made of the text
+SAMPLE = 64  # tokens of a text that an evaluation leaves in the log, a fourth of them given
+PROMPT = 1000  # characters, enough for these
 DEAD = 0.01  # of an even share: an expert that is chosen less often learns nothing
 
 
@@ -230,6 +232,7 @@ class Trainer:
         self._step = learning.make_step(noisy.apply, self.optimizer, settings, teach, shardings)
         plain = learning.training_model(config, weights)
         self._logits = jax.jit(lambda params, tokens: plain.apply(params, None, tokens).logits)
+        self._continued = jax.jit(functools.partial(continued, plain.apply))
 
     def start(self, init: Path | None) -> None:
         """The state before the first step: random, or from a checkpoint."""
@@ -254,6 +257,29 @@ class Trainer:
         """int32 [B, T] to float32 [B, T, V], without dropout and noise."""
         with jax.set_mesh(self.mesh):
             return self._logits(self.state.params, tokens)
+
+    def sample(self, processor, text: str) -> str:
+        """The first tokens of a text, and the likeliest ones after them."""
+        length = min(SAMPLE, self.config.sequence_len)
+        prompt = tokenizer.encode(processor, text)[: max(1, length // 4)]
+        tokens = np.full((1, length), tokenizer.PAD, np.int32)
+        tokens[0, : len(prompt)] = prompt
+        with jax.set_mesh(self.mesh):
+            tokens = self._continued(self.state.params, tokens, len(prompt))
+        return processor.decode(np.asarray(tokens)[0].tolist())
+
+
+def continued(apply, params: dict, tokens: jax.Array, count: jax.Array) -> jax.Array:
+    """int32 [B, T] with the likeliest token at each place from `count` on.
+
+    Each takes a pass over all T, without a cache: T is small.
+    """
+
+    def write(i, tokens):
+        logits = apply(params, None, tokens).logits[:, i - 1]  # [B, V]
+        return tokens.at[:, i].set(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+    return jax.lax.fori_loop(count, tokens.shape[1], write, tokens)
 
 
 def log_row(step: int, metrics: list[dict], texts: Texts, settings: Settings) -> dict:
@@ -414,6 +440,7 @@ def run(
             loss = evaluate.text_loss(trainer.logits, validation, processor, texts.length)
             row["validation"] = loss.per_character
             check_progress(row, 2 * np.log(config.vocab_size), output)
+            row["sample"] = trainer.sample(processor, validation[:PROMPT])
             if all(row["validation"] < earlier["validation"] for earlier in log):
                 folder, params, described = output / "checkpoint", trainer.state.params, about | row
                 records.export(folder, config, params, weights, form, processor, described)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import checkpoint
+import data
 import evaluate
 import files
 import formats
@@ -140,6 +142,28 @@ def begun(run, tmp_path):
     return Path(shutil.copytree(run[0], tmp_path / "begun"))
 
 
+def test_an_evaluation_leaves_a_text_in_the_log(run):
+    """The first tokens of the validation text, a fourth of it, and what the model makes of them."""
+    folder, last = run
+    processor = tokenizer.load(None, 1024)
+    tokens = tokenizer.encode(processor, data.split(TEXT)[1]).tolist()[:4]
+    params, apply = state_of(folder).params, jitted("ternary")[1]
+    while len(tokens) < 16:
+        row = np.array([tokens + [7] * (16 - len(tokens))], np.int32)  # later ones are not seen
+        tokens.append(int(np.argmax(apply(params, None, row).logits[0, len(tokens) - 1])))
+    assert last["sample"] == processor.decode(tokens)
+
+
+def test_a_text_continued_by_hand():
+    """Each token follows from the one before it, and the given ones stay."""
+
+    def apply(params, key, tokens):
+        return SimpleNamespace(logits=jax.nn.one_hot((params * tokens + 1) % 11, 11))
+
+    tokens = jnp.array([[5, 2, 0, 0, 0]])
+    assert train.continued(apply, 3, tokens, 2).tolist() == [[5, 2, 7, 0, 1]]
+
+
 def test_other_settings_in_a_begun_folder_are_refused(begun, monkeypatch, capsys):
     flags = ["--data", str(begun / "my text"), "--preset", "tiny", "--output", str(begun)]
     (begun / "my text").write_text(TEXT)
@@ -199,7 +223,7 @@ def test_a_log_that_lost_its_last_line(begun, run):
     log.write_bytes(log.read_bytes()[:-20])
     assert [row["step"] for row in records.read_log(begun, 6)] == [3]
     last = start(begun)
-    assert last == {"step": 6, "validation": run[1]["validation"]}
+    assert last == {"step": 6} | {key: run[1][key] for key in ("validation", "sample")}
     assert [row["step"] for row in records.read_log(begun, 6)] == [3, 6]
 
 
@@ -599,6 +623,8 @@ def test_training_does_not_depend_on_the_mesh(mesh):
         expected, found = (t.step(random_tokens(4, seed=seed)) for t in (alone, sharded))
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-4)
+    processor = tokenizer.load(None, 1024)
+    assert sharded.sample(processor, TEXT) == alone.sample(processor, TEXT)
     moment = sharded.state.opt_state[1][0].mu["transformer/decoder_layer_0/moe/linear"]["w"]
     assert moment.addressable_shards[0].data.shape == (8, 48, 64 // mesh[1])
 
