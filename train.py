@@ -36,6 +36,7 @@ import kernels
 import learning
 import model
 import records
+import runners
 import sharding
 import tokenizer
 from learning import Settings, TrainState
@@ -250,7 +251,8 @@ class Trainer:
         where = sharding.activation_sharding(self.mesh, ("batch", None), tokens.shape)
         with jax.set_mesh(self.mesh):
             tokens = jax.device_put(tokens, where)
-            self.state, metrics = self._step(self.state, tokens, self.taught)
+            with runners.uninterrupted():  # the old state is donated: the new one must not get lost
+                self.state, metrics = self._step(self.state, tokens, self.taught)
         return metrics
 
     def logits(self, tokens: np.ndarray) -> jax.Array:
@@ -368,7 +370,7 @@ def check_tokenizer(output: Path, processor) -> None:
 def check_settings(output: Path, about: dict) -> None:
     """ValueError, which names the difference, if a run was begun with another command.
 
-    Its tokenizer is compared by `check_tokenizer`.
+    Its steps may have grown. Its tokenizer is compared by `check_tokenizer`.
     """
     file = output / SETTINGS
     if not file.exists():
@@ -381,6 +383,8 @@ def check_settings(output: Path, about: dict) -> None:
             " the same settings, else give another --output"
         ) from None
     new = choices(about["command"])
+    if int(new.get("--steps", 0)) > int(old.get("--steps", 0)):
+        old["--steps"] = new["--steps"]
     differing = [
         f"{flag} was {old.get(flag, 'not given')}, now {new.get(flag, 'not given')}"
         for flag in old | new
@@ -409,7 +413,7 @@ def run(
 ) -> dict:
     """Trains, or goes on where the run folder's state ends; returns the last line of the log.
 
-    The folder belongs to a run from its first state on.
+    The folder belongs to a run from its first state on. KeyboardInterrupt says which state is kept.
 
     processor: the tokenizer
     about: the command; form: of the exported checkpoint, see `records.export`
@@ -435,6 +439,11 @@ def run(
         first = int(trainer.state.step)
         log = records.read_log(output, first) if begun else []
 
+        def keep() -> None:
+            files.write_bytes(output / tokenizer.FILE, processor.serialized_model_proto())
+            files.write_json(output / SETTINGS, about)
+            records.save_state(states, trainer.state)
+
         def record(row: dict) -> None:
             """Evaluates; keeps the row, the state, and the weights if they are the best so far."""
             loss = evaluate.text_loss(trainer.logits, validation, processor, texts.length)
@@ -447,22 +456,32 @@ def run(
             log.append(row)
             records.write_log(output, log)
             if row["step"]:  # nothing is lost with the state before the first step
-                files.write_bytes(output / tokenizer.FILE, processor.serialized_model_proto())
-                files.write_json(output / SETTINGS, about)
-                records.save_state(states, trainer.state)
+                keep()
             records.plot(output, log)
 
         if (begun or init is not None) and not (log and log[-1]["step"] == first):
             record({"step": first})  # where it begins; or the row of the state was lost
             loss = log[-1]["validation"]
             print(f"validation {loss:.4f} nats per character to begin with")
-        train_on(trainer, texts, first, record)
+        try:
+            train_on(trainer, texts, first, record)
+        except KeyboardInterrupt:
+            done = int(trainer.state.step)
+            if done == first or not np.isfinite(optax.tree.norm(trainer.state.params)):
+                raise
+            keep()
+            raise KeyboardInterrupt(f"the state after {done} updates is kept in {output}") from None
         return log[-1]
 
 
 def train_on(trainer: Trainer, texts: Texts, first: int, record) -> None:
     """The steps from the first one on; `record` is called with a row of the log at evaluations."""
     settings, shown = texts.settings, {}
+    if first:
+        rate = float(learning.schedule(settings)(first))
+        print(
+            f"goes on after {first} of {settings.steps} updates, at a learning rate of {rate:.3g}"
+        )
     bar = tqdm(initial=first, total=settings.steps, unit="step")
     since, recent = time.perf_counter(), []
 
@@ -644,10 +663,12 @@ def main(argv=None):
         )
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on from the last evaluation")
+    except KeyboardInterrupt as stopped:
+        kept = str(stopped) or "nothing new is kept"
+        sys.exit(f"\ninterrupted: {kept}; the same command goes on")
     print(f"validation {last['validation']:.4f} nats per character after {last['step']} steps")
-    print(f"the best weights are in {args.output / 'checkpoint'}")
+    best = args.output / "checkpoint"
+    print(f"best weights in {best}: python run.py --checkpoint {shlex.quote(str(best))}")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,85 @@ def test_a_killed_run_resumes_exactly(run, tmp_path):
     assert [list(map(without_speed, log)) for log in logs][0] == list(map(without_speed, logs[1]))
 
 
+def test_an_interrupted_run_resumes_exactly(run, tmp_path, monkeypatch):
+    """Ctrl-C within an update loses none; before the first one, there is nothing to keep."""
+    step, interrupted_at = learning.make_step, 4
+
+    def make_step(*args):
+        update = step(*args)
+
+        def update_and_interrupt(state, *rest):
+            if int(state.step) == interrupted_at:
+                signal.raise_signal(signal.SIGINT)
+            return update(state, *rest)
+
+        return update_and_interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "make_step", make_step)
+        with pytest.raises(
+            KeyboardInterrupt, match=f"^the state after 5 updates is .* {tmp_path}$"
+        ):
+            start(tmp_path)
+        patch.setattr(train.Texts, "batch", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match="^$"):
+            start(tmp_path)
+    assert int(state_of(tmp_path).step) == 5
+    start(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path), state_of(run[0]))
+
+
+def test_a_finished_run_may_grow(begun, capsys):
+    """At the rate of the longer cosine from there on."""
+    longer = dataclasses.replace(SETTINGS, steps=8, eval_every=8)
+    rate = float(learning.schedule(longer)(6))
+    assert start(begun, settings=longer)["step"] == 8
+    assert rate > 1e-4
+    printed = capsys.readouterr().out
+    assert f"goes on after 6 of 8 updates, at a learning rate of {rate:.3g}\n" in printed
+    assert [row["step"] for row in records.read_log(begun, 8)] == [3, 6, 8]
+    assert int(state_of(begun, settings=longer).step) == 8
+
+
+def test_the_steps_of_a_begun_run_may_grow_but_not_shrink(tmp_path):
+    def command(steps):
+        return {"command": f"python train.py --steps {steps} --seed 1"}
+
+    files.write_json(tmp_path / "settings.json", command(20))
+    train.check_settings(tmp_path, command(100))
+    with pytest.raises(ValueError, match="other settings: --steps was 20, now 9. Give"):
+        train.check_settings(tmp_path, command(9))
+
+
+@pytest.mark.parametrize(
+    "interrupt, kept",
+    [(KeyboardInterrupt("all is kept"), "all is kept"), (KeyboardInterrupt, "nothing new is kept")],
+)
+def test_what_the_command_says_when_it_is_interrupted(tmp_path, monkeypatch, interrupt, kept):
+    def interrupted(*_, **__):
+        raise interrupt
+
+    (tmp_path / "text").write_text(TEXT)
+    monkeypatch.setattr(train, "plan", lambda *_: None)
+    monkeypatch.setattr(train, "run", interrupted)
+    with pytest.raises(SystemExit, match=f"interrupted: {kept}; the same command goes on$"):
+        train.main(["--data", str(tmp_path / "text"), "--output", str(tmp_path)])
+
+
+def test_an_interrupt_keeps_no_state_that_diverged(begun, monkeypatch):
+    """The good one before it stays."""
+
+    def diverge(self, tokens):
+        params = jax.tree.map(lambda w: w * jnp.nan, self.state.params)
+        self.state = self.state._replace(step=self.state.step + 1, params=params)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "step", diverge)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        start(begun, settings=dataclasses.replace(SETTINGS, steps=8))
+    assert int(state_of(begun).step) == 6
+
+
 def without_speed(row):
     return {key: value for key, value in row.items() if key != "tokens_per_second"}
 
@@ -204,6 +283,21 @@ def test_a_run_that_failed_at_once_has_no_folder(tmp_path, monkeypatch):
         start(tmp_path)
     assert not (tmp_path / "settings.json").exists()
     assert records.open_states(tmp_path).latest_step() is None
+
+
+def test_a_run_without_a_state_owns_nothing(tmp_path, monkeypatch):
+    """Others begin anew in its folder, with other flags and another tokenizer."""
+    files.write_json(tmp_path / "settings.json", {"command": "python train.py --seed 1"})
+    (tmp_path / "tokenizer.model").write_text("half a tok")
+    (tmp_path / "states" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    processor, _ = choose(tmp_path)
+    assert len(processor) == 440
+    began = []
+    monkeypatch.setattr(train.Trainer, "start", fake_start)
+    monkeypatch.setattr(train, "train_on", lambda *_: began.append(True))
+    with pytest.raises(IndexError):  # there is no row yet
+        start(tmp_path)
+    assert began
 
 
 def fake_start(self, init):
@@ -785,7 +879,7 @@ def test_what_the_command_prints(tmp_path, monkeypatch, capsys):
         assert f"{name:<31}{value}" in lines
     assert lines[-2:] == [
         "validation 1.2500 nats per character after 6 steps",
-        f"the best weights are in {tmp_path}/checkpoint",
+        f"best weights in {tmp_path}/checkpoint: python run.py --checkpoint {tmp_path}/checkpoint",
     ]
 
 
