@@ -1,6 +1,6 @@
 """SentencePiece tokenizers: loading with a check, encoding, streamed decoding, training our own.
 
-The `tokenizer.model` beside this file, for the demo model, comes from
+The `tokenizer.model` of the demo model, `checkpoints/demo`, comes from
 
     python tokenizer.py tinyshakespeare --vocab-size 1024 --output tokenizer.model
 
@@ -25,13 +25,13 @@ import files
 
 PAD, BOS, EOS, UNK = range(4)
 FILE = "tokenizer.model"
-DEMO = Path(__file__).with_name(FILE)
+DEMO = Path(__file__).parent / "checkpoints/demo" / FILE
 GROK_1_SIZE = 131072  # pieces
 GROK_1_SHA256 = "5c69d7cbad192fa2c9d14e2a77fbfdc11597c68907b043ddb0260e3d28eddd7f"
 
 
 def load(folder: str | os.PathLike | None, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """Tokenizer of a checkpoint folder: its `tokenizer.model`, else the one beside this file.
+    """Tokenizer of a checkpoint folder: its `tokenizer.model`, else the demo's.
 
     Raises ValueError when the file is no SentencePiece model or has not `vocab_size` pieces.
     """

@@ -67,6 +67,12 @@ def test_load_prefers_the_checkpoint_folder(tmp_path):
     assert len(tokenizer.load(tmp_path, 300)) == 300
 
 
+def test_the_demo_has_its_own():
+    folder = Path(tokenizer.__file__).parent / "checkpoints/demo"
+    assert (folder / "config.json").exists() and tokenizer.DEMO.parent == folder
+    assert len(tokenizer.load(folder, 1024)) == 1024
+
+
 def test_load_says_how_to_get_the_tokenizer_of_grok_1(tmp_path):
     own = tmp_path / "tokenizer.model"
     message = (
