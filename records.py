@@ -1,6 +1,7 @@
 """What a training run leaves in its folder: log, plots, states to go on from, and the checkpoint.
 
 settings.json          the command, from the first state on
+tokenizer.model        that cuts the text, from the first state on, too
 log.jsonl              a line for each evaluation
 loss.png, learning_rate.png, expert_load.png
 states/                the last state, written by Orbax
@@ -32,6 +33,11 @@ def open_states(folder: Path) -> ocp.CheckpointManager:
     """The states of a run folder, of which the last is kept; each is there whole or not at all."""
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     return ocp.CheckpointManager((folder / "states").absolute(), options=options)
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a run folder has a state; reads only, so that no lock is needed."""
+    return bool(ocp.utils.checkpoint_steps(folder / "states"))
 
 
 def save_state(states: ocp.CheckpointManager, state) -> None:

@@ -1,6 +1,6 @@
 """SentencePiece tokenizers: loading with a check, encoding, streamed decoding, training our own.
 
-The `tokenizer.model` beside this file, for the demo model, comes from
+The `tokenizer.model` of the demo model, `checkpoints/demo`, comes from
 
     python tokenizer.py tinyshakespeare --vocab-size 1024 --output tokenizer.model
 
@@ -13,6 +13,7 @@ import argparse
 import io
 import itertools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,13 +25,13 @@ import files
 
 PAD, BOS, EOS, UNK = range(4)
 FILE = "tokenizer.model"
-DEMO = Path(__file__).with_name(FILE)
+DEMO = Path(__file__).parent / "checkpoints/demo" / FILE
 GROK_1_SIZE = 131072  # pieces
 GROK_1_SHA256 = "5c69d7cbad192fa2c9d14e2a77fbfdc11597c68907b043ddb0260e3d28eddd7f"
 
 
 def load(folder: str | os.PathLike | None, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """Tokenizer of a checkpoint folder: its `tokenizer.model`, else the one beside this file.
+    """Tokenizer of a checkpoint folder: its `tokenizer.model`, else the demo's.
 
     Raises ValueError when the file is no SentencePiece model or has not `vocab_size` pieces.
     """
@@ -43,16 +44,21 @@ def load(folder: str | os.PathLike | None, vocab_size: int) -> sentencepiece.Sen
         )
     else:
         cure = f"put the {FILE} that the model was trained with at {own}"
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a SentencePiece model ({error}); {cure}") from error
+    tokenizer = read(path, cure)
     if len(tokenizer) != vocab_size:
         missing = "" if path == own else f" ({own} does not exist)"
         raise ValueError(
             f"{path}{missing} has {len(tokenizer)} pieces, the model has {vocab_size}; {cure}"
         )
     return tokenizer
+
+
+def read(path: Path, cure: str) -> sentencepiece.SentencePieceProcessor:
+    """The tokenizer in a file; ValueError, which ends with the cure, if it is none."""
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a SentencePiece model ({error}); {cure}") from error
 
 
 def encode(
@@ -164,6 +170,17 @@ def train(text: str, vocab_size: int) -> bytes:
             "longer text, or another number of pieces"
         ) from error
     return model.getvalue()
+
+
+def train_at_most(text: str, vocab_size: int) -> bytes:
+    """`train`, with as many pieces as the text is good for where these are fewer."""
+    try:
+        return train(text, vocab_size)
+    except ValueError as error:
+        most = re.search(r"set it to a value <= (\d+)", str(error))
+        if most is None:
+            raise
+        return train(text, int(most[1]))
 
 
 def main(argv=None) -> None:

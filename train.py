@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import shlex
 import sys
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import sentencepiece
 from tqdm import tqdm
 
 import checkpoint
@@ -34,6 +36,7 @@ import kernels
 import learning
 import model
 import records
+import runners
 import sharding
 import tokenizer
 from learning import Settings, TrainState
@@ -151,7 +154,7 @@ def plan(config, settings: Settings, weights: str, mesh) -> None:
     if total > limit:
         raise ValueError(
             f"this needs {size(total)} on each device, which has {size(limit)}; try a smaller "
-            "--batch-size with a larger --accumulate, --mesh over more devices, or a smaller preset"
+            "--batch-size with a larger --accumulate, --mesh over more devices, or a smaller model"
         )
 
 
@@ -171,6 +174,9 @@ def keep_freed_memory() -> None:
 
 
 SETTINGS = "settings.json"
+TRAIN = "train"  # --tokenizer: one made of the text
+SAMPLE = 64  # tokens of a text that an evaluation leaves in the log, a fourth of them given
+PROMPT = 1000  # characters, enough for these
 DEAD = 0.01  # of an even share: an expert that is chosen less often learns nothing
 
 
@@ -227,6 +233,7 @@ class Trainer:
         self._step = learning.make_step(noisy.apply, self.optimizer, settings, teach, shardings)
         plain = learning.training_model(config, weights)
         self._logits = jax.jit(lambda params, tokens: plain.apply(params, None, tokens).logits)
+        self._continued = jax.jit(functools.partial(continued, plain.apply))
 
     def start(self, init: Path | None) -> None:
         """The state before the first step: random, or from a checkpoint."""
@@ -244,13 +251,37 @@ class Trainer:
         where = sharding.activation_sharding(self.mesh, ("batch", None), tokens.shape)
         with jax.set_mesh(self.mesh):
             tokens = jax.device_put(tokens, where)
-            self.state, metrics = self._step(self.state, tokens, self.taught)
+            with runners.uninterrupted():  # the old state is donated: the new one must not get lost
+                self.state, metrics = self._step(self.state, tokens, self.taught)
         return metrics
 
     def logits(self, tokens: np.ndarray) -> jax.Array:
         """int32 [B, T] to float32 [B, T, V], without dropout and noise."""
         with jax.set_mesh(self.mesh):
             return self._logits(self.state.params, tokens)
+
+    def sample(self, processor, text: str) -> str:
+        """The first tokens of a text, and the likeliest ones after them."""
+        length = min(SAMPLE, self.config.sequence_len)
+        prompt = tokenizer.encode(processor, text)[: max(1, length // 4)]
+        tokens = np.full((1, length), tokenizer.PAD, np.int32)
+        tokens[0, : len(prompt)] = prompt
+        with jax.set_mesh(self.mesh):
+            tokens = self._continued(self.state.params, tokens, len(prompt))
+        return processor.decode(np.asarray(tokens)[0].tolist())
+
+
+def continued(apply, params: dict, tokens: jax.Array, count: jax.Array) -> jax.Array:
+    """int32 [B, T] with the likeliest token at each place from `count` on.
+
+    Each takes a pass over all T, without a cache: T is small.
+    """
+
+    def write(i, tokens):
+        logits = apply(params, None, tokens).logits[:, i - 1]  # [B, V]
+        return tokens.at[:, i].set(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+    return jax.lax.fori_loop(count, tokens.shape[1], write, tokens)
 
 
 def log_row(step: int, metrics: list[dict], texts: Texts, settings: Settings) -> dict:
@@ -283,8 +314,64 @@ def check_text(texts: Texts, validation: str) -> None:
     data.windows(tokenizer.encode(texts.processor, validation), texts.length)
 
 
+def tokenizer_file(output: Path) -> Path:
+    """Of a run that has a state; one begun by an earlier version has it in its checkpoint alone."""
+    own = output / tokenizer.FILE
+    return own if own.exists() else output / "checkpoint" / tokenizer.FILE
+
+
+def choose_tokenizer(args: argparse.Namespace, config, training: str):
+    """The tokenizer of a run, and the configuration with as many pieces.
+
+    It is the one that `--tokenizer` names, else that of the run, if it has begun, or of the
+    checkpoint to begin or to learn from, else one made of the training text. ValueError if it does
+    not fit the model.
+    """
+    named = args.tokenizer not in (None, TRAIN)
+    begun, folder = records.is_begun(args.output), args.init or args.teacher
+    if named or begun:
+        path = Path(args.tokenizer) if named else tokenizer_file(args.output)
+        path = path / tokenizer.FILE if path.is_dir() else path
+        processor = tokenizer.read(path, f"--tokenizer takes a {tokenizer.FILE}, or its folder")
+    elif folder and args.tokenizer is None:
+        path = folder / tokenizer.FILE
+        processor = tokenizer.load(folder, records.read_model(folder)[0].vocab_size)
+    else:
+        path = "the text"
+        content = tokenizer.train_at_most(training, config.vocab_size)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        if len(processor) < config.vocab_size and not args.init:
+            print(f"note: the text has only {len(processor)} pieces, not {config.vocab_size}")
+            config = dataclasses.replace(config, vocab_size=len(processor))
+    if begun and not args.init:  # it may have been such a text; another tokenizer is refused later
+        config = dataclasses.replace(config, vocab_size=len(processor))
+    if len(processor) != config.vocab_size:
+        cure = (
+            "take the tokenizer that it was trained with"
+            if args.init
+            else (f"give --vocab-size {len(processor)}, or another --tokenizer")
+        )
+        raise ValueError(
+            f"{path} has {len(processor)} pieces, the model has {config.vocab_size}; {cure}"
+        )
+    return processor, config
+
+
+def check_tokenizer(output: Path, processor) -> None:
+    """ValueError if a run was begun with another tokenizer."""
+    path = tokenizer_file(output)
+    if path.read_bytes() != processor.serialized_model_proto():
+        raise ValueError(
+            f"{output} was begun with another tokenizer, {path}: leave --tokenizer out, or give "
+            "another --output"
+        )
+
+
 def check_settings(output: Path, about: dict) -> None:
-    """ValueError, which names the difference, if a run was begun with another command."""
+    """ValueError, which names the difference, if a run was begun with another command.
+
+    Its steps may have grown. Its tokenizer is compared by `check_tokenizer`.
+    """
     file = output / SETTINGS
     if not file.exists():
         return
@@ -296,10 +383,12 @@ def check_settings(output: Path, about: dict) -> None:
             " the same settings, else give another --output"
         ) from None
     new = choices(about["command"])
+    if int(new.get("--steps", 0)) > int(old.get("--steps", 0)):
+        old["--steps"] = new["--steps"]
     differing = [
         f"{flag} was {old.get(flag, 'not given')}, now {new.get(flag, 'not given')}"
         for flag in old | new
-        if old.get(flag) != new.get(flag)
+        if old.get(flag) != new.get(flag) and flag != "--tokenizer"
     ]
     if differing:
         raise ValueError(
@@ -313,6 +402,7 @@ def run(
     settings: Settings,
     weights: str,
     text: str,
+    processor,
     output: Path,
     about: dict,
     form: str = "converted",
@@ -323,13 +413,13 @@ def run(
 ) -> dict:
     """Trains, or goes on where the run folder's state ends; returns the last line of the log.
 
-    The folder belongs to a run from its first state on.
+    The folder belongs to a run from its first state on. KeyboardInterrupt says which state is kept.
 
+    processor: the tokenizer
     about: the command; form: of the exported checkpoint, see `records.export`
     init, teacher: checkpoint folders, to begin from and to learn from
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
-    processor = tokenizer.load(init, config.vocab_size)
     training, validation = data.split(text)
     texts = Texts(processor, training, settings, config.sequence_len)
     check_text(texts, validation)
@@ -339,6 +429,7 @@ def run(
         begun = states.latest_step() is not None
         if begun:
             check_settings(output, about)
+            check_tokenizer(output, processor)
         taught = (None, None) if teacher is None else teacher_of(teacher, processor, mesh)
         trainer = Trainer(config, settings, weights, mesh, taught)
         if begun:
@@ -348,46 +439,81 @@ def run(
         first = int(trainer.state.step)
         log = records.read_log(output, first) if begun else []
 
+        def keep() -> None:
+            files.write_bytes(output / tokenizer.FILE, processor.serialized_model_proto())
+            files.write_json(output / SETTINGS, about)
+            records.save_state(states, trainer.state)
+
         def record(row: dict) -> None:
             """Evaluates; keeps the row, the state, and the weights if they are the best so far."""
             loss = evaluate.text_loss(trainer.logits, validation, processor, texts.length)
             row["validation"] = loss.per_character
             check_progress(row, 2 * np.log(config.vocab_size), output)
+            row["sample"] = trainer.sample(processor, validation[:PROMPT])
             if all(row["validation"] < earlier["validation"] for earlier in log):
                 folder, params, described = output / "checkpoint", trainer.state.params, about | row
                 records.export(folder, config, params, weights, form, processor, described)
             log.append(row)
             records.write_log(output, log)
             if row["step"]:  # nothing is lost with the state before the first step
-                files.write_json(output / SETTINGS, about)
-                records.save_state(states, trainer.state)
+                keep()
             records.plot(output, log)
 
         if (begun or init is not None) and not (log and log[-1]["step"] == first):
             record({"step": first})  # where it begins; or the row of the state was lost
             loss = log[-1]["validation"]
             print(f"validation {loss:.4f} nats per character to begin with")
-        train_on(trainer, texts, first, record)
+        try:
+            train_on(trainer, texts, first, record)
+        except KeyboardInterrupt:
+            done = int(trainer.state.step)
+            if done == first or not np.isfinite(optax.tree.norm(trainer.state.params)):
+                raise
+            keep()
+            raise KeyboardInterrupt(f"the state after {done} updates is kept in {output}") from None
         return log[-1]
 
 
 def train_on(trainer: Trainer, texts: Texts, first: int, record) -> None:
     """The steps from the first one on; `record` is called with a row of the log at evaluations."""
-    settings = texts.settings
-    bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, unit="step")
+    settings, shown = texts.settings, {}
+    if first:
+        rate = float(learning.schedule(settings)(first))
+        print(
+            f"goes on after {first} of {settings.steps} updates, at a learning rate of {rate:.3g}"
+        )
+    bar = tqdm(initial=first, total=settings.steps, unit="step")
     since, recent = time.perf_counter(), []
-    for i in bar:
+
+    def done(metrics: dict) -> None:
+        loss = float(metrics["loss"]) / texts.characters_per_token
+        bar.set_postfix(train=f"{loss:.3f}", **shown, refresh=False)
+        bar.update()
+
+    for i in range(first, settings.steps):
         recent.append(trainer.step(texts.batch(i)))
-        # The bar counts what is done; one step is always under way, while the next batch is made.
-        jax.block_until_ready(recent[-2:-1])
+        # One step is always under way, while the next batch is made.
+        for metrics in recent[-2:-1]:
+            done(metrics)
         if (i + 1) % settings.eval_every and i + 1 != settings.steps:
             continue
+        done(recent[-1])
         row = log_row(i + 1, recent, texts, settings)
         seconds = time.perf_counter() - since
         row["tokens_per_second"] = len(recent) * texts.batch_size * texts.length / seconds
         record(row)
-        bar.set_postfix(train=f"{row['train']:.3f}", validation=f"{row['validation']:.3f}")
+        shown["validation"] = f"{row['validation']:.3f}"
         since, recent = time.perf_counter(), []
+    bar.close()
+
+
+SIZES = {  # in the place of the preset's, by their names in the configuration
+    "emb_size": "width of the model; the heads keep their size, so that their number follows",
+    "num_layers": "layers",
+    "num_experts": "experts of each layer",
+    "sequence_len": "tokens of context",
+    "vocab_size": "pieces of the tokenizer",
+}
 
 
 def parse_arguments(argv) -> argparse.Namespace:
@@ -396,8 +522,16 @@ def parse_arguments(argv) -> argparse.Namespace:
     add("--data", required=True, help=f"text file, or one of {list(data.SOURCES)}")
     add("--output", type=Path, required=True, help="run folder; resumed if begun")
     add("--preset", choices=sorted(set(model.PRESETS) - {"grok-1"}), help="of the model (demo)")
+    for name, text in SIZES.items():
+        add(_flag(name), type=int, metavar="N", help=f"{text} (the preset's)")
     add("--init", type=Path, help="checkpoint folder to begin from, of any form; then no --preset")
     add("--teacher", type=Path, help="checkpoint folder of a model whose predictions to learn")
+    add(
+        "--tokenizer",
+        metavar="train|FOLDER|FILE",
+        help="one made of the text's training part, or a tokenizer.model (that of --init or "
+        "--teacher, else train)",
+    )
     add(
         "--weights",
         default="ternary",
@@ -422,13 +556,15 @@ def parse_arguments(argv) -> argparse.Namespace:
         parser.error("--format released is int8 that turns into absmean trits: --weights ternary")
     if args.preset and args.init:
         parser.error("--init brings its own configuration: leave --preset out")
+    fixed = [name for name in SIZES if getattr(args, name) is not None and name != "sequence_len"]
+    if fixed and args.init:
+        parser.error(f"--init brings its own configuration: leave {_flag(fixed[0])} out")
     args.preset = args.preset or (None if args.init else "demo")
     try:
         chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
         args.settings = Settings(**chosen)
     except ValueError as error:
-        names = "|".join(chosen)
-        parser.error(re.sub(rf"\b({names})\b", lambda name: _flag(name[0]), str(error)))
+        parser.error(with_flags(error, chosen))
     return args
 
 
@@ -436,10 +572,15 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def with_flags(error: ValueError, names) -> str:
+    """An error's text, in which names of settings have become flags."""
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda name: _flag(name[0]), str(error))
+
+
 def command_of(args: argparse.Namespace) -> str:
     """The command with every choice spelled out, but for the folder and the mesh, which may change
     when a run is resumed."""
-    names = ["data", "preset", "init", "teacher", "weights", "dtype", "format"]
+    names = ["data", "preset", *SIZES, "init", "teacher", "tokenizer", "weights", "dtype", "format"]
     chosen = {name: getattr(args, name) for name in names} | dataclasses.asdict(args.settings)
     flags = [(_flag(name), str(value)) for name, value in chosen.items() if value is not None]
     return shlex.join(["python", "train.py", *itertools.chain(*flags)])
@@ -456,13 +597,38 @@ def aligned(values: dict) -> str:
 
 
 def configuration(args: argparse.Namespace) -> model.LanguageModelConfig:
-    """That of the preset, or of the checkpoint to begin from."""
+    """That of the preset, or of the checkpoint to begin from, with the sizes that are given."""
     config = records.read_model(args.init)[0] if args.init else model.PRESETS[args.preset]
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    try:
+        config = resized(config, **sizes)
+    except ValueError as error:
+        raise ValueError(with_flags(error, SIZES)) from None
     if args.weights == "float32":  # full precision all through
         config = dataclasses.replace(config, activations="float")
     elif args.init:  # from a twin in full precision, to BitNet's activations
         config = dataclasses.replace(config, activations="int8")
     return dataclasses.replace(config, fprop_dtype=args.dtype or config.fprop_dtype)
+
+
+def resized(config: model.LanguageModelConfig, **sizes: int) -> model.LanguageModelConfig:
+    """A configuration with other sizes, and what follows from them, as in `model.small`.
+
+    There are as many query heads as fill the width, and as many key/value heads as before if they
+    divide these. ValueError for a width that heads do not fill, or sizes that make no model.
+    """
+    if "emb_size" in sizes:
+        width, head = sizes["emb_size"], config.key_size
+        if width < 1 or width % head:
+            raise ValueError(f"emb_size must be a multiple of the heads' size, {head}, got {width}")
+        sizes["num_q_heads"] = width // head
+        sizes["num_kv_heads"] = math.gcd(width // head, config.num_kv_heads)
+        sizes["embedding_multiplier_scale"] = math.sqrt(width)
+    if "num_experts" in sizes:
+        if sizes["num_experts"] < 1:
+            raise ValueError(f"num_experts must be at least 1, got {sizes['num_experts']}")
+        sizes["num_selected_experts"] = min(config.num_selected_experts, sizes["num_experts"])
+    return dataclasses.replace(config, **sizes)
 
 
 def main(argv=None):
@@ -474,6 +640,8 @@ def main(argv=None):
         if args.teacher:
             checkpoint.check_folder(args.teacher)
         config, mesh = configuration(args), sharding.parse_mesh(args.mesh)
+        text = data.load_text(args.data)
+        processor, config = choose_tokenizer(args, config, data.split(text)[0])
         params = jax.tree.leaves(model.abstract_params(config))
         count = sum(w.size for w in params)
         print(f"{args.preset or args.init}: {count:,} parameters")
@@ -484,7 +652,8 @@ def main(argv=None):
             config,
             settings,
             args.weights,
-            data.load_text(args.data),
+            text,
+            processor,
             args.output,
             about,
             args.format,
@@ -494,10 +663,12 @@ def main(argv=None):
         )
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on from the last evaluation")
+    except KeyboardInterrupt as stopped:
+        kept = str(stopped) or "nothing new is kept"
+        sys.exit(f"\ninterrupted: {kept}; the same command goes on")
     print(f"validation {last['validation']:.4f} nats per character after {last['step']} steps")
-    print(f"the best weights are in {args.output / 'checkpoint'}")
+    best = args.output / "checkpoint"
+    print(f"best weights in {best}: python run.py --checkpoint {shlex.quote(str(best))}")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def make_checkpoint(folder: Path, layers: int, seed: int = 0) -> None:
 
     about = model.config_to_dict(config)
     about |= checkpoint.quantization(WEIGHTS, model.PRECISIONS[WEIGHTS], "2bit")
-    extra = {tokenizer.FILE: (ROOT / tokenizer.FILE).read_bytes()}
+    extra = {tokenizer.FILE: tokenizer.DEMO.read_bytes()}
     leaves = {path: form(path, shape) for path, shape in paths.items()}
     shards.write(folder, leaves, fill, about, extra)
 

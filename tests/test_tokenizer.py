@@ -67,6 +67,12 @@ def test_load_prefers_the_checkpoint_folder(tmp_path):
     assert len(tokenizer.load(tmp_path, 300)) == 300
 
 
+def test_the_demo_has_its_own():
+    folder = Path(tokenizer.__file__).parent / "checkpoints/demo"
+    assert (folder / "config.json").exists() and tokenizer.DEMO.parent == folder
+    assert len(tokenizer.load(folder, 1024)) == 1024
+
+
 def test_load_says_how_to_get_the_tokenizer_of_grok_1(tmp_path):
     own = tmp_path / "tokenizer.model"
     message = (
@@ -225,6 +231,17 @@ def test_training_refuses_what_it_cannot_do():
         tokenizer.train(SPEECH, 100)
     with pytest.raises(ValueError, match=r"no tokenizer of 9999 pieces"):
         tokenizer.train(SPEECH, 9999)
+
+
+def test_training_takes_fewer_pieces_where_there_are_no_more():
+    assert tokenizer.train_at_most(SPEECH, 300) == tokenizer.train(SPEECH, 300)
+    fewer = tokenizer.train_at_most(SPEECH, 9999)
+    pieces = len(sentencepiece.SentencePieceProcessor(model_proto=fewer))
+    assert fewer == tokenizer.train(SPEECH, pieces)
+    with pytest.raises(ValueError, match=f"no tokenizer of {pieces + 1} pieces"):
+        tokenizer.train(SPEECH, pieces + 1)
+    with pytest.raises(ValueError, match="no tokenizer of 100 pieces"):
+        tokenizer.train_at_most(SPEECH, 100)
 
 
 def test_command_trains_on_the_first_nine_tenths(tmp_path, capsys):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import checkpoint
+import data
 import evaluate
 import files
 import formats
@@ -46,8 +48,10 @@ def state_of(folder, config=CONFIG, settings=SETTINGS):
     return records.load_state(records.open_states(folder), like)
 
 
-def start(folder):
-    return train.run(CONFIG, SETTINGS, "ternary", TEXT, folder, {"command": "test"})
+def start(folder, text=TEXT, processor=None, settings=SETTINGS, config=CONFIG, **other):
+    processor = processor or tokenizer.load(None, config.vocab_size)
+    about = {"command": "test"}
+    return train.run(config, settings, "ternary", text, processor, folder, about, **other)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def test_a_run_leaves_log_plot_state_and_checkpoint(run):
     assert about["command"] == "test"
     assert about["validation"] == min(row["validation"] for row in log)
     assert json.loads((folder / "settings.json").read_text()) == {"command": "test"}
-    left = {"settings.json", "log.jsonl", "states", "checkpoint"}
+    left = {"settings.json", "tokenizer.model", "log.jsonl", "states", "checkpoint"}
     assert {path.name for path in folder.iterdir() if path.suffix != ".png"} == left
 
 
@@ -112,6 +116,85 @@ def test_a_killed_run_resumes_exactly(run, tmp_path):
     assert [list(map(without_speed, log)) for log in logs][0] == list(map(without_speed, logs[1]))
 
 
+def test_an_interrupted_run_resumes_exactly(run, tmp_path, monkeypatch):
+    """Ctrl-C within an update loses none; before the first one, there is nothing to keep."""
+    step, interrupted_at = learning.make_step, 4
+
+    def make_step(*args):
+        update = step(*args)
+
+        def update_and_interrupt(state, *rest):
+            if int(state.step) == interrupted_at:
+                signal.raise_signal(signal.SIGINT)
+            return update(state, *rest)
+
+        return update_and_interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "make_step", make_step)
+        with pytest.raises(
+            KeyboardInterrupt, match=f"^the state after 5 updates is .* {tmp_path}$"
+        ):
+            start(tmp_path)
+        patch.setattr(train.Texts, "batch", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match="^$"):
+            start(tmp_path)
+    assert int(state_of(tmp_path).step) == 5
+    start(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path), state_of(run[0]))
+
+
+def test_a_finished_run_may_grow(begun, capsys):
+    """At the rate of the longer cosine from there on."""
+    longer = dataclasses.replace(SETTINGS, steps=8, eval_every=8)
+    rate = float(learning.schedule(longer)(6))
+    assert start(begun, settings=longer)["step"] == 8
+    assert rate > 1e-4
+    printed = capsys.readouterr().out
+    assert f"goes on after 6 of 8 updates, at a learning rate of {rate:.3g}\n" in printed
+    assert [row["step"] for row in records.read_log(begun, 8)] == [3, 6, 8]
+    assert int(state_of(begun, settings=longer).step) == 8
+
+
+def test_the_steps_of_a_begun_run_may_grow_but_not_shrink(tmp_path):
+    def command(steps):
+        return {"command": f"python train.py --steps {steps} --seed 1"}
+
+    files.write_json(tmp_path / "settings.json", command(20))
+    train.check_settings(tmp_path, command(100))
+    with pytest.raises(ValueError, match="other settings: --steps was 20, now 9. Give"):
+        train.check_settings(tmp_path, command(9))
+
+
+@pytest.mark.parametrize(
+    "interrupt, kept",
+    [(KeyboardInterrupt("all is kept"), "all is kept"), (KeyboardInterrupt, "nothing new is kept")],
+)
+def test_what_the_command_says_when_it_is_interrupted(tmp_path, monkeypatch, interrupt, kept):
+    def interrupted(*_, **__):
+        raise interrupt
+
+    (tmp_path / "text").write_text(TEXT)
+    monkeypatch.setattr(train, "plan", lambda *_: None)
+    monkeypatch.setattr(train, "run", interrupted)
+    with pytest.raises(SystemExit, match=f"interrupted: {kept}; the same command goes on$"):
+        train.main(["--data", str(tmp_path / "text"), "--output", str(tmp_path)])
+
+
+def test_an_interrupt_keeps_no_state_that_diverged(begun, monkeypatch):
+    """The good one before it stays."""
+
+    def diverge(self, tokens):
+        params = jax.tree.map(lambda w: w * jnp.nan, self.state.params)
+        self.state = self.state._replace(step=self.state.step + 1, params=params)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "step", diverge)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        start(begun, settings=dataclasses.replace(SETTINGS, steps=8))
+    assert int(state_of(begun).step) == 6
+
+
 def without_speed(row):
     return {key: value for key, value in row.items() if key != "tokens_per_second"}
 
@@ -136,6 +219,28 @@ def test_the_state_of_another_model_is_refused(run):
 def begun(run, tmp_path):
     """A copy of the finished run's folder."""
     return Path(shutil.copytree(run[0], tmp_path / "begun"))
+
+
+def test_an_evaluation_leaves_a_text_in_the_log(run):
+    """The first tokens of the validation text, a fourth of it, and what the model makes of them."""
+    folder, last = run
+    processor = tokenizer.load(None, 1024)
+    tokens = tokenizer.encode(processor, data.split(TEXT)[1]).tolist()[:4]
+    params, apply = state_of(folder).params, jitted("ternary")[1]
+    while len(tokens) < 16:
+        row = np.array([tokens + [7] * (16 - len(tokens))], np.int32)  # later ones are not seen
+        tokens.append(int(np.argmax(apply(params, None, row).logits[0, len(tokens) - 1])))
+    assert last["sample"] == processor.decode(tokens)
+
+
+def test_a_text_continued_by_hand():
+    """Each token follows from the one before it, and the given ones stay."""
+
+    def apply(params, key, tokens):
+        return SimpleNamespace(logits=jax.nn.one_hot((params * tokens + 1) % 11, 11))
+
+    tokens = jnp.array([[5, 2, 0, 0, 0]])
+    assert train.continued(apply, 3, tokens, 2).tolist() == [[5, 2, 7, 0, 1]]
 
 
 def test_other_settings_in_a_begun_folder_are_refused(begun, monkeypatch, capsys):
@@ -180,6 +285,21 @@ def test_a_run_that_failed_at_once_has_no_folder(tmp_path, monkeypatch):
     assert records.open_states(tmp_path).latest_step() is None
 
 
+def test_a_run_without_a_state_owns_nothing(tmp_path, monkeypatch):
+    """Others begin anew in its folder, with other flags and another tokenizer."""
+    files.write_json(tmp_path / "settings.json", {"command": "python train.py --seed 1"})
+    (tmp_path / "tokenizer.model").write_text("half a tok")
+    (tmp_path / "states" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    processor, _ = choose(tmp_path)
+    assert len(processor) == 440
+    began = []
+    monkeypatch.setattr(train.Trainer, "start", fake_start)
+    monkeypatch.setattr(train, "train_on", lambda *_: began.append(True))
+    with pytest.raises(IndexError):  # there is no row yet
+        start(tmp_path)
+    assert began
+
+
 def fake_start(self, init):
     self.state = learning.TrainState(jnp.int32(0), {}, ())
 
@@ -187,7 +307,7 @@ def fake_start(self, init):
 @pytest.mark.parametrize("text", ["", "a", "To be, or not to be."])
 def test_a_text_too_short_leaves_nothing(tmp_path, text):
     with pytest.raises(ValueError, match="take a longer text"):
-        train.run(CONFIG, SETTINGS, "ternary", text, tmp_path / "run", {"command": "test"})
+        start(tmp_path / "run", text)
     assert not (tmp_path / "run").exists()
 
 
@@ -197,7 +317,7 @@ def test_a_log_that_lost_its_last_line(begun, run):
     log.write_bytes(log.read_bytes()[:-20])
     assert [row["step"] for row in records.read_log(begun, 6)] == [3]
     last = start(begun)
-    assert last == {"step": 6, "validation": run[1]["validation"]}
+    assert last == {"step": 6} | {key: run[1][key] for key in ("validation", "sample")}
     assert [row["step"] for row in records.read_log(begun, 6)] == [3, 6]
 
 
@@ -219,36 +339,60 @@ def test_log_and_plots_are_flushed_before_they_have_their_names(tmp_path, monkey
     assert {path.name for path in tmp_path.iterdir()} == set(names)
 
 
-class Metric:
-    def __init__(self, name, events):
-        self.name, self.events = name, events
+class Loss:
+    """Of an update; that it is asked for says that the update was waited for."""
 
-    def block_until_ready(self):
-        self.events.append(f"done {self.name}")
+    def __init__(self, step, events):
+        self.step, self.events = step, events
+
+    def __float__(self):
+        self.events.append(f"done {self.step}")
+        return self.step + 0.5
 
 
-def test_the_bar_counts_steps_that_are_done(monkeypatch):
-    """But for one, which is under way while the next batch is made."""
+def test_the_bar_counts_and_shows_updates_that_are_done(monkeypatch):
+    """From the first one on; another is under way while the next batch is made."""
     events = []
 
     class Trainer:
         def step(self, tokens):
             events.append(f"begun {tokens}")
-            return {"loss": Metric(tokens, events)}
+            return {"loss": Loss(tokens, events)}
 
     class Texts:
         settings = SETTINGS
-        batch_size, length = 2, 16
+        batch_size, length, characters_per_token = 2, 16, 2.0
 
         def batch(self, step):
             events.append(f"batch {step}")
             return step
 
-    monkeypatch.setattr(train, "log_row", lambda *_: {"train": 1.0, "validation": 1.0})
-    train.train_on(Trainer(), Texts(), 3, lambda row: None)
-    one = ["batch 3", "begun 3"]
-    two = ["batch 4", "begun 4", "done 3"]
-    assert events == one + two + ["batch 5", "begun 5", "done 4"]
+    class Bar:
+        def __init__(self, initial, total, unit):
+            events.append(f"bar {initial} of {total}")
+
+        def set_postfix(self, refresh, **shown):
+            events.append(shown)
+
+        def update(self):
+            events.append("counted")
+
+        def close(self):
+            events.append("closed")
+
+    monkeypatch.setattr(train, "tqdm", Bar)
+    monkeypatch.setattr(train, "log_row", lambda step, *_: {"validation": 1.0})
+    train.train_on(Trainer(), Texts(), 1, lambda row: events.append("recorded"))
+    assert events == [
+        "bar 1 of 6",
+        *["batch 1", "begun 1"],
+        *["batch 2", "begun 2", "done 1", {"train": "0.750"}, "counted"],
+        *["done 2", {"train": "1.250"}, "counted", "recorded"],
+        *["batch 3", "begun 3"],
+        *["batch 4", "begun 4", "done 3", {"train": "1.750", "validation": "1.000"}, "counted"],
+        *["batch 5", "begun 5", "done 4", {"train": "2.250", "validation": "1.000"}, "counted"],
+        *["done 5", {"train": "2.750", "validation": "1.000"}, "counted", "recorded", "closed"],
+    ]
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--eval-every", "--batch-size"])
@@ -416,6 +560,85 @@ def test_a_folder_half_exported_does_not_look_whole(tmp_path, monkeypatch, form,
     assert (tmp_path / "checkpoint").exists()
 
 
+# --- Tokenizers -----------------------------------------------------------------------------------
+
+
+def choose(output, *flags, text=TEXT):
+    args = train.parse_arguments(["--data", "x", "--output", str(output), *map(str, flags)])
+    return train.choose_tokenizer(args, train.configuration(args), text)
+
+
+def write_tokenizer(folder, pieces):
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(tokenizer.train(TEXT, pieces))
+    return folder
+
+
+def test_a_tokenizer_is_made_of_the_text(tmp_path, capsys):
+    """With as many pieces as the model, or as the text is good for."""
+    text = Path(__file__).read_text()
+    for flags in ([], ["--tokenizer", "train"]):
+        processor, config = choose(tmp_path, *flags, text=text)
+        assert processor.serialized_model_proto() == tokenizer.train(text, 1024)
+        assert config == model.PRESETS["demo"] and not capsys.readouterr().out
+    processor, config = choose(tmp_path)
+    assert len(processor) == config.vocab_size == 440
+    assert capsys.readouterr().out == "note: the text has only 440 pieces, not 1024\n"
+
+
+def test_a_tokenizer_of_ones_own(tmp_path):
+    """Never one of another folder when it is missing."""
+    folder = write_tokenizer(tmp_path / "own", 300)
+    message = f"^{folder}/tokenizer.model has 300 pieces, the model has 1024; give --vocab-size 300"
+    for path in (folder, folder / "tokenizer.model"):
+        with pytest.raises(ValueError, match=message):
+            choose(tmp_path, "--tokenizer", path)
+    with pytest.raises(FileNotFoundError):
+        choose(tmp_path, "--tokenizer", tmp_path)
+    (folder / "tokenizer.model").write_bytes(tokenizer.train(Path(__file__).read_text(), 1024))
+    processor, _ = choose(tmp_path, "--tokenizer", folder)
+    assert processor.serialized_model_proto() == (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_text("no")
+    with pytest.raises(ValueError, match="is not a SentencePiece model .* or its folder"):
+        choose(tmp_path, "--tokenizer", folder)
+
+
+def test_the_tokenizer_of_a_checkpoint(run, tmp_path):
+    """It is that of the model to begin or to learn from; one of another size fits none."""
+    theirs = (run[0] / "checkpoint" / "tokenizer.model").read_bytes()
+    for flag in ("--init", "--teacher"):
+        processor, _ = choose(tmp_path, flag, run[0] / "checkpoint")
+        assert processor.serialized_model_proto() == theirs
+    for choice in ("train", write_tokenizer(tmp_path / "own", 300)):
+        with pytest.raises(
+            ValueError, match=r"pieces, the model has 1024; take the .* trained with"
+        ):
+            choose(tmp_path, "--init", run[0] / "checkpoint", "--tokenizer", choice)
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    """In its folder and in its checkpoint; another one is refused when the run goes on."""
+    processor, config = choose(tmp_path / "run", "--preset", "tiny")
+    config = dataclasses.replace(CONFIG, vocab_size=config.vocab_size)
+    one = dataclasses.replace(SETTINGS, steps=1, warmup=0)
+    start(tmp_path / "run", processor=processor, settings=one, config=config)
+    runner = runners.ModelRunner(config)
+    runner.load(tmp_path / "run" / "checkpoint")
+    kept = tokenizer.load(tmp_path / "run" / "checkpoint", runner.config.vocab_size)
+    assert kept.serialized_model_proto() == processor.serialized_model_proto()
+    for missing in (None, "tokenizer.model"):  # as before it was kept beside the state
+        if missing:
+            (tmp_path / "run" / missing).unlink()
+        again, same = choose(tmp_path / "run", "--tokenizer", "train", text="another text")
+        assert again.serialized_model_proto() == processor.serialized_model_proto()
+        assert same.vocab_size == config.vocab_size
+    other, _ = choose(tmp_path / "run", "--tokenizer", write_tokenizer(tmp_path / "own", 300))
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path}/run was begun with another tokenizer, .* out"
+    ):
+        start(tmp_path / "run", processor=other, settings=one, config=config)
+
+
 # --- Dropout and router noise ---------------------------------------------------------------------
 
 
@@ -494,6 +717,8 @@ def test_training_does_not_depend_on_the_mesh(mesh):
         expected, found = (t.step(random_tokens(4, seed=seed)) for t in (alone, sharded))
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-4)
+    processor = tokenizer.load(None, 1024)
+    assert sharded.sample(processor, TEXT) == alone.sample(processor, TEXT)
     moment = sharded.state.opt_state[1][0].mu["transformer/decoder_layer_0/moe/linear"]["w"]
     assert moment.addressable_shards[0].data.shape == (8, 48, 64 // mesh[1])
 
@@ -547,8 +772,8 @@ def test_a_run_from_a_checkpoint_says_where_it_begins(run, tmp_path):
     settings = dataclasses.replace(SETTINGS, learning_rate=1e-9)
 
     def begin(output, settings):
-        start = {"init": folder / "checkpoint", "teacher": folder / "checkpoint"}
-        train.run(CONFIG, settings, "ternary", TEXT, output, {"command": "test"}, **start)
+        model = folder / "checkpoint"
+        start(output, settings=settings, init=model, teacher=model)
         return records.read_log(output, settings.steps)
 
     log = begin(tmp_path / "same", settings)
@@ -622,6 +847,7 @@ def test_a_teacher_with_another_tokenizer(run, tmp_path):
         (["--temperature", "0"], "--temperature must be above 0, got 0"),
         (["--accumulate", "0"], "--accumulate must be at least 1, got 0"),
         (["--init", "x", "--preset", "tiny"], "leave --preset out"),
+        (["--init", "x", "--num-layers", "3"], "leave --num-layers out"),
     ],
 )
 def test_flags_that_mean_nothing(flags, message, tmp_path, capsys):
@@ -647,13 +873,47 @@ def test_what_the_command_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "run", lambda *_, **__: {"validation": 1.25, "step": 6})
     train.main(["--data", str(tmp_path / "text"), "--output", str(tmp_path), "--preset", "tiny"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("tiny: ")
+    assert lines[0] == "note: the text has only 429 pieces, not 1024"
+    assert lines[1].startswith("tiny: ")
     for name, value in (("emb_size", "48"), ("--learning-rate", "0.002"), ("--steps", "1750")):
         assert f"{name:<31}{value}" in lines
     assert lines[-2:] == [
         "validation 1.2500 nats per character after 6 steps",
-        f"the best weights are in {tmp_path}/checkpoint",
+        f"best weights in {tmp_path}/checkpoint: python run.py --checkpoint {tmp_path}/checkpoint",
     ]
+
+
+def configured(*flags):
+    return train.configuration(train.parse_arguments(["--data", "x", "--output", "y", *flags]))
+
+
+def test_sizes_beside_a_preset(run, monkeypatch):
+    """What follows from them is as in the presets: `1m` and `10m` are the demo in other sizes."""
+    sizes = ["--emb-size", "128", "--num-layers", "2"]
+    small = model.PRESETS["1m"]
+    assert configured(*sizes) == dataclasses.replace(small, num_kv_heads=2)
+    assert configured("--num-layers", "6") == model.PRESETS["10m"]
+    odd = configured("--emb-size", "192", "--num-experts", "1", "--vocab-size", "500")
+    assert (odd.num_q_heads, odd.num_kv_heads) == (3, 1)
+    assert (odd.num_experts, odd.num_selected_experts, odd.vocab_size) == (1, 1, 500)
+    longer = configured("--init", str(run[0] / "checkpoint"), "--sequence-len", "32")
+    assert longer == dataclasses.replace(CONFIG, sequence_len=32)
+    command = train.command_of(train.parse_arguments(["--data", "x", "--output", "y", *sizes]))
+    assert "--preset demo --emb-size 128 --num-layers 2 --weights" in command
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--emb-size", "100"], "--emb-size must be a multiple of the heads' size, 64, got 100"),
+        (["--num-layers", "0"], "--num-layers must be at least 1, got 0"),
+        (["--num-experts", "0"], "--num-experts must be at least 1, got 0"),
+        (["--vocab-size", "-1"], "--vocab-size must be at least 1, got -1"),
+    ],
+)
+def test_sizes_that_make_no_model(flags, message, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        train.main(["--data", "x", "--output", str(tmp_path / "new"), *flags])
 
 
 def test_times_for_reading():
@@ -673,9 +933,11 @@ def test_the_command_can_be_given_again(tmp_path):
 
 
 def test_too_little_memory_is_said_before_anything_begins(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").write_text(TEXT)
     monkeypatch.setattr(train.sharding, "memory_limit", lambda mesh: 1_000_000)
     with pytest.raises(SystemExit, match="on each device, which has 1 MB; try a smaller"):
-        train.main(["--data", "x", "--output", str(tmp_path / "run"), "--preset", "tiny"])
+        flags = ["--data", str(tmp_path / "text"), "--output", str(tmp_path / "run")]
+        train.main([*flags, "--preset", "tiny"])
     printed = capsys.readouterr().out
     assert "time" in printed and "activations" in printed
     assert not (tmp_path / "run").exists()
