@@ -295,3 +295,19 @@ def test_logits_that_are_no_numbers(tmp_path):
     walker.outer_params = lambda: params
     with pytest.raises(ValueError, match=f"{folder}: logits that are not finite"):
         fidelity.compare(walker, walker, TEXT[:50], length=30)
+
+
+def test_errors_of_weights():
+    """Of each parameter, between two models in different formats."""
+    float_params = random_params(EVEN, "float32")
+    packed = random_params(EVEN, "ternary")
+    errors = fidelity.weight_errors(float_params, packed)
+    assert errors.keys() == {f"{m}/{n}" for m, of in float_params.items() for n in of}
+    for path, error in errors.items():
+        module, name = path.rsplit("/", 1)
+        w, other = (
+            np.asarray(quantize.dequantize(p[module][name]), np.float64)
+            for p in (float_params, packed)
+        )
+        assert error == pytest.approx(np.sum((w - other) ** 2) / np.sum(w**2), rel=1e-5, abs=1e-12)
+    assert max(errors.values()) > 0.1 and not any(fidelity.weight_errors(packed, packed).values())

@@ -931,6 +931,19 @@ def test_the_planned_kernels_are_those_that_a_step_takes(
     assert weights == len(found["kernel"])
 
 
+def test_texts_of_several_prompts(inference):
+    """As each alone, in their order, though there are fewer slots; an error names its request."""
+    requests = [
+        Request([3 + i] * (1 + i % 3), 0.8, rng_seed=i, max_len=1 + i % 4) for i in range(7)
+    ]
+    assert inference.texts(requests) == [inference.text(request) for request in requests]
+    assert inference.texts([]) == []
+    with pytest.raises(ValueError, match="not in the vocabulary") as raised:
+        inference.texts([requests[0], Request([10**6]), requests[1]])
+    assert raised.value.__notes__ == ["That is request 1 of 3, counted from 0."]
+    assert not inference.busy
+
+
 @pytest.mark.parametrize("weights", ["ternary", "int8"])
 def test_loops_make_the_zeros_that_they_start_from(weights, monkeypatch):
     """XLA:GPU made those of all layers first: 54 GB for a chunk of Grok-1's."""
