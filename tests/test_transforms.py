@@ -63,7 +63,7 @@ def near(found, wanted, tolerance=1e-4):
 @pytest.mark.parametrize(
     "name, activations",
     [(name, kind) for name in USUAL for kind in quantize.ACTIVATIONS]
-    + [pytest.param(n, "int15", marks=pytest.mark.slow) for n in formats.FORMATS if n not in USUAL],
+    + [(name, "int15") for name in ("ternary-fit-128", "ternary2")],
 )
 def test_derivatives_of_products_are_those_of_floats(name, activations):
     """Straight through the rounding of x: with the dequantized matrix, to x and to scales."""
@@ -247,7 +247,7 @@ def test_gradients_of_a_tree_with_packed_bytes():
     assert found.scales.shape == w.scales.shape and found.scales.any()
 
 
-@pytest.mark.parametrize("name", [n for n in formats.FORMATS if n != "float32"])
+@pytest.mark.parametrize("name", ["ternary", "ternary-fit-64", "ternary2", "int8"])
 def test_rounding_to_codes_has_no_gradient(name):
     f = formats.FORMATS[name]
     with pytest.raises(
@@ -273,7 +273,7 @@ def test_ids_outside_of_the_vocabulary(wrong):
 # --- Weights in hand ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in formats.FORMATS if n != "float32"])
+@pytest.mark.parametrize("name", ["ternary", "ternary-fit-64", "ternary2", "int8"])
 def test_one_expert_of_a_weight(name):
     w = weight(name)
     whole = quantize.dequantize(w)
@@ -287,7 +287,7 @@ def test_one_expert_of_a_weight(name):
 
 
 @pytest.mark.parametrize("outputs", [64, 5])
-@pytest.mark.parametrize("name", [n for n, f in formats.FORMATS.items() if f.packed])
+@pytest.mark.parametrize("name", ["ternary", "ternary-fit-128", "ternary2-64"])
 def test_trits_and_back(name, outputs):
     w = weight(name, 2, outputs, inputs=256)
     assert w.interleaved == (outputs == 64)
