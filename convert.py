@@ -155,7 +155,6 @@ def convert(
 
         if work:
             extra = extra | {REPORT: lambda: files.json_bytes({**work.report(), **(noted or {})})}
-        extra = extra | {card.NAME: card.model_card(config, leaves)}
         shards.write(
             output,
             leaves,
@@ -616,6 +615,18 @@ def find_tokenizer(folder: Path | None, vocab_size: int) -> dict[str, bytes]:
     return {tokenizer.FILE: processor.serialized_model_proto()}
 
 
+def other_files(
+    folder: Path, config: dict, entries: Sequence[checkpoint.Entry], packing: str
+) -> dict[str, bytes]:
+    """What a converted checkpoint has besides its weights: the tokenizer of a folder, and a card.
+
+    config: of its config.json
+    """
+    leaves = {entry.path: stored_form(entry, packing) for entry in entries}
+    found = find_tokenizer(folder, config["vocab_size"])
+    return found | {card.NAME: card.model_card(config, leaves)}
+
+
 def check_space(
     output: Path,
     entries: Sequence[checkpoint.Entry],
@@ -716,7 +727,7 @@ def convert_command(args: argparse.Namespace) -> None:
             entries,
             output,
             about,
-            find_tokenizer(scratch if stream else source, config.vocab_size),
+            other_files(scratch if stream else source, about, entries, args.packing),
             source=args.repo if stream else str(source.resolve()),
             packing=args.packing,
             shard_size=shard_size,
@@ -766,7 +777,7 @@ def tune(args: argparse.Namespace, source: Path, output: Path) -> None:
         entries,
         output,
         about,
-        find_tokenizer(untuned, config.vocab_size),
+        other_files(untuned, about, entries, args.packing),
         source=str(source.resolve()),
         packing=args.packing,
         shard_size=shard_size,

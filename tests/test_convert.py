@@ -136,7 +136,7 @@ def test_run_recognises_it(tmp_path, capsys):
 
 def test_a_converted_folder_has_all_that_people_know_from_hubs(demo):
     names = [f"model-{i:05d}-of-00005.safetensors" for i in range(1, 6)]
-    others = {"config.json", shards.INDEX, shards.CHECKSUMS, tokenizer.FILE}
+    others = {"config.json", card.NAME, shards.INDEX, shards.CHECKSUMS, tokenizer.FILE}
     assert set(contents(demo)) == {*names, *others}
     config = json.loads((demo / "config.json").read_text())
     assert config["preset"] == "demo" and config["emb_size"] == 256
@@ -582,7 +582,7 @@ def test_a_stream_keeps_few_files(hub, tmp_path, monkeypatch, demo):
     monkeypatch.setattr(convert.download, "tensor", counted)
     output = stream(tmp_path / "out")
     assert contents(output) == contents(demo)
-    assert len(counts) == len(hub.files()) - 3  # each once; config.json and others are not its
+    assert len(counts) == len(hub.files()) - 4  # each once; config.json and others are not its
     assert max(counts) < len(counts) / 2
     assert not (tmp_path / "out.download").exists()
 
