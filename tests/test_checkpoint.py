@@ -254,7 +254,6 @@ def local_digests(params, devices):
     return [digest.hexdigest() for digest in found.values()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", ["released", "converted"])
 def test_two_processes_hold_the_same_bits_as_one(tmp_path, form):
     """And of a converted checkpoint each decodes its own half only."""

@@ -46,7 +46,6 @@ def work(address, process, file):
     np.save(file, logits_on_a_mesh())
 
 
-@pytest.mark.slow
 def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -115,7 +114,6 @@ def ended(*processes):
             process.kill()
 
 
-@pytest.mark.slow
 def test_the_command_on_two_hosts():
     """`run.py --distributed` on the demo: process 0 writes what one process does, 1 nothing.
 

@@ -207,7 +207,7 @@ def test_tokens_sorted_by_expert_have_tangents():
 
 
 @native
-@pytest.mark.parametrize("activations", ["float", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("activations", ["float", "int8"])
 def test_the_whole_model(activations):
     """With its packed weights, native kernels on: vmap over prompts and parameters, both modes."""
     apply, params = problem(activations)
