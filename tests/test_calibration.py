@@ -35,6 +35,8 @@ import shards
 import tokenizer
 import tuning
 
+pytestmark = pytest.mark.slow  # minutes on two cores, all of them
+
 # All matrices of one shape, 48 x 48, so that there is little to compile.
 CONFIG = dataclasses.replace(
     model.PRESETS["tiny"],

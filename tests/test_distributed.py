@@ -15,6 +15,8 @@ import pytest
 import sharding
 from model import make_model
 
+pytestmark = pytest.mark.slow  # minutes on two cores, all of them
+
 CONFIG = dataclasses.replace(factories.EVEN, num_layers=1)
 LENGTH = 11
 
@@ -137,7 +139,6 @@ def test_the_command_on_two_hosts():
         assert "JULIET" not in second[0]
 
 
-@pytest.mark.slow
 def test_all_hosts_end_where_one_has_no_checkpoint(tmp_path):
     address = free_address()
     flags = [(), ("--checkpoint", str(tmp_path / "nothing"))]
@@ -147,7 +148,6 @@ def test_all_hosts_end_where_one_has_no_checkpoint(tmp_path):
         assert "error: host 1, " in errors and "nothing: no checkpoint here" in errors
 
 
-@pytest.mark.slow
 def test_a_host_that_dies():
     """The other one ends with a message."""
     address = free_address()

@@ -11,6 +11,8 @@ import formats
 import gptq
 import quantize
 
+pytestmark = pytest.mark.slow  # minutes on two cores, all of them
+
 FORMATS = ["ternary", "ternary-fit", "ternary-fit-64", "ternary2-128"]
 INPUTS, OUTPUTS, ROWS = 64, 24, 1500
 

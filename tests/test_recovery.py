@@ -9,6 +9,8 @@ import formats
 import quantize
 import recovery
 
+pytestmark = pytest.mark.slow  # minutes on two cores, all of them
+
 NAMES = ("ternary", "ternary-fit", "ternary-fit-64", "ternary2", "ternary2-128")
 
 
