@@ -183,7 +183,8 @@ def on_all_hosts(do: Callable):
             raise
         error = f"host {jax.process_index()}, {socket.gethostname()}: {raised}"
     if jax.process_count() > 1:
-        message = np.frombuffer(error.encode()[:MESSAGE].ljust(MESSAGE, b"\0"), np.uint8)
+        content = error.encode(errors="replace")[:MESSAGE]  # a path may be no UTF-8
+        message = np.frombuffer(content.ljust(MESSAGE, b"\0"), np.uint8)
         messages = multihost_utils.process_allgather(message).reshape(-1, MESSAGE)
         texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in messages]
         if any(texts):
@@ -657,7 +658,9 @@ def main(argv=None) -> None:
         if args.distributed is None:
             raise
         text = str(error).splitlines()[0]
-        print(f"error: another host ended, or cannot be reached: {text:.300}", file=sys.stderr)
+        full = "RESOURCE_EXHAUSTED" in text
+        why = "no memory is left" if full else "another host ended, or cannot be reached"
+        print(f"error: {why}: {text:.300}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # what JAX does at the end of a process waits for all others
 

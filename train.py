@@ -35,6 +35,7 @@ import files
 import kernels
 import learning
 import model
+import quantize
 import records
 import runners
 import sharding
@@ -642,8 +643,7 @@ def main(argv=None):
         config, mesh = configuration(args), sharding.parse_mesh(args.mesh)
         text = data.load_text(args.data)
         processor, config = choose_tokenizer(args, config, data.split(text)[0])
-        params = jax.tree.leaves(model.abstract_params(config))
-        count = sum(w.size for w in params)
+        count = quantize.count(model.abstract_params(config))
         print(f"{args.preset or args.init}: {count:,} parameters")
         print(aligned(dataclasses.asdict(config)))
         print(aligned({_flag(k): v for k, v in dataclasses.asdict(settings).items()}))

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from factories import EVEN, random_params
 
@@ -342,3 +343,48 @@ def test_damaged_weights_end_with_an_error(folder, capsys, monkeypatch):
     assert text.startswith("error: prompt 1: the logits of this request are not finite")
     text = refused(command(folder, "--prompt", "a", "--prompt", "b"), capsys)
     assert "error: prompt 1: the logits" in text and "\nprompt 2: the logits" in text
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_host_is_that_of_all(monkeypatch, failing):
+    """Also with the name of a file that is no UTF-8, and more than is sent."""
+
+    def check():
+        raise ValueError("caf\udce9: not here" + 2 * run.MESSAGE * "!")
+
+    def gather(own):
+        assert own.shape == (run.MESSAGE,) and own.any() == (failing == 0)
+        sent.append(own)
+        return np.stack([sent[0], np.zeros_like(own)][:: 1 if failing == 0 else -1])
+
+    sent = (
+        [] if failing == 0 else [np.frombuffer(b"host 1: bad".ljust(run.MESSAGE, b"\0"), np.uint8)]
+    )
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(run.multihost_utils, "process_allgather", gather)
+    message = r"^host 0, .*: caf\?: not here!+$" if failing == 0 else "^host 1: bad$"
+    with pytest.raises(ValueError, match=message):
+        run.on_all_hosts(check if failing == 0 else lambda: 7)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("RESOURCE_EXHAUSTED: 9 GB", "error: no memory is left: RESOURCE_EXHAUSTED: 9 GB\n"),
+        ("Gloo failed", "error: another host ended, or cannot be reached: Gloo failed\n"),
+    ],
+)
+def test_an_error_of_a_device_ends_one_of_several_hosts(capsys, monkeypatch, text, said):
+    def fail(args):
+        raise jax.errors.JaxRuntimeError(text)
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(run, "run", fail)
+    monkeypatch.setattr(run.os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"):
+        run.main(["--distributed", "a:1,2,0"])
+    assert capsys.readouterr().err == said
+    with pytest.raises(jax.errors.JaxRuntimeError):  # alone, it is JAX's own
+        run.main([])
