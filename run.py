@@ -357,8 +357,11 @@ def plan_elsewhere(args: argparse.Namespace) -> None:
         formats = runners.precision_of(args.checkpoint, template, args.weights)
     heads = math.gcd(count, config.num_kv_heads)
     shape = sharding.parse_shape(args.mesh) if args.mesh else (count // heads, heads)
-    if math.prod(shape) > count:
-        raise ValueError(f"--mesh {args.mesh} needs more than --plan {args.plan} has devices")
+    if min(shape) < 1 or math.prod(shape) > count:
+        raise ValueError(
+            f"--mesh {args.mesh} is no mesh of the {count} devices of --plan {args.plan}; give "
+            "sizes of 1 or more whose product is no larger"
+        )
     runner = runners.ModelRunner(config, aot.described_mesh(name, *shape))
     slots = args.slots or runner.mesh.shape["data"]
     runners.check_slots(slots, runner.mesh)

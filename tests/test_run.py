@@ -388,3 +388,9 @@ def test_an_error_of_a_device_ends_one_of_several_hosts(capsys, monkeypatch, tex
     assert capsys.readouterr().err == said
     with pytest.raises(jax.errors.JaxRuntimeError):  # alone, it is JAX's own
         run.main([])
+
+
+@pytest.mark.parametrize("mesh", ["0,8", "-1,-4", "2,8"])
+def test_a_mesh_that_the_planned_devices_are_not(capsys, mesh):
+    message = refused(["--plan", "h200x8", "--preset", "tiny", f"--mesh={mesh}"], capsys)
+    assert f"--mesh {mesh} is no mesh of the 8 devices of --plan h200x8" in message
