@@ -232,6 +232,18 @@ def stored_precision(folder: str | os.PathLike) -> dict[str, str] | None:
     return {path: format_of(leaf) for path, (_, leaf) in shards.open_shards(folder).items()}
 
 
+def formats_in(folder: str | os.PathLike, template: Params) -> dict[str, str]:
+    """{path: format} of a checkpoint as it is stored, released or converted; errors as of
+    `check_files`."""
+    check_folder(folder)
+    keys = sorted_keys(template)
+    if (found := stored_precision(folder)) is None:
+        sources = _released(pathlib.Path(folder), keys)
+        tensors = zip(keys, sources, strict=True)
+        found = {"/".join(key): format_of(read()) for key, (_, read) in tensors}
+    return found
+
+
 def format_of(stored) -> str:
     """The format, a name of formats.FORMATS, of a stored weight."""
     if isinstance(stored, PackedWeight):

@@ -23,13 +23,12 @@ is rounded to the type's float, and nothing else is.
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +49,7 @@ from quantize import PackedWeight, QuantizedWeight
 from tensor_file import release
 
 ALIGNMENT = 32
+CURE = "copy or download the file again"
 TILE = 1 << 22  # weights that a thread encodes at a time
 FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 TABLE = "language_model/in_out_embed/embeddings"
@@ -289,6 +289,7 @@ MATRICES = {
     "ffn_up_exps": "moe/linear_v",
     "ffn_down_exps": "moe/linear_1",
 }
+LINEAR = tuple(f"/{name}/w" for name in MATRICES.values())
 ALIASES = {"post_ffw_norm": "layer_output_norm"}
 
 KEYS = {  # llama.cpp's, behind "grok.", and the names of our configuration
@@ -378,8 +379,7 @@ def tensors_of(
     leaves: {path: real or abstract leaf}; sources: {path: Tensor.experts}, of the leaf as it is
     matrices: of CHOICES; table: of TABLES
     """
-    ends = tuple(f"{name}/w" for name in MATRICES.values())
-    kinds = types_of({p: leaf for p, leaf in leaves.items() if p.endswith(ends)}, matrices)
+    kinds = types_of({p: leaf for p, leaf in leaves.items() if p.endswith(LINEAR)}, matrices)
     found = {}
     for path, name in names(config.num_layers).items():
         *lead, last = leaves[path].shape
@@ -499,8 +499,8 @@ def vocabulary(proto: bytes) -> tuple[dict, list[str]]:
     if trainer.model_type != trainer.BPE or not trainer.byte_fallback:
         kind = trainer.ModelType.Name(trainer.model_type)
         return {}, [
-            f"no vocabulary: llama.cpp knows BPE with bytes, this tokenizer is {kind}, byte_fallback "
-            f"{trainer.byte_fallback}"
+            f"no vocabulary: llama.cpp has BPE with bytes for what is no piece, this tokenizer is "
+            f"{kind}, with byte_fallback {trainer.byte_fallback}"
         ]
     notes = []
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
@@ -581,10 +581,12 @@ def tokenizer_of(keys: dict) -> bytes | None:
     trainer.model_type, trainer.byte_fallback = trainer.BPE, True
     trainer.vocab_size, trainer.unk_surface = len(tokens), ""
     for theirs, ours in IDS.items():
-        setattr(trainer, ours, int(found.get(f"{theirs}_token_id", -1)))
-    for theirs, ours in IDS.items():
-        if 0 <= getattr(trainer, ours) < len(tokens):
-            setattr(trainer, ours.replace("_id", "_piece"), tokens[getattr(trainer, ours)])
+        token = found.get(f"{theirs}_token_id", -1)
+        if not (type(token) is int and -1 <= token < len(tokens)):
+            raise CheckpointError(f"tokenizer.ggml.{theirs}_token_id {files.shown(token)}; {CURE}")
+        setattr(trainer, ours, token)
+        if token >= 0:
+            setattr(trainer, ours.replace("_id", "_piece"), tokens[token])
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = bool(found.get("add_space_prefix", True))
     normalizer.remove_extra_whitespaces = False
@@ -755,7 +757,6 @@ SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
 SCALARS |= {10: "<Q", 11: "<q", 12: "<d"}
 MAX_AXES = 4
 CLOSE = 2**-10  # relative: two roundings to float16
-CURE = "copy or download the file again"
 
 
 class Stored(NamedTuple):
@@ -815,7 +816,9 @@ class _Reader:
         """Name, sizes with rows first, type and place of a tensor."""
         name, axes = self.text(), self.number("<I")
         if axes > MAX_AXES:
-            raise CheckpointError(f"{files.shown(name)} has {axes} axes, {MAX_AXES} at most; {CURE}")
+            raise CheckpointError(
+                f"{files.shown(name)} has {axes} axes, {MAX_AXES} at most; {CURE}"
+            )
         sizes = [self.number("<Q") for _ in range(axes)][::-1]
         return name, sizes, self.number("<I"), self.number("<Q")
 
@@ -885,10 +888,7 @@ def config_of(file: File) -> model.LanguageModelConfig:
         if f"grok.{old}" in file.keys
     }
     with files.naming(file.path):
-        if OURS in keys:
-            values = files.parse_json(str(keys[OURS]))
-        else:
-            values = _values_of(keys)
+        values = files.parse_json(str(keys[OURS])) if OURS in keys else _values_of(keys)
         config = model.config_from_dict(values)
         expected = grok_keys(config)
         for name in KEYS:
@@ -1065,7 +1065,7 @@ class Parameters:
         return found
 
     def _form(self, path: str, stored: Stored) -> Form:
-        if stored.kind in FLOATS or not path.endswith("/w"):
+        if stored.kind in FLOATS or not path.endswith(LINEAR):
             return Form("float32")
         count, looks = self._rows(stored), []
         for expert in range(0, len(stored.data), count):
