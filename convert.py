@@ -46,6 +46,7 @@ import download
 import files
 import formats
 import gguf_file
+import gguf_grok
 import kernels
 import layouts
 import model
@@ -479,16 +480,16 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     do(
         "--gguf",
-        choices=gguf_file.CHOICES,
+        choices=gguf_grok.CHOICES,
         metavar="TYPE",
         help="writes a GGUF file for llama.cpp, with the matrices as one of "
-        f"{', '.join(gguf_file.CHOICES)}. A checkpoint that is not ternary yet is made so first, "
+        f"{', '.join(gguf_grok.CHOICES)}. A checkpoint that is not ternary yet is made so first, "
         "or what --weights says; with Q8_0, F16 and F32 it stays as it is. auto: for each matrix "
-        f"the first of {', '.join(gguf_file.AUTO)} that holds it exactly, else F32",
+        f"the first of {', '.join(gguf_grok.AUTO)} that holds it exactly, else F32",
     )
     add(
         "--embeddings",
-        choices=gguf_file.TABLES,
+        choices=gguf_grok.TABLES,
         help="of a GGUF file (F16; Q8_0 if the model keeps them in int8)",
     )
     add("--source", type=Path, metavar="FOLDER", help="released: --inspect tells the error too")
@@ -965,7 +966,7 @@ def to_gguf_command(args: argparse.Namespace) -> None:
         source, template := model.abstract_params(config), gguf_formats(args, source, template)
     )
     begin = time.perf_counter()
-    counts, rounding, notes = gguf_file.write_checkpoint(
+    counts, rounding, notes = gguf_grok.write_checkpoint(
         output,
         entries,
         config,
@@ -1008,15 +1009,15 @@ def from_gguf_command(args: argparse.Namespace) -> None:
     """Writes a GGUF file of Grok as a converted checkpoint, whose weights stay what they are."""
     source, output = args.folders
     file = gguf_file.open_file(source)
-    config = configured(args, gguf_file.config_of(file))
+    config = configured(args, gguf_grok.config_of(file))
     quiet = not sys.stderr.isatty()
-    parameters = gguf_file.Parameters(file, config, args.threads, progress=not quiet)
+    parameters = gguf_grok.Parameters(file, config, args.threads, progress=not quiet)
     leaves = parameters.leaves(args.packing)
     weights, precision = precision_of(parameters.formats)
     about = model.config_to_dict(config)
     about |= checkpoint.quantization(weights, precision, args.packing)
     extra = {card.NAME: card.model_card(about, leaves)}
-    if proto := gguf_file.tokenizer_of(file.keys):
+    if proto := gguf_grok.tokenizer_of(file.keys):
         extra[tokenizer.FILE] = proto
     else:
         report(note=f"{source} has no vocabulary of SentencePiece: put its {tokenizer.FILE} in")

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import gguf_file
+import gguf_grok
 import model
 import runners
 from benchmarks import memory, models, timer
@@ -386,11 +387,11 @@ def step_bytes(
 
 def peer_program(kind, matrices: str, table: str, params: dict, *options) -> Program:
     """A model of a peer, with matrices and a table of these types, in its process."""
-    tensors = gguf_file.of_params(CONFIG, params, matrices, table)
+    tensors = gguf_grok.of_params(CONFIG, params, matrices, table)
     steps = {n: step_bytes(CONFIG, tensors, n) for n in (1, *BATCHES)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        gguf_file.write(path, gguf_file.grok_keys(CONFIG), tensors)
+        gguf_file.write(path, gguf_grok.grok_keys(CONFIG), tensors)
         del tensors
         process = Process(kind, *options, path, CONFIG.sequence_len)
     return Program(
