@@ -74,7 +74,9 @@ def check_folder(folder: str | os.PathLike) -> None:
         return
     partial, ours = shards.partial_folder(folder), folder / FOLDER
     moved = [path for path in (ours, folder) if files.previous_name(path).is_dir()]
-    if (folder / file_name(0)).exists():
+    if folder.suffix == ".gguf":
+        cure = f"convert.py {folder} FOLDER makes one of a GGUF file"
+    elif (folder / file_name(0)).exists():
         cure = f"give its parent, {folder.resolve().parent}"
     elif _has_checkpoint(folder / "checkpoint"):
         cure = f"give the checkpoint of this training run, {folder / 'checkpoint'}"

@@ -1008,6 +1008,8 @@ def gguf_formats(args: argparse.Namespace, source: Path, template: dict) -> dict
 def from_gguf_command(args: argparse.Namespace) -> None:
     """Writes a GGUF file of Grok as a converted checkpoint, whose weights stay what they are."""
     source, output = args.folders
+    if output.exists():
+        raise FileExistsError(f"{output} exists; remove it, or choose another folder")
     file = gguf_file.open_file(source)
     config = configured(args, gguf_grok.config_of(file))
     quiet = not sys.stderr.isatty()
