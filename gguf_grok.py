@@ -37,6 +37,7 @@ TABLE = "language_model/in_out_embed/embeddings"
 AUTO = ("TQ2_0", "Q2_0", "Q8_0")  # the first that holds a matrix
 CHOICES = ("auto", *TERNARY, "Q8_0", "F16", "F32")  # for the matrices
 TABLES = ("F16", "F32", "BF16", "Q8_0")  # for the embeddings
+HALF = 2**-11  # what rounding to float16 makes of numbers from 2^-14 on, relative
 CLOSE = 2**-10  # relative: two roundings to float16
 
 
@@ -454,6 +455,8 @@ def write_checkpoint(
         keys |= added
         room(path, gguf_file.size_of(keys, tensors))
         error = gguf_file.write(path, keys, tensors, threads, progress)
+    if error > HALF:
+        notes.append("scales below 2^-14 have fewer digits in float16, or become 0")
     return counts, error, notes
 
 

@@ -29,6 +29,7 @@ import gguf_file
 import gguf_grok
 import model
 import quantize
+import runners
 import shards
 import tokenizer
 from benchmarks import llama
@@ -334,14 +335,14 @@ def test_int8_with_scales_of_groups():
 
 def test_scales_that_float16_has_not():
     trits = np.ones((256, 1), np.int8)
-    for scale in (1e-9, 1e5):
-        w = quantize.pack(trits, np.full((1, 1), scale, np.float32))
-        with pytest.raises(ValueError, match=r"scale 1e.*, no float16; write it as F32"):
-            gguf_file.encode(w, "TQ2_0")
+    w = quantize.pack(trits, np.full((1, 1), 1e5, np.float32))
+    with pytest.raises(ValueError, match=r"scale 1e\+05, too large for float16; take F32"):
+        gguf_file.encode(w, "TQ2_0")
     with pytest.raises(ValueError, match="too large for F16; take F32"):
         gguf_file.encode(np.full((4, 4), 1e5, np.float32), "F16")
-    small, error = gguf_file.encode(quantize.pack(trits, np.full((1, 1), 1.1e-6, "f")), "TQ2_0")
-    assert error == pytest.approx(0.03, abs=0.01)  # below 2^-14, float16 has fewer digits
+    for scale, off in [(1.1e-6, 0.03), (1e-9, 1)]:  # below 2^-14, float16 has fewer digits
+        w = quantize.pack(trits, np.full((1, 1), scale, np.float32))
+        assert gguf_file.encode(w, "TQ2_0")[1] == pytest.approx(off, abs=0.01)
 
 
 def test_what_has_no_exact_form():
@@ -934,7 +935,10 @@ def test_llama_cpp_computes_our_logits(tmp_path):
     "peer, matrices, median, largest",
     [
         pytest.param(LLAMA_CPP, "TQ2_0", 6e-3, 0.05, marks=with_llama_cpp),
+        pytest.param(LLAMA_CPP, "TQ1_0", 6e-3, 0.05, marks=with_llama_cpp),
+        pytest.param(LLAMA_CPP, "Q2_0", 0.06, 0.3, marks=with_llama_cpp),
         pytest.param(LLAMA_CPP, "Q4_0", 0.06, 0.3, marks=with_llama_cpp),
+        pytest.param(LLAMA_CPP, "Q8_0", 0.06, 0.3, marks=with_llama_cpp),
         pytest.param(IK, "IQ2_BN", 0.06, 0.3, marks=with_ik_llama),
     ],
 )
@@ -975,6 +979,39 @@ def test_sequences_of_a_peer_do_not_see_each_other(peer, matrices, tmp_path):
     print(matrices, errors(np.array(together), np.array(alone)), errors(alone[0], alone[1]))
     assert errors(np.array(together), np.array(alone)).max() < 1e-2
     assert errors(alone[0], alone[1]) > 5e-2
+
+
+@with_llama_cpp
+@pytest.mark.parametrize("proto", [DEMO / tokenizer.FILE, train], ids=["demo", "like Grok-1's"])
+def test_llama_cpp_encodes_as_we_do(proto, tmp_path):
+    """Without [BOS], and with the space of a text's beginning where the tokenizer has one."""
+    import llama_cpp
+
+    proto = proto.read_bytes() if isinstance(proto, Path) else proto()
+    keys = gguf_grok.grok_keys(CONFIG) | gguf_grok.vocabulary(proto)[0]
+    gguf_file.write(tmp_path / "x.gguf", keys, {})
+    theirs = llama_cpp.Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
+    ours = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    for text in TEXTS:
+        tokens = theirs.tokenize(text.encode(), special=False)
+        assert tokens == ours.encode(text)
+        assert theirs.detokenize(tokens).decode() == ours.decode(tokens)
+
+
+@with_llama_cpp
+@pytest.mark.parametrize("kind", ["TQ2_0", "Q2_0"])
+def test_llama_cpp_writes_our_text(kind, tmp_path):
+    """The demo's likeliest text, with the vocabulary in the file."""
+    import llama_cpp
+
+    path = converted(DEMO, tmp_path / "x.gguf", "--gguf", kind)
+    theirs = llama_cpp.Llama(str(path), n_ctx=64, verbose=False)
+    found = theirs.create_completion("ROMEO:", max_tokens=30, temperature=0)["choices"][0]["text"]
+    runner = runners.ModelRunner(model.PRESETS["demo"])
+    runner.load(DEMO)
+    server = runners.InferenceRunner(runner, tokenizer.load(DEMO, 1024))
+    ours = server.text(runners.Request("ROMEO:", temperature=0, max_len=30))
+    assert len(ours) > 60 and found == ours
 
 
 @with_llama_cpp
