@@ -469,7 +469,7 @@ class Plan:
         return told
 
 
-GPU_FRACTION = 0.97  # XLA_PYTHON_CLIENT_MEM_FRACTION, as README.md sets it
+GPU_FRACTION = 0.97  # XLA_PYTHON_CLIENT_MEM_FRACTION, as docs/grok-1.md sets it
 
 
 def make_plan(

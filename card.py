@@ -5,8 +5,10 @@ uploaded as it is: `hf upload USER/NAME FOLDER`.
 """
 
 import math
+from pathlib import Path
 
 import model
+import report
 import shards
 from checkpoint import readable_size
 
@@ -22,6 +24,8 @@ tags:
 - jax
 ---
 """
+
+COMPARED = "## Beside the model that it was made from\n"
 
 METHODS = {  # by the beginning of a format's name; the longest that fits
     "ternary": "absmean of each matrix, as in BitNet b1.58 (arXiv 2402.17764)",
@@ -66,9 +70,33 @@ def model_card(config: dict, leaves: dict) -> bytes:
         + "Converted by Ternary Grok-1's `convert.py`, and run by its `run.py`:\n\n"
         + '```\npython run.py --checkpoint FOLDER --prompt "The answer is"\n```\n\n'
         + "`config.json` says which format each matrix has, `checksums.json` what every file's\n"
-        + "SHA-256 is. What was lost against the model that this was made from is not measured\n"
-        + "here: `evaluate.py FOLDER --against SOURCE` does that.\n"
+        + f"SHA-256 is.\n\n{COMPARED}\n"
+        + "Not measured: `evaluate.py FOLDER --against SOURCE --data TEXT --card` does that.\n"
     ).encode()
+
+
+def check_card(folder: Path) -> None:
+    """ValueError unless a checkpoint has a model card."""
+    if not (folder / NAME).exists():
+        raise ValueError(
+            f"{folder} has no model card, {NAME}; convert.py writes one, train.py none"
+        )
+
+
+def add_comparison(folder: Path, found: dict, source: str, text: str) -> None:
+    """Writes what `fidelity.compare` found into a card, in place of what it said before.
+
+    source: the model compared with; text: what both read
+    """
+    before, mark, after = (folder / NAME).read_text().partition(COMPARED)
+    _, heading, others = after.partition("\n## ")  # the user's own
+    section = (
+        f"{COMPARED}\nThat is {source}, and both read {text}. Of each layer: cosines of its output "
+        "and of\nwhat it added, tokens that go to the same experts, and |W - W'|^2 / |W|^2.\n\n"
+        f"```\n{report.table(found)}\n```\n"
+    )
+    content = f"{before if mark else before + chr(10)}{section}{heading}{others}"
+    shards.rewrite(folder, NAME, content.encode())
 
 
 def method(weights: str) -> str:

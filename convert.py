@@ -962,9 +962,8 @@ def to_gguf_command(args: argparse.Namespace) -> None:
     source, output = args.folders
     checkpoint.check_folder(source)
     config = configured(args, resolve_config(source, args.preset))
-    entries = checkpoint.check_files(
-        source, template := model.abstract_params(config), gguf_formats(args, source, template)
-    )
+    template = model.abstract_params(config)
+    entries = checkpoint.check_files(source, template, gguf_formats(args, source, template))
     begin = time.perf_counter()
     counts, rounding, notes = gguf_grok.write_checkpoint(
         output,

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+import card
 import checkpoint
 import data
 import fidelity
@@ -130,6 +131,11 @@ def compare(config: model.LanguageModelConfig, text: str, args: argparse.Namespa
         files.write_bytes(args.json, (json.dumps(found) + "\n").encode())
     if args.html:
         files.write_bytes(args.html, report.page(found).encode())
+    if args.card:
+        part = "the last tenth of " if args.split == "validation" else ""
+        card.add_comparison(
+            args.checkpoint, found, args.against.resolve().name, part + Path(args.data).name
+        )
 
 
 def main(argv=None):
@@ -144,6 +150,9 @@ def main(argv=None):
     )
     parser.add_argument("--json", type=Path, help="where to write the comparison, all of it")
     parser.add_argument("--html", type=Path, help="where to write it as a page, with plots")
+    parser.add_argument(
+        "--card", action="store_true", help="put it into the model card of the checkpoint"
+    )
     parser.add_argument(
         "--split",
         choices=("validation", "all"),
@@ -173,11 +182,15 @@ def main(argv=None):
             "--against takes a text, --data: of token ids that nobody wrote, predictions and "
             "routing are near their thresholds, and agreement says little"
         )
-    if (args.json or args.html) and not args.against:
-        parser.error("--json and --html are of a comparison, --against TEACHER")
+    if (args.json or args.html or args.card) and not args.against:
+        parser.error("--json, --html and --card are of a comparison, --against TEACHER")
+    if args.card and args.weights:
+        parser.error("--card is about the weights as they are stored; leave out --weights")
     kernels.keep_compilations()
     try:
         checkpoint.check_folder(args.checkpoint)
+        if args.card:
+            card.check_card(args.checkpoint)
         config = model.config_from_dict(checkpoint.read_config(args.checkpoint))
         chosen = {"fprop_dtype": args.dtype, "activations": args.activations}
         chosen["embeddings"] = args.embeddings

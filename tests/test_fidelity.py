@@ -14,6 +14,7 @@ import pytest
 from factories import EVEN, ODD, random_params
 
 import calibration
+import card
 import checkpoint
 import convert
 import data
@@ -234,7 +235,17 @@ def test_the_command_prints_and_writes_all_of_it(tmp_path, pair, capsys):
     folder.symlink_to(output)
     text, table, page = (tmp_path / name for name in ("text", "table.json", "page.html"))
     text.write_text(TEXT)
-    flags = ["--data", str(text), "--split", "all", "--json", str(table), "--html", str(page)]
+    flags = [
+        "--data",
+        str(text),
+        "--split",
+        "all",
+        "--json",
+        str(table),
+        "--html",
+        str(page),
+        "--card",
+    ]
     evaluate.main([str(folder), "--against", str(source), *flags])
     printed = capsys.readouterr().out
     found = json.loads(table.read_text())
@@ -243,6 +254,16 @@ def test_the_command_prints_and_writes_all_of_it(tmp_path, pair, capsys):
     assert f"KL(teacher||student){found['kl']:>26.4f}" in printed
     layer = found["layers"][1]
     assert f"    1{layer['cosine']:>10.4f}{layer['delta_cosine']:>10.4f}" in printed
+
+    told = output / card.NAME
+    told.write_text(told.read_text() + "\n## Mine\n")
+    for _ in range(2):
+        card.add_comparison(output, found, source.name, "a text")
+        text = told.read_text()
+        assert text.count(report.table(found)) == 1 and "Not measured" not in text
+        assert text.startswith("---\n") and text.endswith("```\n\n## Mine\n")
+    convert.main(["--verify", str(output)])
+    capsys.readouterr()
 
     content = page.read_text()
     read = Page(content)
@@ -276,6 +297,9 @@ def test_errors(tmp_path, pair, capsys):
     assert "--against takes a text" in message(output, "--against", source, *logits)
     text = ["--data", __file__]
     assert "are of a comparison" in message(output, *text, "--html", tmp_path / "page.html")
+    assert "no model card" in message(source, *text, "--against", source, "--card")
+    told = message(output, *text, "--against", source, "--card", "--weights", "ternary")
+    assert "leave out --weights" in told
     assert "no checkpoint here" in message(output, *text, "--against", tmp_path)
     other = dataclasses.replace(MOE, num_layers=3, num_experts=4)
     saved(tmp_path / "other", other, "float32")
