@@ -547,7 +547,8 @@ def _look(stored: Stored, rows: slice) -> _Look:
         for count in range(1, blocks + 1)
         if blocks % count == 0 and not np.ptp(scales.reshape(len(scales), count, -1), -1).any()
     }
-    unit, multipliers = _as_multiples(scales)
+    with np.errstate(invalid="ignore"):  # of scales that are no numbers
+        unit, multipliers = _as_multiples(scales)
     return _Look(
         not (np.abs(codes) > 1).any(),
         frozenset(groups),

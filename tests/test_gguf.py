@@ -576,6 +576,16 @@ def test_there_and_back(weights, kind, formats_, tmp_path, monkeypatch):
     assert theirs.encode(text) == ours.encode(text) and theirs.decode(ours.encode(text)) == text
 
 
+def test_the_precision_of_what_was_read():
+    """A table of ours where one says the same, else one of its own."""
+    path = "transformer/decoder_layer_{}/moe/linear/w".format
+    named = {path(0): "ternary", path(1): "ternary", gguf_grok.TABLE: "float32"}
+    assert convert.precision_of(named)[0] == "ternary"
+    named[path(1)] = "int8"
+    name, table = convert.precision_of(named)
+    assert name == "gguf" and quantize.match_rules(table, named) == named
+
+
 def test_the_released_demo_becomes_ternary_on_the_way(tmp_path, capsys):
     path = converted(DEMO, tmp_path / "x.gguf", "--gguf", "auto")
     assert "TQ2_0 7,077,888" in capsys.readouterr().err
