@@ -480,7 +480,10 @@ def config_of(file: File) -> model.LanguageModelConfig:
         for name in KEYS:
             found, wanted = keys.get(f"grok.{name}"), expected[f"grok.{name}"]
             if found is not None and np.float32(found) != np.float32(wanted):
-                raise CheckpointError(f"grok.{name} is {files.shown(found)}, expected {wanted}")
+                raise CheckpointError(
+                    f"grok.{name} is {files.shown(found)}, expected {wanted}, as other keys say; "
+                    f"{CURE}"
+                )
         if config.num_layers > len(file.tensors):
             raise CheckpointError(f"{config.num_layers} layers in {len(file.tensors)} tensors")
         return config
