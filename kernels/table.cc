@@ -33,12 +33,11 @@ void Row(const T* table, const float* x, int64_t rows, int64_t size, int64_t voc
 
 inline __m512 Load16(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
 inline __m512 Load16(const uint16_t* p, __mmask16 mask) {
-  const __m256i half = _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(mask, p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 inline __m512 Load16(const int8_t* p, __mmask16 mask) {
-  const __m128i quarter = _mm512_castsi512_si128(_mm512_maskz_loadu_epi8(mask, p));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, p)));
 }
 
 // Adds the products of 64 numbers; mask: which of each 16 there are.
