@@ -163,7 +163,11 @@ def test_every_block_size_of_the_packing(rows, block, path):
 
 
 @native
-@pytest.mark.parametrize("rows, inputs", [(1, 6144), (3, 384), (6, 512), (40, 2560), (7, 126)])
+@pytest.mark.parametrize(
+    "rows, inputs", [(1, 6144), (3, 384), (6, 512), (40, 2560), (7, 126), (8, 384)]
+)
+    "rows, inputs", [(1, 6144), (3, 384), (6, 512), (40, 2560), (7, 126), (8, 384)]
+)
 def test_outputs_side_by_side(rows, inputs, path):
     x, weight, chosen = problem(2, rows, inputs, 192, 2)
     weights = [weight, *(grouped(inputs, 192, 2, planes, slabs) for planes, slabs in KINDS)]
