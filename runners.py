@@ -370,8 +370,10 @@ def advance(logits: jax.Array, slots: Slots, eos: int) -> tuple[Slots, SampleOut
 
     So do rows whose logits are not finite.
     """
+    greedy = SampleSettings(0.0, 1.0, 0, 0)  # which draws and sorts nothing: a free row's
+    settings = jax.tree.map(functools.partial(jnp.where, slots.active), slots.settings, greedy)
     # One gather here, or each sum and sort of sampling would be one over the vocabulary's shards.
-    sample = sample_token(replicated(logits), slots.settings, slots.count)
+    sample = sample_token(replicated(logits), settings, slots.count)
     count = slots.count + slots.active
     done = (sample.token_id == eos) | (count >= slots.settings.max_len) | jnp.isnan(sample.prob)
     active = slots.active & ~done
