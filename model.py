@@ -646,7 +646,8 @@ class LanguageModel(hk.Module):
           under `jit`, where no value can be an error, their logits are NaN
         memory: the cache to continue and to extend; without one the rows stand alone
         lengths: int32 [B], tokens of each row that are not padding (by default all T); a row of
-          length 0 does not advance, and what it writes is overwritten before it can be seen
+          length 0 does not advance, what it writes is overwritten before it can be seen, and
+          its last logits are 0
         """
         check_ids(tokens, self.config.vocab_size)
         if lengths is None:
@@ -657,6 +658,7 @@ class LanguageModel(hk.Module):
         h = layers[-1].hidden
         if last_only:
             h = jnp.take_along_axis(h, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+            h = jnp.where(lengths[:, None] > 0, h, 0)  # of zeros no logits are computed
         h = RMSNorm(self.config.rms_norm_eps)(h)
         return LanguageModelOutput(captures.tap("logits", embed.decode(h)), memory, layers)
 

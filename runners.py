@@ -273,15 +273,26 @@ def top_p_filter(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     """
 
     def filtered():
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-        # Rounded sums may never reach a top_p just below 1: then the last token is the last.
-        last = jnp.minimum(jnp.sum(mass < top_p[:, None], axis=-1), logits.shape[-1] - 1)
-        threshold = jnp.take_along_axis(ordered, last[:, None], axis=-1)
-        keep = (logits >= threshold) | (top_p >= 1)[:, None]
+        likely = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))  # 0 to 1
+        enough = top_p[:, None] * jnp.sum(likely, axis=-1, keepdims=True)
+
+        def halve(_, bounds):
+            least, most = bounds
+            middle = (least + most + 1) // 2
+            mass = jnp.sum(likely, axis=-1, keepdims=True, where=likely >= number(middle))
+            return jnp.where(mass >= enough, middle, least), jnp.where(
+                mass < enough, middle - 1, most
+            )
+
+        # Sorting 131072 logits would take longer than all the rest of sampling. The largest number
+        # that leaves enough is searched for among all there are: the bits of positive ones, as
+        # integers, are in their order. (Rounded sums may never be enough: then it is 0.)
+        number = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.float32)
+        one = lax.bitcast_convert_type(jnp.ones_like(enough), jnp.int32)
+        least, _ = lax.fori_loop(0, 30, halve, (jnp.zeros_like(one), one))
+        keep = (likely >= number(least)) | (top_p >= 1)[:, None]
         return jnp.where(keep, logits, -jnp.inf)
 
-    # Sorting 131072 logits costs more than all the rest of sampling: not when nobody asks for it.
     return lax.cond(jnp.any(top_p < 1), filtered, lambda: logits)
 
 
@@ -370,8 +381,10 @@ def advance(logits: jax.Array, slots: Slots, eos: int) -> tuple[Slots, SampleOut
 
     So do rows whose logits are not finite.
     """
+    greedy = SampleSettings(0.0, 1.0, 0, 0)  # which draws and sorts nothing: a free row's
+    settings = jax.tree.map(functools.partial(jnp.where, slots.active), slots.settings, greedy)
     # One gather here, or each sum and sort of sampling would be one over the vocabulary's shards.
-    sample = sample_token(replicated(logits), slots.settings, slots.count)
+    sample = sample_token(replicated(logits), settings, slots.count)
     count = slots.count + slots.active
     done = (sample.token_id == eos) | (count >= slots.settings.max_len) | jnp.isnan(sample.prob)
     active = slots.active & ~done

@@ -9,8 +9,8 @@ namespace kernels {
 
 struct Avx512 {
   using Type = __m512i;
-  static constexpr int kLanes = 16, kMostVectors = 4, kFew = 4, kSums = 24, kRows = 6,
-                       kRowVectors = 4;
+  static constexpr int kLanes = 16, kMostVectors = 4, kFew = 8, kFewOfGroups = 4, kSums = 24,
+                       kRows = 6, kRowVectors = 4;
   static constexpr uint32_t kOffset = 127;
 
   static INLINE Type Fill(int32_t v) { return _mm512_set1_epi32(v); }

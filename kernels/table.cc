@@ -1,6 +1,7 @@
 // The embedding table as the output head, and the norm, whose sum of squares is such a product.
 
 #include <cmath>
+#include <vector>
 
 #include "common.h"
 
@@ -13,11 +14,18 @@ namespace {
 
 constexpr int kLanes = 64;  // partial sums of a product, the same on every path
 
+// A row of x, and where its products with the table go.
+struct Product {
+  const float* x;
+  float* out;
+};
+
 // Lane i sums the products i, i + 64, ...; then the lanes are added in halves. The order depends on
 // the size only; paths differ in whether a product is rounded before it is added.
 template <class T>
-void Row(const T* table, const float* x, int64_t rows, int64_t size, int64_t vocab, float* out) {
-  for (int64_t m = 0; m < rows; ++m, x += size, out += vocab) {
+void Row(const T* table, const Product* rows, int64_t count, int64_t size, int64_t v) {
+  for (int64_t m = 0; m < count; ++m) {
+    const float* x = rows[m].x;
     float lanes[kLanes] = {};
     int64_t i = 0;
     for (; i + kLanes <= size; i += kLanes)
@@ -25,7 +33,7 @@ void Row(const T* table, const float* x, int64_t rows, int64_t size, int64_t voc
     for (int k = 0; i + k < size; ++k) lanes[k] += ToFloat(table[i + k]) * x[i + k];
     for (int half = kLanes / 2; half; half /= 2)
       for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-    *out = lanes[0];
+    rows[m].out[v] = lanes[0];
   }
 }
 
@@ -33,35 +41,37 @@ void Row(const T* table, const float* x, int64_t rows, int64_t size, int64_t voc
 
 inline __m512 Load16(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
 inline __m512 Load16(const uint16_t* p, __mmask16 mask) {
-  const __m256i half = _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(mask, p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 inline __m512 Load16(const int8_t* p, __mmask16 mask) {
-  const __m128i quarter = _mm512_castsi512_si128(_mm512_maskz_loadu_epi8(mask, p));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, p)));
 }
 
 // Adds the products of 64 numbers; mask: which of each 16 there are.
 template <class T, int M, int N>
-INLINE void AddLanes(const T* table, const float* x, int64_t size, const __mmask16 (&mask)[4],
-                     __m512 (&sums)[M][N][4]) {
+INLINE void AddLanes(const T* table, const float* const (&x)[M], int64_t i, int64_t size,
+                     const __mmask16 (&mask)[4], __m512 (&sums)[M][N][4]) {
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
     __m512 w[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) w[n] = Load16(table + n * size + 16 * k, mask[k]);
+    for (int n = 0; n < N; ++n) w[n] = Load16(table + n * size + i + 16 * k, mask[k]);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      const __m512 some = _mm512_maskz_loadu_ps(mask[k], x + m * size + 16 * k);
+      const __m512 some = _mm512_maskz_loadu_ps(mask[k], x[m] + i + 16 * k);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) sums[m][n][k] = _mm512_fmadd_ps(w[n], some, sums[m][n][k]);
     }
   }
 }
 
-// M rows of x times N rows of the table.
+// M rows of x times N rows of the table, from row v on.
 template <class T, int M, int N>
-void Avx512Tile(const T* table, const float* x, int64_t size, int64_t vocab, float* out) {
+void Avx512Tile(const T* table, const Product* rows, int64_t size, int64_t v) {
+  const float* x[M];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) x[m] = rows[m].x;
   __m512 sums[M][N][4];
 #pragma GCC unroll 4
   for (auto& row : sums)
@@ -77,7 +87,7 @@ void Avx512Tile(const T* table, const float* x, int64_t size, int64_t vocab, flo
       for (size_t line = 0; line < kLanes * sizeof(T); line += 64)
         _mm_prefetch(ahead + line, _MM_HINT_T0);
     }
-    AddLanes<T, M, N>(table + i, x + i, size, {0xffff, 0xffff, 0xffff, 0xffff}, sums);
+    AddLanes<T, M, N>(table, x, i, size, {0xffff, 0xffff, 0xffff, 0xffff}, sums);
   }
   if (i < size) {
     __mmask16 mask[4];
@@ -85,7 +95,7 @@ void Avx512Tile(const T* table, const float* x, int64_t size, int64_t vocab, flo
       const int64_t left = size - i - 16 * k;
       mask[k] = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
     }
-    AddLanes<T, M, N>(table + i, x + i, size, mask, sums);
+    AddLanes<T, M, N>(table, x, i, size, mask, sums);
   }
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
@@ -97,48 +107,53 @@ void Avx512Tile(const T* table, const float* x, int64_t size, int64_t vocab, flo
       _mm512_store_ps(lanes, _mm512_add_ps(a, b));
       for (int half = 8; half; half /= 2)
         for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-      out[m * vocab + n] = lanes[0];
+      rows[m].out[v + n] = lanes[0];
     }
 }
 
 // As many rows of the table, in pairs, which load each activation once for both.
 template <class T, int M>
-void Avx512Rows(const T* table, int64_t count, const float* x, int64_t size, int64_t vocab,
-                float* out) {
+void Avx512Rows(const T* table, int64_t begin, int64_t end, const Product* rows, int64_t size) {
   constexpr int N = M > 1 ? 2 : 1;  // one row waits for memory, and reads on and on
-  int64_t v = 0;
-  for (; v + N <= count; v += N) Avx512Tile<T, M, N>(table + v * size, x, size, vocab, out + v);
-  for (; v < count; ++v)
-    for (int m = 0; m < M; ++m)
-      Avx512Tile<T, 1, 1>(table + v * size, x + m * size, size, vocab, out + m * vocab + v);
+  int64_t v = begin;
+  for (; v + N <= end; v += N) Avx512Tile<T, M, N>(table + v * size, rows, size, v);
+  for (; v < end; ++v)
+    for (int m = 0; m < M; ++m) Avx512Tile<T, 1, 1>(table + v * size, rows + m, size, v);
 }
 
 #endif
 
-// Some rows of the table times rows of x.
+// Rows `begin` to `end` of the table times rows of x.
 template <class T>
-void Panel(const T* table, int64_t count, const float* x, int64_t rows, int64_t size, int64_t vocab,
-           float* out) {
+void Panel(const T* table, int64_t begin, int64_t end, const Product* rows, int64_t count,
+           int64_t size) {
 #if defined(__AVX512BW__)
-  for (int64_t left = rows; left > 0; x += 3 * size, out += 3 * vocab, left -= 3)
-    left >= 3   ? Avx512Rows<T, 3>(table, count, x, size, vocab, out)
-    : left == 2 ? Avx512Rows<T, 2>(table, count, x, size, vocab, out)
-                : Avx512Rows<T, 1>(table, count, x, size, vocab, out);
+  for (int64_t left = count; left > 0; rows += 3, left -= 3)
+    left >= 3   ? Avx512Rows<T, 3>(table, begin, end, rows, size)
+    : left == 2 ? Avx512Rows<T, 2>(table, begin, end, rows, size)
+                : Avx512Rows<T, 1>(table, begin, end, rows, size);
 #else
-  for (int64_t v = 0; v < count; ++v) Row(table + v * size, x, rows, size, vocab, out + v);
+  for (int64_t v = begin; v < end; ++v) Row(table + v * size, rows, count, size, v);
 #endif
 }
 
+// Rows of zeros, as of slots without a request, are not multiplied.
 template <class T>
 void TableRows(const Frame& frame, const T* table, const float* x, int64_t rows, int64_t size,
                int64_t vocab, float* out) {
+  std::vector<Product> products;
+  for (int64_t m = 0; m < rows; ++m, x += size, out += vocab)
+    if (std::any_of(x, x + size, [](float value) { return value != 0; }))
+      products.push_back({x, out});
+    else
+      std::fill_n(out, vocab, 0.f);
   constexpr int64_t some = 64;  // rows of the table and, of x, rows that stay in a cache meanwhile
-  const int64_t panels = (vocab + some - 1) / some, groups = (rows + some - 1) / some;
-  const double bytes = 1. * vocab * size * sizeof(T) * std::max<int64_t>(1, rows / 8);
-  Parallel(frame, panels * groups, bytes, [=](int64_t i) {
+  const int64_t count = products.size();
+  const int64_t panels = (vocab + some - 1) / some, groups = (count + some - 1) / some;
+  const double bytes = 1. * vocab * size * sizeof(T) * std::max<int64_t>(1, count / 8);
+  Parallel(frame, panels * groups, bytes, [&](int64_t i) {
     const int64_t v = i % panels * some, m = i / panels * some;
-    Panel(table + v * size, std::min(some, vocab - v), x + m * size, std::min(some, rows - m), size,
-          vocab, out + m * vocab + v);
+    Panel(table, v, std::min(v + some, vocab), &products[m], std::min(some, count - m), size);
   });
 }
 
@@ -175,7 +190,8 @@ void NormRows(const Frame& frame, const void* from, const float* scale, int64_t 
     float* row = reinterpret_cast<float*>(Kept(kept, size * sizeof(float)));
     for (int64_t i = 0; i < size; ++i) row[i] = ToFloat(x[m * size + i]);
     float sum;
-    Panel(row, 1, row, 1, size, 1, &sum);
+    const Product square = {row, &sum};
+    Panel(row, 0, 1, &square, 1, size);
     const float inverse = 1 / std::sqrt(sum / size + eps);
     for (int64_t i = 0; i < size; ++i) FromFloat(scale[i] * row[i] * inverse, out + m * size + i);
   });

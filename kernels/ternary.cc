@@ -204,6 +204,7 @@ class Rows {
     }
     return any;
   }
+  void SetZeros(int64_t row) { std::memset(At(row / rows_, row % rows_), 0, problem_.width); }
   void Use(int64_t row) { used_[row] = 1; }
 
   // Those of a block up to the last that is used: padding costs nothing.
@@ -257,10 +258,8 @@ void Multiply(const Path& path, Group p, const Weight& weight, int64_t expert, i
 
 // --- What becomes of the sums --------------------------------------------------------------------
 
-// A row x [I] as integers of `levels` steps at most, quantize.quantize_rows; int15 as high and low
-// half. Returns the step.
 template <class T>
-float RoundRow(const T* x, int64_t size, float levels, int8_t* high, int8_t* low) {
+float LargestMagnitude(const T* x, int64_t size) {
   uint32_t bits = 0;  // of the largest magnitude; those of a NaN are last
   for (int64_t i = 0; i < size; ++i) {
     const float value = ToFloat(x[i]);
@@ -270,14 +269,18 @@ float RoundRow(const T* x, int64_t size, float levels, int8_t* high, int8_t* low
   }
   float largest;
   std::memcpy(&largest, &bits, 4);
-  const float step = std::max(largest, 1e-30f) * (1 / levels);
+  return largest;
+}
+
+// A row x [I] as integers, quantize.quantize_rows; int15 as high and low half.
+template <class T>
+void RoundRow(const T* x, int64_t size, float step, int8_t* high, int8_t* low) {
   for (int64_t i = 0; i < size; ++i) {
     const int32_t integer = Rounded(ToFloat(x[i]) / step);
     const int32_t upper = low ? (integer + 64) >> 7 : integer;
     high[i] = static_cast<int8_t>(upper);
     if (low) low[i] = static_cast<int8_t>(integer - 128 * upper);
   }
-  return step;
 }
 
 // Floats as the dtype of the activations holds them.
@@ -373,11 +376,17 @@ void Dots(const Frame& frame, const Call& call, const void* x) {
   Rows rows(call.problem, call.blocks, halves * call.rows);
   std::vector<float> steps(all);
   Parallel(frame, all, 1. * all * call.inputs * sizeof(T), [&](int64_t row) {
+    const T* from = static_cast<const T*>(x) + row * call.inputs;
+    const float largest = LargestMagnitude(from, call.inputs);
+    steps[row] = std::max(largest, 1e-30f) * (1 / static_cast<float>(call.levels));
+    if (largest == 0) {  // a row that pads a block, or of a slot without a request
+      for (int64_t half = 0; half < halves; ++half) rows.SetZeros(halves * row + half);
+      return;
+    }
     static thread_local Aligned kept(0);
     auto* high = reinterpret_cast<int8_t*>(Kept(kept, 2 * call.inputs));
     int8_t* low = halves > 1 ? high + call.inputs : nullptr;
-    const T* from = static_cast<const T*>(x) + row * call.inputs;
-    steps[row] = RoundRow(from, call.inputs, call.levels, high, low);
+    RoundRow(from, call.inputs, steps[row], high, low);
     bool any = rows.Set(halves * row, high, call.inputs);
     if (low) any |= rows.Set(halves * row + 1, low, call.inputs);
     if (any || !std::isfinite(steps[row])) rows.Use(halves * row + halves - 1);

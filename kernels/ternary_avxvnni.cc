@@ -7,8 +7,8 @@ namespace {
 
 struct AvxVnni {
   using Type = __m256i;
-  static constexpr int kLanes = 8, kMostVectors = 4, kFew = 2, kSums = 8, kRows = 6,
-                       kRowVectors = 2;
+  static constexpr int kLanes = 8, kMostVectors = 4, kFew = 2, kFewOfGroups = 2, kSums = 8,
+                       kRows = 6, kRowVectors = 2;
   static constexpr uint32_t kOffset = 127;
 
   static INLINE Type Fill(int32_t v) { return _mm256_set1_epi32(v); }

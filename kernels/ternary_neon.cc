@@ -9,8 +9,8 @@ namespace {
 
 struct Neon {
   using Type = int8x16_t;
-  static constexpr int kLanes = 4, kMostVectors = 8, kFew = 2, kSums = 16, kRows = 6,
-                       kRowVectors = 4;
+  static constexpr int kLanes = 4, kMostVectors = 8, kFew = 2, kFewOfGroups = 2, kSums = 16,
+                       kRows = 6, kRowVectors = 4;
   static constexpr uint32_t kOffset = 0;
 
   static INLINE Type Fill(int32_t v) { return vreinterpretq_s8_s32(vdupq_n_s32(v)); }

@@ -9,7 +9,7 @@
 //
 //     V::kLanes              outputs of a vector
 //     V::kOffset             what a code by tables counts too much: 127, or 0 of signed ones
-//     V::kFew                up to so many rows are few;
+//     V::kFew                up to so many rows are few; kFewOfGroups: with multipliers
 //     V::kSums, kMostVectors their sums that fit the registers, and vectors that are read at a time
 //     V::kRows, kRowVectors  rows and vectors of a tile of many rows
 //
@@ -182,9 +182,12 @@ class Tile {
     if constexpr (M > 1) FewUpTo<C, M - 1>(p);
   }
 
-  // Rows from m0 on times a chunk of codes, M of them and G vectors at a time.
+  // Rows from m0 on times a chunk of codes, M of them and G vectors at a time. The first rows fetch
+  // the next chunk meanwhile.
   template <int M, int G>
   static void Rows(const Group& p, const uint8_t* codes, int64_t begin, int64_t count, int64_t m0) {
+    const int64_t bytes = p.planes * kQuad;
+    const uint8_t* next = p.packed + (begin + kChunk) * bytes;
     for (int first = 0; first < kVectors; first += G) {
       Type sums[M][G];
 #pragma GCC unroll 16
@@ -196,6 +199,8 @@ class Tile {
       const int8_t* x = p.x + m0 * p.width + begin * kInputs;
 #pragma GCC unroll 1
       for (int64_t q = 0; q < count; ++q, c += 4 * kSlab, x += kInputs) {
+        for (int64_t i = 0; m0 + first == 0 && i < bytes; i += 64)
+          __builtin_prefetch(next + q * bytes + i);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
           Type some[G];
@@ -263,14 +268,13 @@ class Tile {
   }
 
   static void Multiply(const Group& p) {
-    if (p.rows <= V::kFew) {
-      const int64_t parts = p.multipliers ? p.of_block : 0;
-      return parts == 0   ? FewUpTo<0, V::kFew>(p)
-             : parts == 1 ? FewUpTo<1, V::kFew>(p)
-             : parts == 2 ? FewUpTo<2, V::kFew>(p)
-                          : FewUpTo<4, V::kFew>(p);
-    }
-    p.multipliers == nullptr ? Many<0>(p) : p.planes == 1 ? Many<1>(p) : Many<2>(p);
+    const int64_t parts = p.multipliers ? p.of_block : 0;
+    if (p.rows > (parts ? V::kFewOfGroups : V::kFew))
+      return parts == 0 ? Many<0>(p) : p.planes == 1 ? Many<1>(p) : Many<2>(p);
+    parts == 0   ? FewUpTo<0, V::kFew>(p)
+    : parts == 1 ? FewUpTo<1, V::kFewOfGroups>(p)
+    : parts == 2 ? FewUpTo<2, V::kFewOfGroups>(p)
+                 : FewUpTo<4, V::kFewOfGroups>(p);
   }
 };
 

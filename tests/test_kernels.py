@@ -163,7 +163,9 @@ def test_every_block_size_of_the_packing(rows, block, path):
 
 
 @native
-@pytest.mark.parametrize("rows, inputs", [(1, 6144), (3, 384), (6, 512), (40, 2560), (7, 126)])
+@pytest.mark.parametrize(
+    "rows, inputs", [(1, 6144), (3, 384), (6, 512), (40, 2560), (7, 126), (8, 384)]
+)
 def test_outputs_side_by_side(rows, inputs, path):
     x, weight, chosen = problem(2, rows, inputs, 192, 2)
     weights = [weight, *(grouped(inputs, 192, 2, planes, slabs) for planes, slabs in KINDS)]
@@ -373,9 +375,12 @@ def test_table_dot(vocab, size, dtype):
     random = np.random.default_rng(0)
     table = jnp.asarray(3 * random.standard_normal((vocab, size)), dtype)
     x = jnp.asarray(random.standard_normal((7, size)), jnp.float32)
-    exact = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
-    found = jax.jit(kernels.table_dot)(x, table)
-    np.testing.assert_allclose(found, exact, atol=3e-7 * np.sqrt(size) * 12)  # float32 sums
+    call = jax.jit(kernels.table_dot)
+    for zeros in ([], [0], [2, 3, 6], range(7)):  # rows that are not multiplied
+        some = x.at[np.array(zeros, int)].set(0)
+        exact = np.asarray(some, np.float64) @ np.asarray(table, np.float64).T
+        found = call(some, table)
+        np.testing.assert_allclose(found, exact, atol=3e-7 * np.sqrt(size) * 12)  # float32 sums
 
 
 @native

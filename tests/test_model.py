@@ -294,13 +294,14 @@ def test_prefill_in_chunks_of_different_lengths():
 
 
 def test_last_only_is_the_last_real_token():
-    tokens = factories.random_tokens(CONFIG, 3, 29)
-    lengths = [29, 1, 8]
+    tokens = factories.random_tokens(CONFIG, 4, 29)
+    lengths = [29, 1, 8, 0]
     every = run(tokens, None, lengths).logits
     last = run(tokens, None, lengths, last_only=True).logits
-    assert last.shape == (3, CONFIG.vocab_size)
-    for row, length in enumerate(lengths):
+    assert last.shape == (4, CONFIG.vocab_size)
+    for row, length in enumerate(lengths[:3]):
         assert_near(last[row], every[row, length - 1])
+    assert not last[3].any()
 
 
 def test_a_row_does_not_see_its_batch():

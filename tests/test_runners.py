@@ -191,6 +191,18 @@ def test_advance_ends_rows():
     assert slots.active.tolist() == [True, False, False, False]  # goes on, full, [EOS], idle
 
 
+def test_free_slots_draw_and_sort_nothing():
+    """Whatever the last request wanted, they take the likeliest of all: where those that run are
+    greedy, sampling is as cheap as if there were no others."""
+    slots = runners.empty_slots(CONFIG, 3, 8)
+    free = slots._replace(settings=settings(3, temperature=100.0, nucleus_p=1e-6))
+    logits = jax.nn.one_hot(jnp.array([5, 6, 7]), CONFIG.vocab_size)
+    for one in (slots, free):
+        _, output = runners.advance(logits, one, eos=2)
+        assert output.token_id.tolist() == [5, 6, 7]
+        np.testing.assert_array_less(output.top_k_probs[:, 0], 0.5)
+
+
 # Requests
 
 
