@@ -74,7 +74,9 @@ def check_folder(folder: str | os.PathLike) -> None:
         return
     partial, ours = shards.partial_folder(folder), folder / FOLDER
     moved = [path for path in (ours, folder) if files.previous_name(path).is_dir()]
-    if (folder / file_name(0)).exists():
+    if folder.suffix == ".gguf":
+        cure = f"convert.py {folder} FOLDER makes one of a GGUF file"
+    elif (folder / file_name(0)).exists():
         cure = f"give its parent, {folder.resolve().parent}"
     elif _has_checkpoint(folder / "checkpoint"):
         cure = f"give the checkpoint of this training run, {folder / 'checkpoint'}"
@@ -230,6 +232,18 @@ def stored_precision(folder: str | os.PathLike) -> dict[str, str] | None:
         return None
     default_weights(folder)  # refuses what is of another version
     return {path: format_of(leaf) for path, (_, leaf) in shards.open_shards(folder).items()}
+
+
+def formats_in(folder: str | os.PathLike, template: Params) -> dict[str, str]:
+    """{path: format} of a checkpoint as it is stored, released or converted; errors as of
+    `check_files`."""
+    check_folder(folder)
+    keys = sorted_keys(template)
+    if (found := stored_precision(folder)) is None:
+        sources = _released(pathlib.Path(folder), keys)
+        tensors = zip(keys, sources, strict=True)
+        found = {"/".join(key): format_of(read()) for key, (_, read) in tensors}
+    return found
 
 
 def format_of(stored) -> str:

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 import formats
 import kernels
 import quantize
+import shards
 from files import CheckpointError
 from quantize import PackedWeight, QuantizedWeight
 
@@ -301,6 +302,17 @@ def output_axes(w):
         multipliers = None if w.multipliers is None else -3
         return dataclasses.replace(w, packed=-2, scales=-1, multipliers=multipliers)
     return jax.tree.map(lambda _: -1, w)
+
+
+def outputs_of(stack, expert: slice, outputs: slice):
+    """Some outputs of one matrix of a stored weight with an axis of experts, in memory."""
+
+    def part(array, axis):
+        index = [expert, *[slice(None)] * (array.ndim - 1)]
+        index[axis] = outputs if array.shape[axis] > 1 else slice(None)
+        return array[tuple(index)]
+
+    return jax.tree.map(part, stack, output_axes(stack), is_leaf=shards.is_trits)
 
 
 def cut_inputs(w: PackedWeight, width: slice) -> PackedWeight:

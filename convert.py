@@ -5,13 +5,15 @@
     python convert.py --verify checkpoints/grok-1-ternary
     python convert.py --inspect checkpoints/grok-1-ternary --source checkpoints/grok-1
     python convert.py --layout cpu checkpoints/grok-1-ternary
+    python convert.py checkpoints/grok-1-ternary grok-1.gguf --gguf auto
 
-The last one puts a file beside a converted checkpoint that a CPU maps instead of loading it. Or all
+The last but one puts a file beside a converted checkpoint that a CPU maps instead of loading it;
+the last one makes a GGUF file for llama.cpp, and `convert.py grok-1.gguf FOLDER` goes back. Or all
 at once, where there is no room for the release: each file is fetched, converted and deleted.
 
     python convert.py --stream checkpoints/grok-1-ternary
 
-Run again after an interruption, each goes on where it stopped, but --layout begins again.
+Run again after an interruption, each goes on where it stopped, but --layout and --gguf begin again.
 """
 
 import argparse
@@ -43,6 +45,8 @@ import data
 import download
 import files
 import formats
+import gguf_file
+import gguf_grok
 import kernels
 import layouts
 import model
@@ -352,10 +356,10 @@ def measure(stored, original, pool, update=lambda count: None) -> Measure:
     ]
 
     def one(tile):
-        part = outputs_of(stack, *tile)
+        part = conversion.outputs_of(stack, *tile)
         found = [np.count_nonzero(quantize.codes_of(part)) if packed else 0, 0.0, 0.0]
         if source is not None:
-            w = quantize.dequantize(outputs_of(source, *tile))
+            w = quantize.dequantize(conversion.outputs_of(source, *tile))
             error = np.square(w - quantize.dequantize(part)).sum(dtype=float)
             found[1:] = error, np.square(w).sum(dtype=float)
         update(size // len(tiles))
@@ -367,18 +371,6 @@ def measure(stored, original, pool, update=lambda count: None) -> Measure:
             release(array)
     errors = (None, None) if original is None else (error, energy)
     return Measure(weights, size, nonzero if packed else None, *errors)
-
-
-def outputs_of(stack, expert: slice, outputs: slice):
-    """Some outputs of one matrix of a stored weight with an axis of experts, in memory."""
-
-    def part(array, axis):
-        index = [expert, *[slice(None)] * (array.ndim - 1)]
-        index[axis] = outputs if array.shape[axis] > 1 else slice(None)
-        return array[tuple(index)]
-
-    axes = conversion.output_axes(stack)
-    return jax.tree.map(part, stack, axes, is_leaf=shards.is_trits)
 
 
 def inspect(folder: Path, source: Path | None, progress: bool) -> None:
@@ -467,7 +459,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folders", nargs="*", type=Path, metavar="FOLDER", help="released, and converted to write")
+    add(
+        "folders",
+        nargs="*",
+        type=Path,
+        metavar="FOLDER",
+        help="released, and converted to write; either may be a GGUF file instead",
+    )
     action = parser.add_mutually_exclusive_group()
     do = action.add_argument
     do("--download", type=Path, metavar="FOLDER", help="fetch the release and the tokenizer")
@@ -480,14 +478,27 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="of a converted checkpoint: puts a file beside it with the weights as a CPU's memory "
         "has them, which starts at once, is shared by processes, and may be larger than memory",
     )
+    do(
+        "--gguf",
+        choices=gguf_grok.CHOICES,
+        metavar="TYPE",
+        help="writes a GGUF file for llama.cpp, with the matrices as one of "
+        f"{', '.join(gguf_grok.CHOICES)}. A checkpoint that is not ternary yet is made so first, "
+        "or what --weights says; with Q8_0, F16 and F32 it stays as it is. auto: for each matrix "
+        f"the first of {', '.join(gguf_grok.AUTO)} that holds it exactly, else F32",
+    )
+    add(
+        "--embeddings",
+        choices=gguf_grok.TABLES,
+        help="of a GGUF file (F16; Q8_0 if the model keeps them in int8)",
+    )
     add("--source", type=Path, metavar="FOLDER", help="released: --inspect tells the error too")
     add("--preset", choices=model.PRESETS, help="configuration (config.json, else grok-1)")
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument(
         "--weights",
         choices=model.PRECISIONS,
-        default="ternary",
-        help="precision of the converted weights (%(default)s)",
+        help="precision of the converted weights (ternary)",
     )
     precision.add_argument(
         "--precision",
@@ -543,10 +554,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--repo", default=download.REPO, help="on the hub, to fetch from (%(default)s)")
     args = parser.parse_args(argv)
     chosen = args.download or args.stream or args.verify or args.inspect
+    args.from_gguf = bool(args.folders) and not chosen and args.folders[0].suffix == ".gguf"
     if args.layout and len(args.folders) != 1:
         parser.error("--layout takes the FOLDER of one converted checkpoint")
     if not args.layout and len(args.folders) != (0 if chosen else 2):
         parser.error("give SOURCE and OUTPUT folders, or one of the flags with its own")
+    check_gguf_arguments(parser, args)
     if args.budget and not args.calibrate:
         parser.error("--budget chooses by a text; give one with --calibrate")
     for name in ("calibration_tokens", "recover", "tune"):
@@ -564,6 +577,23 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             "then convert the folder"
         )
     return args
+
+
+def check_gguf_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program for flags that do not go with a GGUF file."""
+    if args.embeddings and not args.gguf:
+        parser.error("--embeddings is of a GGUF file; give --gguf TYPE, too")
+    if args.gguf and (args.budget or args.calibrate):
+        parser.error("--gguf takes no text; convert to a folder first, then give that folder")
+    if not args.gguf and args.folders[1:] and args.folders[1].suffix == ".gguf":
+        parser.error(f"to write {args.folders[1]}, give --gguf TYPE, such as --gguf auto")
+    if args.from_gguf:
+        others = ("gguf", "weights", "precision", "budget", "calibrate", "preset")
+        if name := next((name for name in others if getattr(args, name)), None):
+            parser.error(
+                f"--{name} is not for a GGUF file, which becomes a folder as it is; convert it to "
+                f"a folder, then that folder with --{name}"
+            )
 
 
 def report(**lines: str) -> None:
@@ -669,9 +699,7 @@ def convert_command(args: argparse.Namespace) -> None:
     if args.tune and not output.exists():
         tune(args, source, output)
         return
-    config = resolve_config(source, args.preset)
-    if args.activations:
-        config = dataclasses.replace(config, activations=args.activations)
+    config = configured(args, resolve_config(source, args.preset))
     template = model.abstract_params(config)
     scratch = output.parent / f"{output.name}.download"
     kept = output.parent / f"{output.name}.calibration"
@@ -846,7 +874,8 @@ def check_calibrated(named: dict[str, str]) -> None:
 def resolve_precision(args: argparse.Namespace) -> tuple[str, quantize.Rules]:
     """The name of the precision, and its table."""
     if args.precision is None:
-        return args.weights, model.PRECISIONS[args.weights]
+        weights = args.weights or "ternary"
+        return weights, model.PRECISIONS[weights]
     with files.open_file(args.precision) as file:
         return args.precision.stem, model.parse_precision(file.read(), str(args.precision))
 
@@ -928,6 +957,105 @@ def is_layout_of(folder: Path, header: layouts.Header) -> bool:
     return found is not None and found.header.forms == header.forms
 
 
+def to_gguf_command(args: argparse.Namespace) -> None:
+    """Writes a GGUF file of a checkpoint; see --gguf."""
+    source, output = args.folders
+    checkpoint.check_folder(source)
+    config = configured(args, resolve_config(source, args.preset))
+    template = model.abstract_params(config)
+    entries = checkpoint.check_files(source, template, gguf_formats(args, source, template))
+    begin = time.perf_counter()
+    counts, rounding, notes = gguf_grok.write_checkpoint(
+        output,
+        entries,
+        config,
+        find_tokenizer(source, config.vocab_size).get(tokenizer.FILE),
+        args.gguf,
+        args.embeddings,
+        room=check_room,
+        threads=args.threads,
+        progress=sys.stderr.isatty(),
+    )
+    seconds, written = time.perf_counter() - begin, output.stat().st_size
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+    report(
+        parameters=kinds,
+        scales=f"rounded by {rounding:.2g} of their size at most",
+        written=f"{readable_size(written)} to {output} in {seconds:.1f} s",
+        memory=f"{readable_size(peak_memory())} at the peak, mapped pages of files included",
+    )
+    for note in notes:
+        report(note=note)
+
+
+def gguf_formats(args: argparse.Namespace, source: Path, template: dict) -> dict[str, str]:
+    """{path: format} that the parameters have in a GGUF file."""
+    stored = checkpoint.formats_in(source, template)
+    chosen = args.weights or args.precision
+    if any(formats.format_named(format).packed for format in stored.values()):
+        if chosen:
+            raise CheckpointError(
+                f"{source}: is converted already; leave out --weights and --precision, or give the "
+                "checkpoint that it was made from"
+            )
+        return stored
+    if not chosen and args.gguf in ("Q8_0", *gguf_file.FLOATS):
+        return stored
+    return model.formats_of(template, resolve_precision(args)[1])
+
+
+def from_gguf_command(args: argparse.Namespace) -> None:
+    """Writes a GGUF file of Grok as a converted checkpoint, whose weights stay what they are."""
+    source, output = args.folders
+    if output.exists():
+        raise FileExistsError(f"{output} exists; remove it, or choose another folder")
+    file = gguf_file.open_file(source)
+    config = configured(args, gguf_grok.config_of(file))
+    quiet = not sys.stderr.isatty()
+    parameters = gguf_grok.Parameters(file, config, args.threads, progress=not quiet)
+    leaves = parameters.leaves(args.packing)
+    weights, precision = precision_of(parameters.formats)
+    about = model.config_to_dict(config)
+    about |= checkpoint.quantization(weights, precision, args.packing)
+    extra = {card.NAME: card.model_card(about, leaves)}
+    if proto := gguf_grok.tokenizer_of(file.keys):
+        extra[tokenizer.FILE] = proto
+    else:
+        report(note=f"{source} has no vocabulary of SentencePiece: put its {tokenizer.FILE} in")
+    total = sum(tensor.data.nbytes for tensor in file.tensors.values())
+    check_room(output, sum(map(shards.stored_bytes, leaves.values())))
+    with byte_bar(total=total, disable=quiet) as bar:
+        shards.write(
+            output,
+            leaves,
+            functools.partial(parameters.fill, progress=bar.update),
+            about,
+            extra,
+            source=str(source.resolve()),
+            shard_size=round(args.shard_size * 1e9),
+        )
+    found = ", ".join(sorted(set(parameters.formats.values())))
+    report(written=f"{output}, its parameters {found}")
+
+
+def precision_of(named: dict[str, str]) -> tuple[str, quantize.Rules]:
+    """The name and the table of a precision of which parameters {path: format} are."""
+    for name, table in model.PRECISIONS.items():
+        try:
+            if quantize.match_rules(table, named) == named:
+                return name, table
+        except ValueError:  # a rule of it matches none
+            continue
+    return "gguf", planning.rules({p: f for p, f in named.items() if f != "float32"})
+
+
+def configured(args: argparse.Namespace, config) -> model.LanguageModelConfig:
+    """A configuration with --activations, if that is given."""
+    if args.activations:
+        return dataclasses.replace(config, activations=args.activations)
+    return config
+
+
 def verify_command(folder: Path) -> None:
     check_converted(folder)
     sizes = [sums["bytes"] for sums in shards.read_checksums(folder).values()]
@@ -954,12 +1082,16 @@ def main(argv=None) -> None:
             download_command(args)
         elif args.layout:
             layout_command(*args.folders)
+        elif args.gguf:
+            to_gguf_command(args)
+        elif args.from_gguf:
+            from_gguf_command(args)
         else:
             convert_command(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        going_on = "" if args.layout else ", it goes on where it stopped"
+        going_on = "" if args.layout or args.gguf else ", it goes on where it stopped"
         sys.exit(f"\ninterrupted; run the same command again{going_on}")
 
 

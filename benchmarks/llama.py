@@ -21,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
+import gguf_file
+import gguf_grok
 import model
 import runners
-from benchmarks import gguf, memory, models, timer
+from benchmarks import memory, models, timer
 from benchmarks.models import DECODED, PROMPTS, make_runner, timing_of
 from kernels import building
 
@@ -160,7 +162,7 @@ class LlamaCpp:
         settings.n_ctx, settings.n_seq_max = self.room, sequences
         settings.n_batch = settings.n_ubatch = min(self.room, CALL)
         settings.n_threads = settings.n_threads_batch = self.threads
-        settings.type_k = settings.type_v = gguf.TYPES[self.cache]
+        settings.type_k = settings.type_v = gguf_file.NUMBERS[self.cache]
         return self.lib.llama_init_from_model(self.model, settings)
 
     def _clear(self) -> None:
@@ -240,7 +242,7 @@ class IkLlama(LlamaCpp):
         return self.lib.VocabularySize(self.model)
 
     def _new_context(self, sequences: int):
-        call, cache = min(self.room, CALL), gguf.TYPES[self.cache]
+        call, cache = min(self.room, CALL), gguf_file.NUMBERS[self.cache]
         return self.lib.NewContext(self.model, self.room, call, sequences, self.threads, cache)
 
     def _clear(self) -> None:
@@ -373,13 +375,23 @@ def our_step_seconds(inference: runners.InferenceRunner) -> float:
     return inference.timing.decode_seconds * inference.num_slots / inference.timing.decode_tokens
 
 
+def step_bytes(
+    config: model.LanguageModelConfig, tensors: dict[str, gguf_file.Tensor], tokens: int = 1
+) -> float:
+    """Bytes of weights that a step of so many tokens reads; see `models.expert_share`."""
+    share = models.expert_share(config, tokens)
+    return sum(
+        tensor.bytes * (share if "_exps." in name else 1) for name, tensor in tensors.items()
+    )
+
+
 def peer_program(kind, matrices: str, table: str, params: dict, *options) -> Program:
     """A model of a peer, with matrices and a table of these types, in its process."""
-    tensors = gguf.grok_tensors(CONFIG, params, matrices, table)
-    steps = {n: gguf.step_bytes(CONFIG, tensors, n) for n in (1, *BATCHES)}
+    tensors = gguf_grok.of_params(CONFIG, params, matrices, table)
+    steps = {n: step_bytes(CONFIG, tensors, n) for n in (1, *BATCHES)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        gguf.write(path, gguf.grok_keys(CONFIG), tensors)
+        gguf_file.write(path, gguf_grok.grok_keys(CONFIG), tensors)
         del tensors
         process = Process(kind, *options, path, CONFIG.sequence_len)
     return Program(
