@@ -314,6 +314,7 @@ def init_memory(
 
 
 MEMORY_AXES = ("batch", "heads", None, None)  # of KVMemory's arrays
+HEADS_AXES = ("batch", None, "heads", None)  # of [B, T, heads, H]
 
 # --- Pure parts -----------------------------------------------------------------------------------
 
@@ -335,9 +336,12 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, base: float) -> jax.Arr
 
     Angles are float32: bfloat16 turns position 257 into 256. (RoFormer, section 3.2.2)
     """
-    half = x.shape[-1] // 2
-    frequencies = jnp.asarray(np.float32(base) ** (np.arange(half, dtype=np.float32) / -half))
-    return _rotate(x, positions, frequencies)
+    return _rotate(x, positions, _frequencies(x.shape[-1], base))
+
+
+def _frequencies(size: int, base: float) -> jax.Array:  # float32 [H/2], of heads of H
+    half = size // 2
+    return jnp.asarray(np.float32(base) ** (np.arange(half, dtype=np.float32) / -half))
 
 
 @kernels.accelerated("rotate")
@@ -351,9 +355,24 @@ def _rotate(x, positions, frequencies):
 
 def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVMemory:
     """Puts k, v [B, T, K, H] at their slots [B, T]; what lies past the last slot is dropped."""
-    axes = (MEMORY_AXES, ("batch", None, "heads", None), ("batch", None))
+    axes = (MEMORY_AXES, HEADS_AXES, ("batch", None))
     write = sharding.shard_map(attention.write_slots, axes, MEMORY_AXES)
     return KVMemory(write(memory.k, k, positions), write(memory.v, v, positions))
+
+
+@kernels.accelerated("attend_and_write")
+def attend_and_write(q, k, v, keys, values, positions, frequencies, *, multiplier, cap):
+    """Attention of q [B, T, N, H] over a cache [B, K, S, H] and the tokens that it then has, too.
+
+    k, v [B, T, K, H] are written to the slots positions [B, T]; q and k are rotated here, by
+    positions times frequencies float32 [H/2]. Gives [B, T, N, H], keys and values.
+    """
+    q, k = (_rotate(x, positions, frequencies) for x in (q, k))
+    keys, values = (
+        attention.write_slots(cache, x, positions) for cache, x in ((keys, k), (values, v))
+    )
+    y = attention.attend_to_cache(q, keys, values, positions, multiplier, cap)
+    return y, keys, values
 
 
 def check_ids(tokens, vocab_size: int) -> None:
@@ -481,27 +500,47 @@ class MultiHeadAttention(hk.Module):
         projected = products(x, *matrices(self, shapes), c.activations)
         parts = (y.reshape(*x.shape[:2], -1, c.key_size) for y in projected)
         q, k, v = (captures.tap(name, y) for name, y in zip(heads, parts, strict=True))
-        q, k = (rotary_embedding(y, positions, c.rope_base) for y in (q, k))
+        if memory is None or captures.is_tapped("rotated_query", "rotated_key", "weights"):
+            y, memory = self._step_by_step(q, k, v, positions, memory)
+        else:
+            frequencies = _frequencies(c.key_size, c.rope_base)
+
+            def look(*arrays):
+                return list(attend_and_write(*arrays, frequencies, **self._options))
+
+            look = sharding.shard_map(
+                look,
+                (HEADS_AXES, HEADS_AXES, HEADS_AXES, MEMORY_AXES, MEMORY_AXES, ("batch", None)),
+                [HEADS_AXES, MEMORY_AXES, MEMORY_AXES],
+            )
+            y, *caches = look(q, k, v, *memory, positions)
+            memory = KVMemory(*caches)
+        y = captures.tap("heads", y)  # [B, T, N, H]
+        y = Linear(c.emb_size, c.activations, "linear")(y.reshape(*x.shape[:2], -1))
+        return captures.tap("output", y), memory
+
+    @property
+    def _options(self) -> dict[str, float]:
+        return {"multiplier": self.config.attn_output_multiplier, "cap": self.config.attn_logit_cap}
+
+    def _step_by_step(self, q, k, v, positions, memory):
+        """`attend_and_write` without a cache, or with what is in between to look at."""
+        q, k = (rotary_embedding(y, positions, self.config.rope_base) for y in (q, k))
         q, k = captures.tap("rotated_query", q), captures.tap("rotated_key", k)
         if memory is None:
             look, seen = attention.attend, KVMemory(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
             look, seen = attention.attend_to_cache, write_memory(memory, k, v, positions)
             memory = seen
-        options = {"multiplier": c.attn_output_multiplier, "cap": c.attn_logit_cap}
-        rows, position = ("batch", None, "heads", None), ("batch", None)
+        position = ("batch", None)
         if captures.is_tapped("weights"):
-            look = functools.partial(attention.weights, **options)
-            look = sharding.shard_map(look, (rows, MEMORY_AXES, position), MEMORY_AXES)
-            mix = sharding.shard_map(attention.weighted, (MEMORY_AXES, MEMORY_AXES), rows)
-            y = mix(captures.tap("weights", look(q, seen.k, positions)), seen.v)
-        else:
-            look = functools.partial(look, **options)
-            look = sharding.shard_map(look, (rows, MEMORY_AXES, MEMORY_AXES, position), rows)
-            y = look(q, *seen, positions)
-        y = captures.tap("heads", y)  # [B, T, N, H]
-        y = Linear(c.emb_size, c.activations, "linear")(y.reshape(*x.shape[:2], -1))
-        return captures.tap("output", y), memory
+            look = functools.partial(attention.weights, **self._options)
+            look = sharding.shard_map(look, (HEADS_AXES, MEMORY_AXES, position), MEMORY_AXES)
+            mix = sharding.shard_map(attention.weighted, (MEMORY_AXES, MEMORY_AXES), HEADS_AXES)
+            return mix(captures.tap("weights", look(q, seen.k, positions)), seen.v), memory
+        look = functools.partial(look, **self._options)
+        in_axes = (HEADS_AXES, MEMORY_AXES, MEMORY_AXES, position)
+        return sharding.shard_map(look, in_axes, HEADS_AXES)(q, *seen, positions), memory
 
 
 @dataclasses.dataclass

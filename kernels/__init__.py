@@ -632,10 +632,8 @@ def _tpu_takes(x, w, *_) -> bool:
 
 
 KERNELS = {  # of each name on each backend: the kernel, and what says which arguments it takes
-    "attend": {
-        "cpu": (attend, _takes_cap),
-        "gpu": (_gpu("attend"), _takes_cap, _gpu("takes_attend")),
-    },
+    "attend": {"cpu": (attend, _takes_cap)},
+    "attend_and_write": {"gpu": (_gpu("decode_attention"), _takes_cap, _gpu("takes_attention"))},
     "gated_dot": {
         "cpu": (gated_dot, _takes_gated),
         "gpu": (_gpu("gated_dot"), _takes_gated, _gpu("takes_gated")),

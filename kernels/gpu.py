@@ -492,16 +492,20 @@ SLOTS = 64  # of the cache, that a program takes at a time
 ATTENTION_PROGRAMS = 128  # the cache is split into parts until there are about this many programs
 
 
-def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
-    """Whether `decode_attention` has a kernel for q [B, N, H] and a cache [B, K, S, H]."""
-    if len(q_shape) != 3 or len(k_shape) != 4 or 0 in (*q_shape, *k_shape):
-        return False
-    (batch, heads, size), (_, kv_heads, slots, _) = q_shape, k_shape
+def takes_attention(
+    q, k, v, keys, values, positions, frequencies, *, multiplier: float, cap: float
+) -> bool:
+    """Whether `decode_attention` has a kernel for q [B, 1, N, H] and a cache [B, K, S, H]."""
+    (batch, queries, heads, size), (kv_heads, slots) = q.shape, keys.shape[1:3]
     return (
-        tuple(k_shape) == (batch, kv_heads, slots, size)
+        queries == 1
+        and 0 not in (*q.shape, *keys.shape)
+        and k.shape == v.shape == (batch, 1, kv_heads, size)
+        and keys.shape == values.shape == (batch, kv_heads, slots, size)
         and heads % kv_heads == 0
         and size in (16, 32, 64, 128)
         and slots % SLOTS == 0
+        and all(x.dtype == q.dtype for x in (k, v, keys, values))
     )
 
 
@@ -509,97 +513,168 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
     positions: jax.Array,
+    frequencies: jax.Array,
+    *,
     multiplier: float,
     cap: float,
-    *,
     interpret: bool = False,
-) -> jax.Array:  # [B, N, H], in the dtype of q
-    """Soft-capped attention of one query a row, q [B, N, H], over the cache k, v [B, K, S, H].
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`model.attend_and_write` of one token a row: attention [B, 1, N, H], and keys and values.
 
-    Row b sees slots 0 to positions[b], and where that is negative it is zeros; little of the cache
-    beyond is read. Query heads g G to g G + G - 1, where G = N / K, share key/value head g.
+    q [B, 1, N, H], k, v [B, 1, K, H] are not rotated; keys, values [B, K, S, H]; positions int32
+    [B, 1]. A row sees the slots before its position, little more is read, and its own token unless
+    there is no slot for it; where the position is negative it is zeros, and nothing is written.
+    Query heads g G to g G + G - 1, where G = N / K, share key/value head g.
 
     No logit is above the cap, so the softmax needs no maximum: parts of the cache sum
     exp(logit - cap) and exp(logit - cap) v by themselves, in float32, and their sums are added.
     Needs a cap of at most `kernels.LARGEST_CAP`.
     """
-    if not takes_attention(q.shape, k.shape):
-        raise ValueError(f"no kernel for q {q.shape} and cache {k.shape}")
-    _check("k", k, k.shape, q.dtype)
-    _check("v", v, k.shape, q.dtype)
-    _check("positions", positions, q.shape[:1], positions.dtype)
-    batch, heads, size = q.shape
-    kv_heads, slots = k.shape[1:3]
+    arrays = q, k, v, keys, values, positions, frequencies
+    if not takes_attention(*arrays, multiplier=multiplier, cap=cap):
+        found = ", ".join(f"{x.dtype} {list(x.shape)}" for x in arrays[:5])
+        raise ValueError(f"no kernel for q, k, v and cache {found}")
+    batch, _, heads, size = q.shape
+    kv_heads, slots = keys.shape[1:3]
+    _check("positions", positions, (batch, 1), positions.dtype)
+    _check("frequencies", frequencies, (size // 2,), jnp.float32)
     group = heads // kv_heads
     parts = min(max(1, ATTENTION_PROGRAMS // (batch * kv_heads)), slots // SLOTS)
+    angles = positions * frequencies
     kernel = functools.partial(
         _attention_kernel,
-        tile_rows=max(16, pl.next_power_of_2(group)),
+        group=group,
         multiplier=multiplier,
         cap=cap,
     )
-    sums, weights = pl.pallas_call(
+    shapes = [
+        jax.ShapeDtypeStruct((batch, kv_heads, parts, group, n), jnp.float32) for n in (size, 1)
+    ]
+    caches = [jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in (keys, values)]
+    sums, weights, keys, values = pl.pallas_call(
         kernel,
         grid=(batch, kv_heads, parts),
-        out_shape=(
-            jax.ShapeDtypeStruct((batch, kv_heads, parts, group, size), jnp.float32),
-            jax.ShapeDtypeStruct((batch, kv_heads, parts, group, 1), jnp.float32),
-        ),
+        out_shape=(*shapes, *caches),
+        input_output_aliases={4: 2, 5: 3},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="decode_attention",
-    )(positions.astype(jnp.int32), q.reshape(batch, kv_heads, group, size), k, v)
-    weights = jnp.sum(weights, axis=2)
-    y = jnp.sum(sums, axis=2) / jnp.where(weights > 0, weights, 1)
-    return y.reshape(q.shape).astype(q.dtype)
-
-
-def takes_attend(q, k, *_, **__) -> bool:
-    """Whether `attend` has a kernel for q [B, T, N, H] and a cache [B, K, S, H]."""
-    return q.shape[1] == 1 and takes_attention((q.shape[0], *q.shape[2:]), k.shape)
-
-
-def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
-    """`attention.attend` of single queries, q [B, 1, N, H], by `decode_attention`."""
-    return decode_attention(q[:, 0], k, v, positions[:, 0], multiplier, cap)[:, None]
+    )(
+        positions[:, 0].astype(jnp.int32),
+        jnp.sin(angles),
+        jnp.cos(angles),
+        jnp.concatenate([q, k, v], axis=2)[:, 0],  # made in one launch
+        keys,
+        values,
+    )
+    y = pl.pallas_call(
+        _joined_attention_kernel,
+        grid=(batch, kv_heads),
+        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, group, size), q.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="joined_attention",
+    )(sums, weights)
+    return y.reshape(q.shape), keys, values
 
 
 def _attention_kernel(
-    positions_ref, q_ref, k_ref, v_ref, sums_ref, weights_ref, *, tile_rows, multiplier, cap
+    positions_ref,
+    sin_ref,
+    cos_ref,
+    heads_ref,
+    keys_ref,
+    values_ref,
+    sums_ref,
+    weights_ref,
+    new_keys_ref,
+    new_values_ref,
+    *,
+    group,
+    multiplier,
+    cap,
 ):
-    """One row's query heads of one key/value head, over an equal part of the row's own slots."""
+    """One row's query heads of one key/value head, over an equal part of the row's own slots.
+
+    The first part has the new token, too, which it writes; the others do not look at its slot.
+    """
     row, head, part = (pl.program_id(axis) for axis in range(3))
-    group, size = q_ref.shape[2:]
+    (kv_heads, slots, size), position = keys_ref.shape[1:], positions_ref[row]
+    tile_rows = max(16, pl.next_power_of_2(group))
     query, column = _indices(0, tile_rows, 0, size)
-    q = triton.load(q_ref.at[row, head, query, column], mask=query < group, other=0)
-    length = jnp.minimum(positions_ref[row] + 1, k_ref.shape[2])
-    tiles = pl.cdiv(length, SLOTS)
-    share = pl.cdiv(tiles, pl.num_programs(2))
+
+    def rotated(load, column):  # as `model.rotary_embedding`
+        half = size // 2
+        x, pair = load(column), load((column + half) % size)
+        sin, cos = (triton.load(ref.at[row, column % half]) for ref in (sin_ref, cos_ref))
+        sin = jnp.where(column < half, -sin, sin)
+        return (x.astype(jnp.float32) * cos + pair.astype(jnp.float32) * sin).astype(x.dtype)
+
+    def weights_of(products):  # of queries and keys
+        return jnp.exp(cap * jnp.tanh(products * multiplier / cap) - cap)
+
     dot = functools.partial(
         lax.dot_general, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
+    there = query < group
+    of_query, of_key = head * group + query, kv_heads * group + head
+    q = rotated(
+        lambda at: triton.load(heads_ref.at[row, of_query, at], mask=there, other=0), column
+    )
+    every = jnp.arange(size, dtype=jnp.int32)
+    key = rotated(lambda at: triton.load(heads_ref.at[row, of_key, at]), every)
+    value = triton.load(heads_ref.at[row, of_key + kv_heads, every])
+    written = (part == 0) & (position >= 0) & (position < slots)
+    slot, mask = jnp.clip(position, 0, slots - 1), (every >= 0) & written
+    triton.store(new_keys_ref.at[row, head, slot, every], key, mask=mask)
+    triton.store(new_values_ref.at[row, head, slot, every], value, mask=mask)
+    key, value = (jnp.broadcast_to(x[None], q.shape).astype(jnp.float32) for x in (key, value))
+    product = jnp.sum(q.astype(jnp.float32) * key, axis=1, keepdims=True)
+    w = jnp.where(written, weights_of(product), 0)
+    start = w.astype(q.dtype).astype(jnp.float32) * value, w
+
+    length = jnp.clip(position, 0, slots)  # of what was there before
+    tiles = pl.cdiv(length, SLOTS)
+    share = pl.cdiv(tiles, pl.num_programs(2))
 
     def add_tile(i, state):
         sums, weights = state
         seen = pl.ds(i * SLOTS, SLOTS)
-        logits = dot(q, k_ref[row, head, seen, :], (((1,), (1,)), ((), ()))) * multiplier
-        exponents = cap * jnp.tanh(logits / cap) - cap
+        products = dot(q, keys_ref[row, head, seen, :], (((1,), (1,)), ((), ())))
         _, slot = _indices(0, tile_rows, i * SLOTS, SLOTS)
-        w = jnp.where(slot < length, jnp.exp(exponents), 0)
-        v = v_ref[row, head, seen, :]
+        w = jnp.where(slot < length, weights_of(products), 0)
+        v = values_ref[row, head, seen, :]
         sums += dot(w.astype(v.dtype), v, (((1,), (0,)), ((), ())))
         return sums, weights + jnp.sum(w, axis=1, keepdims=True)
 
-    start = (
-        jnp.zeros((tile_rows, size), jnp.float32),
-        jnp.zeros((tile_rows, 1), jnp.float32),
-    )
     end = jnp.minimum((part + 1) * share, tiles)
     sums, weights = lax.fori_loop(part * share, end, add_tile, start)
-    triton.store(sums_ref.at[row, head, part, query, column], sums, mask=query < group)
+    triton.store(sums_ref.at[row, head, part, query, column], sums, mask=there)
     query, column = _indices(0, tile_rows, 0, 1)
     triton.store(weights_ref.at[row, head, part, query, column], weights, mask=query < group)
+
+
+def _joined_attention_kernel(sums_ref, weights_ref, y_ref):
+    """The sums of all parts over those of their weights; zeros where nothing was seen."""
+    row, head = pl.program_id(0), pl.program_id(1)
+    parts, group, size = sums_ref.shape[2:]
+    query, column = _indices(0, pl.next_power_of_2(group), 0, size)
+    there = query < group
+
+    def add_part(part, state):
+        found = (
+            triton.load(ref.at[row, head, part, query, at], mask=there, other=0)
+            for ref, at in ((sums_ref, column), (weights_ref, 0 * column))
+        )
+        return tuple(map(jnp.add, state, found))
+
+    zeros = jnp.zeros(query.shape, jnp.float32)
+    sums, weights = lax.fori_loop(jnp.int32(0), jnp.int32(parts), add_part, (zeros, zeros))
+    y = (sums / jnp.where(weights > 0, weights, 1)).astype(y_ref.dtype)
+    triton.store(y_ref.at[row, head, query, column], y, mask=there)
 
 
 # --- Norm and rounding ----------------------------------------------------------------------------
