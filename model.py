@@ -375,6 +375,19 @@ def attend_and_write(q, k, v, keys, values, positions, frequencies, *, multiplie
     return y, keys, values
 
 
+@kernels.accelerated("route")
+def routed(x, w, *, selected):
+    """Of tokens x [R, D] and a router w [D, E]: logits and probabilities, float32 [R, E], and
+    of the chosen experts [R, A] probability and index."""
+    logits = quantize.table_dot(x.astype(jnp.float32), w.T)
+    return logits, *_chosen(logits, selected)
+
+
+def _chosen(logits, selected):  # [..., E] -> [..., E], [..., A], [..., A]
+    probs = jax.nn.softmax(logits, axis=-1)
+    return probs, *lax.top_k(probs, selected)
+
+
 def check_ids(tokens, vocab_size: int) -> None:
     """ValueError for token ids outside of the vocabulary, where their values are there to see."""
     if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
@@ -552,12 +565,19 @@ class Router(hk.Module):
     def __call__(self, x: jax.Array):
         """[B, T, D] -> logits and probabilities, float32 [B, T, E], and of the chosen experts
         [B, T, A] probability and index."""
-        c, size = self.config, x.shape[-1]
-        rows = x.reshape(-1, size).astype(jnp.float32)
-        logits = quantize.table_dot(rows, matrix(size, c.num_experts).T)
-        logits = captures.tap("logits", logits.reshape(*x.shape[:2], c.num_experts))
-        probs = jax.nn.softmax(logits, axis=-1)
-        gates, index = lax.top_k(probs, c.num_selected_experts)
+        c, w = self.config, matrix(x.shape[-1], self.config.num_experts)
+        selected = c.num_selected_experts
+
+        def route(x, w):
+            found = routed(x.reshape(-1, x.shape[-1]), w, selected=selected)
+            return [y.reshape(*x.shape[:2], -1) for y in found]
+
+        token = ("batch", None, None)
+        route = sharding.shard_map(route, (token, (None, None)), [token] * 4)
+        logits, probs, gates, index = route(x, w)
+        if captures.is_tapped("logits"):
+            logits = captures.tap("logits", logits)
+            probs, gates, index = _chosen(logits, selected)
         if captures.is_tapped("chosen", "gates"):
             index = captures.tap("chosen", index)
             chosen = jax.nn.one_hot(index, c.num_experts).sum(axis=-2)  # [B, T, E]

@@ -642,6 +642,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     "quantize_rows": {"gpu": (_gpu("quantize_rows"), lambda x, axis_name=None, **_: not axis_name)},
     "rms_norm": {"cpu": (rms_norm,), "gpu": (_gpu("rms_norm"),)},
     "rotate": {"cpu": (rotate,)},
+    "route": {"gpu": (_gpu("route"), _takes_floats, _gpu("takes_route"))},
     "round_rows": {"cpu": (round_rows, _takes_floats)},
     "row_maxima": {"cpu": (row_maxima, _takes_floats)},
     "table_dot": {"cpu": (table_dot, _takes_table)},

@@ -753,3 +753,54 @@ def _round(x):
     above = x - low
     odd = low != 2 * jnp.floor(low / 2)
     return low + jnp.where((above > 0.5) | ((above == 0.5) & odd), 1.0, 0.0)
+
+
+# --- Router ---------------------------------------------------------------------------------------
+
+ROUTED = 16  # rows at most: each program reads all of the matrix
+CHUNK = 1024  # of its inputs, that are taken at a time
+
+
+def takes_route(x, w, *, selected: int) -> bool:
+    """Whether `route` has a kernel for x [R, D] and w [D, E]."""
+    powers = (2, 4, 8, 16, 32)  # of two, as all sizes of Triton
+    return 0 < len(x) <= ROUTED and w.shape[1] in powers and w.dtype == jnp.float32
+
+
+def route(x: jax.Array, w: jax.Array, *, selected: int, interpret: bool = False) -> tuple:
+    """`model.routed`, in one launch, which XLA makes of three. A program has a row."""
+    (rows, size), count = x.shape, w.shape[1]
+    _check("w", w, (size, count), jnp.float32)
+
+    def kernel(x_ref, w_ref, logits_ref, probs_ref, gates_ref, index_ref):
+        row, expert = pl.program_id(0), jnp.arange(count, dtype=jnp.int32)
+
+        def add_chunk(i, sums):
+            inputs, column = _indices(i * CHUNK, CHUNK, 0, count)
+            there = inputs < size
+            x = triton.load(x_ref.at[row, inputs], mask=there, other=0)
+            w = triton.load(w_ref.at[inputs, column], mask=there, other=0)
+            return sums + x.astype(jnp.float32) * w
+
+        zeros = jnp.zeros((CHUNK, count), jnp.float32)
+        chunks = jnp.int32(pl.cdiv(size, CHUNK))
+        logits = jnp.sum(lax.fori_loop(jnp.int32(0), chunks, add_chunk, zeros), axis=0)
+        powers = jnp.exp(logits - jnp.max(logits))
+        probs = powers / jnp.sum(powers)
+        logits_ref[row, :] = logits
+        probs_ref[row, :] = probs
+        for i in range(selected):  # of equal ones the first, as `lax.top_k`
+            largest = jnp.max(probs)
+            chosen = jnp.min(jnp.where(probs == largest, expert, count - 1))
+            gates_ref[row, i], index_ref[row, i] = largest, chosen
+            probs = jnp.where(expert == chosen, -1.0, probs)
+
+    shapes = ((count, jnp.float32), (count, jnp.float32), (selected, jnp.float32))
+    return pl.pallas_call(
+        kernel,
+        grid=(rows,),
+        out_shape=[jax.ShapeDtypeStruct((rows, n), t) for n, t in (*shapes, (selected, jnp.int32))],
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name="route",
+    )(x, w)

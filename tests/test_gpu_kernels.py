@@ -469,6 +469,39 @@ def test_halves_round_to_even():
     np.testing.assert_array_equal(gpu._round(x), np.round(x))
 
 
+# --- Router ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_router(dtype):
+    """Logits, probabilities and choices of plain JAX; of equal probabilities the first."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((3, 1500)), dtype).at[1].set(0)
+    w = jnp.asarray(random.standard_normal((1500, 8)) / 30, jnp.float32)
+    with kernels.disabled():
+        expected = model.routed(x, w, selected=3)
+    found = gpu.route(x, w, selected=3, interpret=True)
+    for y, plain in zip(found, expected, strict=True):
+        assert y.dtype == plain.dtype
+        np.testing.assert_allclose(y, plain, rtol=0, atol=2e-6)
+    assert found[3][1].tolist() == [0, 1, 2]
+
+
+def test_what_the_router_takes():
+    def takes(rows, experts, dtype="float32"):
+        x, w = jax.ShapeDtypeStruct((rows, 96), dtype), jax.ShapeDtypeStruct((96, experts), dtype)
+        return gpu.takes_route(x, w, selected=2)
+
+    assert takes(1, 8) and takes(16, 2)
+    assert not takes(17, 8), "rows that would each read the matrix"
+    assert not takes(0, 8), "no rows"
+    assert not takes(1, 12), "no power of two"
+    assert not takes(1, 8, "bfloat16")
+    x, w = jnp.zeros((2, 96)), jnp.zeros((97, 8))
+    with pytest.raises(ValueError, match=r"w is float32 \[97, 8\], expected float32 \[96, 8\]"):
+        gpu.route(x, w, selected=2, interpret=True)
+
+
 # --- For CUDA -------------------------------------------------------------------------------------
 
 
@@ -540,6 +573,7 @@ def test_the_decode_step_lowers_for_cuda(rows, weights, monkeypatch):
         "rms_norm": 4,
         "decode_attention": 1,
         "joined_attention": 1,
+        "route": 1,
     }
     calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
     for name, count in of_layer.items():
