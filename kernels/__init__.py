@@ -632,6 +632,7 @@ def _tpu_takes(x, w, *_) -> bool:
 
 
 KERNELS = {  # of each name on each backend: the kernel, and what says which arguments it takes
+    "added_norm": {"gpu": (_gpu("added_norm"),)},
     "attend": {"cpu": (attend, _takes_cap)},
     "attend_and_write": {"gpu": (_gpu("decode_attention"), _takes_cap, _gpu("takes_attention"))},
     "gated_dot": {

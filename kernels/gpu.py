@@ -685,17 +685,32 @@ def _joined_attention_kernel(sums_ref, weights_ref, y_ref):
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, interpret: bool = False) -> jax.Array:
     """scale * x / rms(x), in float32, of rows x [R, D] in their dtype; scale float32 [D]."""
+    return _norm([x], scale, eps, "rms_norm", interpret)
+
+
+def added_norm(h, x, scale, eps: float, *, interpret: bool = False) -> jax.Array:
+    """h + rms_norm(x, scale), which is rounded to their dtype before it is added."""
+    _check("h", h, x.shape, x.dtype)
+    return _norm([x, h], scale, eps, "added_norm", interpret)
+
+
+def _norm(arrays, scale, eps, name, interpret):
+    x = arrays[0]
     _check("scale", scale, x.shape[-1:], jnp.float32)
 
-    def kernel(x_ref, scale_ref, y_ref):
+    def kernel(x_ref, *refs):
+        *added_ref, scale_ref, y_ref = refs
         row, column, here = _row_of(x_ref)
         x = triton.load(x_ref.at[row, column], mask=here, other=0).astype(jnp.float32)
         scale = triton.load(scale_ref.at[column], mask=here, other=0)
         y = scale * x * lax.rsqrt(jnp.sum(x * x) / x_ref.shape[1] + eps)
+        if added_ref:
+            h = triton.load(added_ref[0].at[row, column], mask=here, other=0)
+            y = h.astype(jnp.float32) + y.astype(h.dtype).astype(jnp.float32)
         triton.store(y_ref.at[row, column], y.astype(y_ref.dtype), mask=here)
 
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return _rows_call(kernel, x.shape, out, "rms_norm", interpret)(x, scale)
+    return _rows_call(kernel, x.shape, out, name, interpret)(*arrays, scale)
 
 
 def quantize_rows(x: jax.Array, levels: int, dtype, *, halves: int = 1, interpret: bool = False):

@@ -437,10 +437,18 @@ def test_norm(dtype):
     y = gpu.rms_norm(x, scale, 1e-5, interpret=True)
     assert y.dtype == x.dtype
     assert_near(y, expected)
+    h = x[::-1] * 3
+    added = gpu.added_norm(h, x, scale, 1e-5, interpret=True)
+    assert added.dtype == x.dtype
+    assert_near(added, np.asarray(h, np.float64) + expected)
+    if dtype == "bfloat16":  # what is added is rounded to it, as if there were two launches
+        np.testing.assert_array_equal(added, h + y)
 
 
 def test_rows_that_do_not_fit():
     x, scale, _ = random_norm("float32")
+    with pytest.raises(ValueError, match=r"h is float32 \[4, 97\], expected float32 \[5, 97\]"):
+        gpu.added_norm(x[1:], x, scale, 1e-5, interpret=True)
     with pytest.raises(ValueError, match=r"scale is float32 \[96\], expected float32 \[97\]"):
         gpu.rms_norm(x, scale[1:], 1e-5, interpret=True)
     with pytest.raises(ValueError, match=r"rms_norm takes rows of rank 2, found \[97\]"):
@@ -552,7 +560,7 @@ def test_norm_and_rounding_lower_for_cuda():
 
 @pytest.mark.parametrize("rows, weights", [(1, "ternary"), (4, "ternary-fit"), (2, "ternary2-64")])
 def test_the_decode_step_lowers_for_cuda(rows, weights, monkeypatch):
-    """Kernels of a layer: products and what rounds their rows, four norms, two of attention."""
+    """Kernels of a layer: products and what rounds their rows, norms, attention, the router."""
     config = model.LanguageModelConfig(
         vocab_size=512, emb_size=2048, num_layers=2, num_q_heads=32, num_kv_heads=4, key_size=64,
         sequence_len=256, widening_factor=3, activations="int8",
@@ -570,7 +578,8 @@ def test_the_decode_step_lowers_for_cuda(rows, weights, monkeypatch):
         "ternary_few_rows": 3,
         "gated_dot": 1,
         "quantize_rows": 4,
-        "rms_norm": 4,
+        "rms_norm": 2,
+        "added_norm": 2,
         "decode_attention": 1,
         "joined_attention": 1,
         "route": 1,
