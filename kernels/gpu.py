@@ -158,37 +158,50 @@ def ternary_dots(
 def gated_dot(
     x: jax.Array, gate, up, experts: jax.Array, *, activations: str, interpret: bool = False
 ) -> jax.Array:
-    """`quantize.gated_dot`, as `ternary_dots`; GELU in float32, rounded to the dtype of x.
+    """`quantize.gated_dot`, as `ternary_dots`; GELU in float32, rounded to the dtype of x."""
+    tokens = jnp.arange(len(x), dtype=jnp.int32)
+    return _gated(x, gate, up, tokens, experts, activations, interpret)
 
-    Two launches. A program sums over all of I: GELU needs the whole sum.
+
+def gated_rows(x, gate, up, blocks, *, activations: str, interpret: bool = False) -> jax.Array:
+    """`experts.gated_rows`: `gated_dot` of rows that are read where their tokens x [T, I] lie."""
+    tokens, experts = blocks.token_of_row, blocks.expert_of_block
+    return _gated(x, gate, up, tokens, experts, activations, interpret)
+
+
+def _gated(x, gate, up, tokens, experts, activations, interpret):  # [T, I] -> [R, O]
+    """Two launches: tokens are rounded, and the rows of tokens [R] multiplied; zeros beyond T.
+
+    A program sums over all of I: GELU needs the whole sum.
     """
-    rows, step = _rounded(x, activations, interpret)
-    blocks, halves, inputs = len(experts), rows.shape[1], x.shape[1]
-    x_blocks = rows.reshape(blocks, -1, inputs)
+    x_rows, step = _rounded(x, activations, interpret)  # [T, halves, I], [T, 1]
+    halves, outputs = x_rows.shape[1], gate.shape[-1]
+    tokens = tokens.reshape(len(experts), -1).astype(jnp.int32)
     arrays = [_arrays_of(w) for w in (gate, up)]
-    tile = tile_for(x_blocks.shape[1], len(arrays[0]) > 1)
+    tile = tile_for(halves * tokens.shape[1], len(arrays[0]) > 1)
     tile = dataclasses.replace(tile, outputs=min(tile.outputs, 64), programs=1)  # two sums fit
-    outputs = gate.shape[-1]
-    plan = _Plan.of(x_blocks, arrays, gate.block, tile, interpret)
+    shape = (*tokens.shape[:1], halves * tokens.shape[1], x.shape[1])
+    plan = _Plan.of(shape, arrays, gate.block, tile, interpret)
     offsets = []  # of codes that stand for trit + 1
     if tile.shift and len(arrays[0]) == 1:
-        offsets = [jnp.sum(x_blocks, axis=2, dtype=jnp.int32)]
+        offsets = [jnp.sum(x_rows, axis=2, dtype=jnp.int32)]
     y = pl.pallas_call(
         functools.partial(_gated_kernel, plan=plan, halves=halves),
         grid=plan.grid[:2],
-        out_shape=jax.ShapeDtypeStruct((blocks, len(x) // blocks, outputs), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((*tokens.shape, outputs), x.dtype),
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="gated_dot",
     )(
         experts.astype(jnp.int32),
-        x_blocks,
+        tokens,
+        x_rows,
         *offsets,
-        step.reshape(blocks, -1),
+        step,
         *(w.scales.astype(jnp.float32) for w in (gate, up)),
         *(array for of_weight in arrays for array in of_weight),
     )
-    return y.reshape(len(x), outputs)
+    return y.reshape(-1, outputs)
 
 
 def _arrays_of(w) -> tuple:
@@ -253,8 +266,8 @@ class _Plan:
     interpret: bool
 
     @classmethod
-    def of(cls, x, weights, block: int, tile: Tile, interpret: bool) -> "_Plan":
-        blocks, rows, inputs = x.shape
+    def of(cls, shape, weights, block: int, tile: Tile, interpret: bool) -> "_Plan":
+        blocks, rows, inputs = shape
         tile_rows = min(tile.rows, max(SMALLEST, pl.next_power_of_2(rows)))
         row_tiles = pl.cdiv(rows, tile_rows)
         sizes = [arrays[0].shape[1] for arrays in weights]
@@ -295,7 +308,7 @@ def _sums(x, weights, experts, block: int, tile: Tile | None, interpret: bool) -
     _check("x", x, x.shape, jnp.int8)
     _check("experts", experts, x.shape[:1], experts.dtype)
     tile = tile or tile_for(x.shape[1], len(weights[0]) > 1)
-    plan = _Plan.of(x, weights, block, tile, interpret)
+    plan = _Plan.of(x.shape, weights, block, tile, interpret)
     total = sum(plan.tiles) * plan.outputs
     parts = pl.pallas_call(
         functools.partial(_sums_kernel, plan=plan),
@@ -321,11 +334,16 @@ def _sums_kernel(experts_ref, x_ref, *refs, plan: _Plan):
     block, part = pl.program_id(0) // plan.row_tiles, pl.program_id(2)
     first_row = pl.program_id(0) % plan.row_tiles * plan.rows
     first_tile, tile_of_all = 0, pl.program_id(1)
+
+    def x_at(column):
+        row, _ = _indices(first_row, plan.rows, 0, STEP)
+        return triton.load(x_ref.at[block, row, column], mask=row < x_ref.shape[1], other=0)
+
     for i, tiles in enumerate(plan.tiles):
         refs, tile = weights_refs[i * each : (i + 1) * each], tile_of_all - first_tile
 
         def one(refs=refs, tile=tile):
-            total = _tile_sums(experts_ref, x_ref, refs, block, first_row, tile, part, plan)
+            total = _tile_sums(experts_ref, x_at, x_ref, refs, block, tile, part, plan)
             first_column = tile_of_all * plan.outputs
             row, column = _indices(first_row, plan.rows, first_column, plan.outputs)
             there = row < x_ref.shape[1]
@@ -338,40 +356,54 @@ def _sums_kernel(experts_ref, x_ref, *refs, plan: _Plan):
         first_tile += tiles
 
 
-def _gated_kernel(experts_ref, x_ref, *refs, plan: _Plan, halves: int):
+def _gated_kernel(experts_ref, tokens_ref, x_ref, *refs, plan: _Plan, halves: int):
     """gelu(x @ gate) * (x @ up) of one tile of rows, with their halves, and of outputs."""
     *offsets_ref, steps_ref, gate_scales_ref, up_scales_ref = refs[: -2 * plan.arrays - 1]
     scales_refs, y_ref = (gate_scales_ref, up_scales_ref), refs[-1]
     weights_refs, each = refs[-2 * plan.arrays - 1 : -1], plan.arrays
     block = pl.program_id(0) // plan.row_tiles
-    first_row = pl.program_id(0) % plan.row_tiles * plan.rows
     expert = jnp.maximum(experts_ref[block], 0)
     rows = plan.rows // halves
+    first_row = pl.program_id(0) % plan.row_tiles * rows
     first_output = pl.program_id(1) * plan.outputs
     outputs = pl.ds(first_output, plan.outputs)
-    row, column = _indices(first_row // halves, rows, first_output, plan.outputs)
-    there = row < y_ref.shape[1]
-    step = triton.load(steps_ref.at[block, row], mask=there, other=0)
+
+    def tokens_of(row):  # and which of them there are
+        there = row < tokens_ref.shape[1]
+        token = triton.load(tokens_ref.at[block, row], mask=there, other=-1)
+        return token, there & (token >= 0) & (token < x_ref.shape[0])
+
+    half = jnp.arange(plan.rows, dtype=jnp.int32)
+    token_of_half, half_there = tokens_of(first_row + half // halves)
+    half %= halves
+
+    def x_at(column):
+        token, of_token, there = (
+            jnp.broadcast_to(x[:, None], column.shape) for x in (token_of_half, half, half_there)
+        )
+        return triton.load(x_ref.at[token, of_token, column], mask=there, other=0)
 
     def product(i):
         refs = weights_refs[i * each : (i + 1) * each]
-        total = _tile_sums(experts_ref, x_ref, refs, block, first_row, pl.program_id(1), 0, plan)
+        total = _tile_sums(experts_ref, x_at, x_ref, refs, block, pl.program_id(1), 0, plan)
         if offsets_ref:
-            half, _ = _indices(first_row, plan.rows, 0, plan.outputs)
-            offsets = triton.load(
-                offsets_ref[0].at[block, half], mask=half < x_ref.shape[1], other=0
-            )
+            offsets = triton.load(offsets_ref[0].at[token_of_half, half], mask=half_there, other=0)
+            offsets = jnp.broadcast_to(offsets[:, None], total.shape)
             total -= jnp.where(_is_there(experts_ref[block], refs[0]), offsets, 0)
         total = total if each == 1 else total.astype(jnp.float32)
         if halves == 2:
-            half, _ = _indices(0, plan.rows, 0, plan.outputs)
-            total = total * jnp.where(half % 2 == 0, 128, 1).astype(total.dtype)
+            low, _ = _indices(0, plan.rows, 0, plan.outputs)
+            total = total * jnp.where(low % 2 == 0, 128, 1).astype(total.dtype)
             total = jnp.sum(total.reshape(rows, 2, plan.outputs), axis=1)
         alone = scales_refs[i].shape[2] == 1
         gamma = scales_refs[i][expert, 0, 0 if alone else outputs]
         return total.astype(jnp.float32) * (gamma * step)
 
+    row, column = _indices(first_row, rows, first_output, plan.outputs)
+    token, there = tokens_of(row)
+    step = triton.load(steps_ref.at[token, 0 * row], mask=there, other=0)
     gate, up = product(0), product(1)
+    there = row < tokens_ref.shape[1]
     triton.store(y_ref.at[block, row, column], (_gelu(gate) * up).astype(y_ref.dtype), mask=there)
 
 
@@ -380,16 +412,17 @@ def _gelu(x):
     return x / (1 + jnp.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
-def _tile_sums(experts_ref, x_ref, refs, block, first_row, tile, part, plan: _Plan):
+def _tile_sums(experts_ref, x_at, x_ref, refs, block, tile, part, plan: _Plan):
     """int32 [rows, outputs] of a tile; refs: packed and, where there are any, multipliers.
 
+    x_at: gives the tile's rows of columns [rows, STEP]
     Where plan.shift, of trits that are 1 too large.
     """
     packed_ref, *multipliers_ref = refs
     outputs = pl.ds(tile * plan.outputs, plan.outputs)
     expert = experts_ref[block]
     groups, planes = multipliers_ref[0].shape[2:] if multipliers_ref else (1, 1)
-    groups = 4 * STEP * groups // x_ref.shape[2]  # of a step; none if all inputs are one
+    groups = 4 * STEP * groups // x_ref.shape[-1]  # of a step; none if all inputs are one
 
     def packed_at(start, plane):
         return packed_ref[expert, outputs, pl.ds(start * planes + plane * STEP, STEP)]
@@ -408,11 +441,11 @@ def _tile_sums(experts_ref, x_ref, refs, block, first_row, tile, part, plan: _Pl
                 for group in range(max(1, groups))
             ]
         for slab in range(4):
-            row, column = _indices(first_row, plan.rows, 0, STEP)
+            _, column = _indices(0, plan.rows, 0, STEP)
             if plan.block < STEP:  # several packing blocks, each of four slabs
                 column = column // plan.block * (4 * plan.block) + column % plan.block
             column += 4 * start + slab * plan.block
-            x = triton.load(x_ref.at[block, row, column], mask=row < x_ref.shape[1], other=0)
+            x = x_at(column)
             if multipliers_ref:
                 w = _summed(codes, multipliers[slab * groups // 4], slab, plan.interpret)
             elif plan.shift:

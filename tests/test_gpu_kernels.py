@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+import experts as moe
 import formats
 import kernels
 import model
@@ -136,6 +137,13 @@ def test_products_that_share_a_launch(weights, inputs, rows, activations, monkey
     # Another formula for GELU: some units in the last place of numbers of a few hundreds.
     np.testing.assert_allclose(found, gated, rtol=0, atol=1e-6 * np.abs(gated).max())
     assert not found[rows // 2 :].any()
+    # Rows of both blocks' tokens, in another order, one of them twice and one not there.
+    tokens = jnp.arange(rows)[::-1].at[0].set(rows // 2).at[1].set(rows)
+    blocks = moe.ExpertBlocks(None, tokens, jnp.array([-1, 0]))
+    with kernels.disabled():
+        gated = moe.gated_rows(x, *ws[1:], blocks, activations=activations)
+    found = gpu.gated_rows(x, *ws[1:], blocks, activations=activations, interpret=True)
+    np.testing.assert_allclose(found, gated, rtol=0, atol=1e-6 * np.abs(gated).max())
 
 
 @pytest.mark.parametrize(
