@@ -110,6 +110,11 @@ def test_more_layers_add_what_one_adds():
     )
 
 
+@pytest.mark.parametrize("n, rounded", [(1944, 1900), (1960, 2000), (48, 48), (7, 7), (0, 0)])
+def test_operations_are_told_with_two_digits(n, rounded):
+    assert aot.two_digits(n) == rounded
+
+
 # --- Gates ----------------------------------------------------------------------------------------
 
 
@@ -128,8 +133,10 @@ def test_a_decode_step_on_gpus(heads):
     found = aot.Compiled.of(step)
     products = {"ternary_few_rows": 3, "gated_dot": 1}  # three are one, and two with GELU
     assert {name: found.kernels[name] for name in products} == products
-    assert found.kernels["decode_attention"] == 1
+    assert found.kernels["decode_attention"] == found.kernels["route"] == 1
+    assert found.kernels["added_norm"] == 2
     assert found.loops == 0
+    assert found.operations < {1: 52, 8: 61}[heads]  # 48 and 57
     for op in aot.operations(step.as_text()):
         assert not (op.opcode.startswith("all-gather") and op.bytes > 1e6), op.text
     assert found.added < 10e6  # 1.8 MB: logits, and what is made of them
