@@ -380,6 +380,14 @@ def test_attention_has_a_kernel_up_to_the_largest_cap(monkeypatch):
         assert not kernel(cap=cap)
 
 
+def test_no_logits_are_planned_where_the_kernel_makes_none():
+    config = dataclasses.replace(model.PRESETS["grok-1"], num_layers=1)
+    with kernels.compiling_for("gpu"):
+        params = runners.abstract_weights(config, model.PRECISIONS["ternary"])
+        one, two = (runners.logit_bytes(config, params, 8192, 1, tokens) for tokens in (1, 2))
+    assert one == 0 < two
+
+
 @pytest.mark.parametrize(
     "which, change, message",
     [
