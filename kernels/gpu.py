@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs, in Pallas for its Triton backend: ternary products, attention, norm.
+"""Kernels for NVIDIA GPUs, in Pallas for its Triton backend: ternary products, attention and glue.
 
 Shapes: I inputs (the contracted axis), O outputs, E experts, R rows of a block, B bytes of packed
 weights for one output, I = 4 B. How weights are packed: see `quantize.py`. Slab j of a packing
