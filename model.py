@@ -321,7 +321,20 @@ HEADS_AXES = ("batch", None, "heads", None)  # of [B, T, heads, H]
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """scale * x / rms(x) of x [..., D], in float32, back in its dtype. (Zhang and Sennrich 2019)"""
-    return _norm_of_rows(x.reshape(-1, x.shape[-1]), scale, eps=eps).reshape(x.shape)
+    return _of_rows(_norm_of_rows, scale, eps, x)
+
+
+def _of_rows(norm, scale, eps, *arrays):
+    """A norm of arrays [B, ..., D], on each device of its own rows: XLA would gather what a kernel
+    reads."""
+
+    def of_rows(scale, *arrays):
+        rows = (x.reshape(-1, x.shape[-1]) for x in arrays)
+        return norm(*rows, scale, eps=eps).reshape(arrays[0].shape)
+
+    axes = ("batch", *[None] * (arrays[0].ndim - 1))
+    in_axes = ((None,), *[axes] * len(arrays))
+    return sharding.shard_map(of_rows, in_axes, axes)(scale, *arrays)
 
 
 @kernels.accelerated("rms_norm")
@@ -471,9 +484,8 @@ class RMSNorm(hk.Module):
         """h + self(x) of [..., D], one kernel where nobody looks at what is added."""
         if captures.is_tapped(""):
             return h + self(x)
-        scale, size = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones), x.shape[-1]
-        y = _added_norm(h.reshape(-1, size), x.reshape(-1, size), scale, eps=self.eps)
-        return y.reshape(h.shape)
+        scale = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones)
+        return _of_rows(_added_norm, scale, self.eps, h, x)
 
 
 @dataclasses.dataclass

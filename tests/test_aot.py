@@ -143,6 +143,14 @@ def test_a_decode_step_on_gpus(heads):
 
 
 @needs_compiler("gpu")
+def test_requests_on_two_gpus_are_apart():
+    """But for their logits: no kernel stands where XLA gathers what it reads."""
+    mesh = aot.described_mesh("h200", 2, 1)
+    steps = aot.compiled_steps(LAYER, model.PRECISIONS["ternary"], mesh, 2, ["decode"])
+    assert aot.Compiled.of(steps["decode"]).collectives == {"all-gather": 1}
+
+
+@needs_compiler("gpu")
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", [1, 8])
 def test_a_chunk_of_a_prompt_on_gpus(heads):
