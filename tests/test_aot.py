@@ -163,7 +163,7 @@ def test_a_chunk_of_a_prompt_on_gpus(heads):
 @needs_compiler("gpu")
 @pytest.mark.slow
 def test_planned_memory_is_that_of_the_compiled_steps():
-    """What `run.py` prints before it loads is, for one H200, within a hundredth."""
+    """What `run.py` prints before it loads is right to 80 MB, a thousandth of all layers'."""
     config = dataclasses.replace(LAYER, num_layers=3)
     mesh = aot.described_mesh("h200", 1, 1)
     runner = runners.ModelRunner(config, mesh)
@@ -172,5 +172,5 @@ def test_planned_memory_is_that_of_the_compiled_steps():
     with kernels.compiling_for("gpu"):
         params = runners.abstract_weights(config, precision)
         needed = runners.device_memory(runner, params, 1, config.sequence_len)
-    assert sum(plan.memory.values()) == pytest.approx(sum(needed.values()), rel=0.01)
+    assert sum(plan.memory.values()) == pytest.approx(sum(needed.values()), abs=80e6)
     assert jax.default_backend() == "cpu"
