@@ -451,7 +451,7 @@ class Plan:
             + (f", of which JAX gets {GPU_FRACTION:.0%}" if self.device.platform == "gpu" else ""),
         }
         for name, step in self.steps.items():
-            told[name] = f"{step.operations:,} operations: " + ", ".join(
+            told[name] = f"about {two_digits(step.operations):,} operations: " + ", ".join(
                 f"{count:,} {kernel}" for kernel, count in sorted(step.kernels.items())
             )
             told[name] += f"; {step.loops:,} turns of loops" if step.loops else "; no loops"
@@ -467,6 +467,11 @@ class Plan:
             f"{self.device.bandwidth / 1e12:.2f} TB/s"
         )
         return told
+
+
+def two_digits(n: int) -> int:
+    """n rounded to two digits: with more layers, XLA fuses some of them otherwise."""
+    return round(n, 2 - len(str(n)))
 
 
 GPU_FRACTION = 0.97  # XLA_PYTHON_CLIENT_MEM_FRACTION, as docs/grok-1.md sets it

@@ -92,6 +92,13 @@ def _rows_backward(blocks, d_rows):
     return _gated_sums(d_rows, ones, blocks.row_of_pair).astype(d_rows.dtype)
 
 
+@kernels.accelerated("gated_rows")
+def gated_rows(x, linear, linear_v, blocks, *, activations):
+    """gelu(x @ linear) * (x @ linear_v) of the rows of tokens x [T, D], as [R, F]."""
+    rows, chosen = rows_of_tokens(x, blocks), blocks.expert_of_block  # [R, D]
+    return quantize.gated_dot(rows, linear, linear_v, chosen, activations=activations)
+
+
 @jax.custom_jvp
 def gated_sums(rows: jax.Array, gates: jax.Array, blocks: ExpertBlocks) -> jax.Array:
     """Each token's rows of [R, D], times its gates [T, A], summed: float32 [T, D]."""
@@ -150,10 +157,9 @@ def mixture(
     num_experts = linear.shape[0]
     flat = functools.partial(jnp.reshape, shape=(batch * queries, -1))
     blocks = group_by_expert(flat(index), valid.reshape(-1), num_experts)
-    rows, chosen = rows_of_tokens(flat(x), blocks), blocks.expert_of_block  # [R, D]
-    hidden = quantize.gated_dot(rows, linear, linear_v, chosen, activations=activations)  # [R, F]
+    hidden = gated_rows(flat(x), linear, linear_v, blocks, activations=activations)  # [R, F]
     options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
-    out = quantize.grouped_dot(hidden, linear_1, chosen, **options)  # [R, D]
+    out = quantize.grouped_dot(hidden, linear_1, blocks.expert_of_block, **options)  # [R, D]
     return gated_sums(out, flat(gates), blocks).reshape(batch, queries, size)
 
 

@@ -94,6 +94,9 @@ def training_model(
         return formats.format_named(named[f"{context.module_name}/{context.name}"]).train(w)
 
     def interceptor(next_f, args, kwargs, context):
+        if context.method_name == "added_to" and dropout:
+            h, x = args
+            return h + context.module(x)
         if context.method_name != "__call__":
             return next_f(*args, **kwargs)
         if router_noise and isinstance(context.module, model.Router):

@@ -314,13 +314,27 @@ def init_memory(
 
 
 MEMORY_AXES = ("batch", "heads", None, None)  # of KVMemory's arrays
+HEADS_AXES = ("batch", None, "heads", None)  # of [B, T, heads, H]
 
 # --- Pure parts -----------------------------------------------------------------------------------
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """scale * x / rms(x) of x [..., D], in float32, back in its dtype. (Zhang and Sennrich 2019)"""
-    return _norm_of_rows(x.reshape(-1, x.shape[-1]), scale, eps=eps).reshape(x.shape)
+    return _of_rows(_norm_of_rows, scale, eps, x)
+
+
+def _of_rows(norm, scale, eps, *arrays):
+    """A norm of arrays [B, ..., D], on each device of its own rows: XLA would gather what a kernel
+    reads."""
+
+    def of_rows(scale, *arrays):
+        rows = (x.reshape(-1, x.shape[-1]) for x in arrays)
+        return norm(*rows, scale, eps=eps).reshape(arrays[0].shape)
+
+    axes = ("batch", *[None] * (arrays[0].ndim - 1))
+    in_axes = ((None,), *[axes] * len(arrays))
+    return sharding.shard_map(of_rows, in_axes, axes)(scale, *arrays)
 
 
 @kernels.accelerated("rms_norm")
@@ -330,14 +344,22 @@ def _norm_of_rows(x, scale, *, eps):
     return (scale * wide * rms).astype(x.dtype)
 
 
+@kernels.accelerated("added_norm")
+def _added_norm(h, x, scale, *, eps):  # [R, D], [R, D], [D]
+    return h + _norm_of_rows(x, scale, eps=eps)
+
+
 def rotary_embedding(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     """Rotates x [B, T, heads, H] by its positions [B, T]; half-split pairs (i, i + H/2).
 
     Angles are float32: bfloat16 turns position 257 into 256. (RoFormer, section 3.2.2)
     """
-    half = x.shape[-1] // 2
-    frequencies = jnp.asarray(np.float32(base) ** (np.arange(half, dtype=np.float32) / -half))
-    return _rotate(x, positions, frequencies)
+    return _rotate(x, positions, _frequencies(x.shape[-1], base))
+
+
+def _frequencies(size: int, base: float) -> jax.Array:  # float32 [H/2], of heads of H
+    half = size // 2
+    return jnp.asarray(np.float32(base) ** (np.arange(half, dtype=np.float32) / -half))
 
 
 @kernels.accelerated("rotate")
@@ -351,9 +373,37 @@ def _rotate(x, positions, frequencies):
 
 def write_memory(memory: KVMemory, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVMemory:
     """Puts k, v [B, T, K, H] at their slots [B, T]; what lies past the last slot is dropped."""
-    axes = (MEMORY_AXES, ("batch", None, "heads", None), ("batch", None))
+    axes = (MEMORY_AXES, HEADS_AXES, ("batch", None))
     write = sharding.shard_map(attention.write_slots, axes, MEMORY_AXES)
     return KVMemory(write(memory.k, k, positions), write(memory.v, v, positions))
+
+
+@kernels.accelerated("attend_and_write")
+def attend_and_write(q, k, v, keys, values, positions, frequencies, *, multiplier, cap):
+    """Attention of q [B, T, N, H] over a cache [B, K, S, H] and the tokens that it then has, too.
+
+    k, v [B, T, K, H] are written to the slots positions [B, T]; q and k are rotated here, by
+    positions times frequencies float32 [H/2]. Gives [B, T, N, H], keys and values.
+    """
+    q, k = (_rotate(x, positions, frequencies) for x in (q, k))
+    keys, values = (
+        attention.write_slots(cache, x, positions) for cache, x in ((keys, k), (values, v))
+    )
+    y = attention.attend_to_cache(q, keys, values, positions, multiplier, cap)
+    return y, keys, values
+
+
+@kernels.accelerated("route")
+def routed(x, w, *, selected):
+    """Of tokens x [R, D] and a router w [D, E]: logits and probabilities, float32 [R, E], and
+    of the chosen experts [R, A] probability and index."""
+    logits = quantize.table_dot(x.astype(jnp.float32), w.T)
+    return logits, *_chosen(logits, selected)
+
+
+def _chosen(logits, selected):  # [..., E] -> [..., E], [..., A], [..., A]
+    probs = jax.nn.softmax(logits, axis=-1)
+    return probs, *lax.top_k(probs, selected)
 
 
 def check_ids(tokens, vocab_size: int) -> None:
@@ -430,6 +480,13 @@ class RMSNorm(hk.Module):
         scale = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones)
         return captures.tap("", rms_norm(x, scale, self.eps))
 
+    def added_to(self, h: jax.Array, x: jax.Array) -> jax.Array:
+        """h + self(x) of [..., D], one kernel where nobody looks at what is added."""
+        if captures.is_tapped(""):
+            return h + self(x)
+        scale = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones)
+        return _of_rows(_added_norm, scale, self.eps, h, x)
+
 
 @dataclasses.dataclass
 class InOutEmbed(hk.Module):
@@ -481,27 +538,47 @@ class MultiHeadAttention(hk.Module):
         projected = products(x, *matrices(self, shapes), c.activations)
         parts = (y.reshape(*x.shape[:2], -1, c.key_size) for y in projected)
         q, k, v = (captures.tap(name, y) for name, y in zip(heads, parts, strict=True))
-        q, k = (rotary_embedding(y, positions, c.rope_base) for y in (q, k))
+        if memory is None or captures.is_tapped("rotated_query", "rotated_key", "weights"):
+            y, memory = self._step_by_step(q, k, v, positions, memory)
+        else:
+            frequencies = _frequencies(c.key_size, c.rope_base)
+
+            def look(*arrays):
+                return list(attend_and_write(*arrays, frequencies, **self._options))
+
+            look = sharding.shard_map(
+                look,
+                (HEADS_AXES, HEADS_AXES, HEADS_AXES, MEMORY_AXES, MEMORY_AXES, ("batch", None)),
+                [HEADS_AXES, MEMORY_AXES, MEMORY_AXES],
+            )
+            y, *caches = look(q, k, v, *memory, positions)
+            memory = KVMemory(*caches)
+        y = captures.tap("heads", y)  # [B, T, N, H]
+        y = Linear(c.emb_size, c.activations, "linear")(y.reshape(*x.shape[:2], -1))
+        return captures.tap("output", y), memory
+
+    @property
+    def _options(self) -> dict[str, float]:
+        return {"multiplier": self.config.attn_output_multiplier, "cap": self.config.attn_logit_cap}
+
+    def _step_by_step(self, q, k, v, positions, memory):
+        """`attend_and_write` without a cache, or with what is in between to look at."""
+        q, k = (rotary_embedding(y, positions, self.config.rope_base) for y in (q, k))
         q, k = captures.tap("rotated_query", q), captures.tap("rotated_key", k)
         if memory is None:
             look, seen = attention.attend, KVMemory(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
             look, seen = attention.attend_to_cache, write_memory(memory, k, v, positions)
             memory = seen
-        options = {"multiplier": c.attn_output_multiplier, "cap": c.attn_logit_cap}
-        rows, position = ("batch", None, "heads", None), ("batch", None)
+        position = ("batch", None)
         if captures.is_tapped("weights"):
-            look = functools.partial(attention.weights, **options)
-            look = sharding.shard_map(look, (rows, MEMORY_AXES, position), MEMORY_AXES)
-            mix = sharding.shard_map(attention.weighted, (MEMORY_AXES, MEMORY_AXES), rows)
-            y = mix(captures.tap("weights", look(q, seen.k, positions)), seen.v)
-        else:
-            look = functools.partial(look, **options)
-            look = sharding.shard_map(look, (rows, MEMORY_AXES, MEMORY_AXES, position), rows)
-            y = look(q, *seen, positions)
-        y = captures.tap("heads", y)  # [B, T, N, H]
-        y = Linear(c.emb_size, c.activations, "linear")(y.reshape(*x.shape[:2], -1))
-        return captures.tap("output", y), memory
+            look = functools.partial(attention.weights, **self._options)
+            look = sharding.shard_map(look, (HEADS_AXES, MEMORY_AXES, position), MEMORY_AXES)
+            mix = sharding.shard_map(attention.weighted, (MEMORY_AXES, MEMORY_AXES), HEADS_AXES)
+            return mix(captures.tap("weights", look(q, seen.k, positions)), seen.v), memory
+        look = functools.partial(look, **self._options)
+        in_axes = (HEADS_AXES, MEMORY_AXES, MEMORY_AXES, position)
+        return sharding.shard_map(look, in_axes, HEADS_AXES)(q, *seen, positions), memory
 
 
 @dataclasses.dataclass
@@ -513,12 +590,19 @@ class Router(hk.Module):
     def __call__(self, x: jax.Array):
         """[B, T, D] -> logits and probabilities, float32 [B, T, E], and of the chosen experts
         [B, T, A] probability and index."""
-        c, size = self.config, x.shape[-1]
-        rows = x.reshape(-1, size).astype(jnp.float32)
-        logits = quantize.table_dot(rows, matrix(size, c.num_experts).T)
-        logits = captures.tap("logits", logits.reshape(*x.shape[:2], c.num_experts))
-        probs = jax.nn.softmax(logits, axis=-1)
-        gates, index = lax.top_k(probs, c.num_selected_experts)
+        c, w = self.config, matrix(x.shape[-1], self.config.num_experts)
+        selected = c.num_selected_experts
+
+        def route(x, w):
+            found = routed(x.reshape(-1, x.shape[-1]), w, selected=selected)
+            return [y.reshape(*x.shape[:2], -1) for y in found]
+
+        token = ("batch", None, None)
+        route = sharding.shard_map(route, (token, (None, None)), [token] * 4)
+        logits, probs, gates, index = route(x, w)
+        if captures.is_tapped("logits"):
+            logits = captures.tap("logits", logits)
+            probs, gates, index = _chosen(logits, selected)
         if captures.is_tapped("chosen", "gates"):
             index = captures.tap("chosen", index)
             chosen = jax.nn.one_hot(index, c.num_experts).sum(axis=-2)  # [B, T, E]
@@ -581,7 +665,7 @@ def add_attention(c: LanguageModelConfig, h, positions, memory):
     """The first half of a layer: h [B, T, D] with its attention added, and the layer's cache."""
     y = RMSNorm(c.rms_norm_eps, "rms_norm")(h)
     y, memory = MultiHeadAttention(c)(y, positions, memory)
-    return captures.tap("middle", h + RMSNorm(c.rms_norm_eps, "rms_norm_1")(y)), memory
+    return captures.tap("middle", RMSNorm(c.rms_norm_eps, "rms_norm_1").added_to(h, y)), memory
 
 
 def add_experts(c: LanguageModelConfig, h, valid) -> LayerOutput:
@@ -596,7 +680,7 @@ def add_experts(c: LanguageModelConfig, h, valid) -> LayerOutput:
         y = gate * Linear(c.ffn_size, c.activations, "linear_v")(x)
         y = captures.tap("experts/hidden", y)
         y = captures.tap("experts/output", Linear(c.emb_size, c.activations, "linear_1")(y))
-    h = captures.tap("hidden", h + RMSNorm(c.rms_norm_eps, "rms_norm_3")(y))
+    h = captures.tap("hidden", RMSNorm(c.rms_norm_eps, "rms_norm_3").added_to(h, y))
     return LayerOutput(h, logits, probs, index)
 
 

@@ -41,6 +41,7 @@ from model import (
     LanguageModelConfig,
     Memory,
     abstract_params,
+    attend_and_write,
     check_ids,
     formats_of,
     init_memory,
@@ -1164,14 +1165,17 @@ def logit_bytes(
         local[f"{LAYER}/multi_head_attention/{name}"]["w"].shape[-1] // config.key_size
         for name in ("query", "key")
     )
-    q, k = (
+    q, new, cache = (
         jax.ShapeDtypeStruct(shape, config.fprop_dtype)
         for shape in (
             (batch, tokens, heads, config.key_size),
+            (batch, tokens, kv_heads, config.key_size),
             (batch, kv_heads, sequence_len, config.key_size),
         )
     )
-    if attention.attend.kernel(q, k, cap=config.attn_logit_cap):
+    options = {"multiplier": config.attn_output_multiplier, "cap": config.attn_logit_cap}
+    arrays = q, new, new, cache, cache, None, None
+    if attention.attend.kernel(q, cache, **options) or attend_and_write.kernel(*arrays, **options):
         return 0
     seen = sequence_len if tokens == 1 else min(attention.CACHE_BLOCK, sequence_len)
     return 3 * 4 * batch * tokens * heads * seen

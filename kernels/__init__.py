@@ -632,18 +632,19 @@ def _tpu_takes(x, w, *_) -> bool:
 
 
 KERNELS = {  # of each name on each backend: the kernel, and what says which arguments it takes
-    "attend": {
-        "cpu": (attend, _takes_cap),
-        "gpu": (_gpu("attend"), _takes_cap, _gpu("takes_attend")),
-    },
+    "added_norm": {"gpu": (_gpu("added_norm"),)},
+    "attend": {"cpu": (attend, _takes_cap)},
+    "attend_and_write": {"gpu": (_gpu("decode_attention"), _takes_cap, _gpu("takes_attention"))},
     "gated_dot": {
         "cpu": (gated_dot, _takes_gated),
         "gpu": (_gpu("gated_dot"), _takes_gated, _gpu("takes_gated")),
     },
+    "gated_rows": {"gpu": (_gpu("gated_rows"), _takes_gated, _gpu("takes_gated"))},
     "gated_sums": {"cpu": (gated_sums,)},
     "quantize_rows": {"gpu": (_gpu("quantize_rows"), lambda x, axis_name=None, **_: not axis_name)},
     "rms_norm": {"cpu": (rms_norm,), "gpu": (_gpu("rms_norm"),)},
     "rotate": {"cpu": (rotate,)},
+    "route": {"gpu": (_gpu("route"), _takes_floats, _gpu("takes_route"))},
     "round_rows": {"cpu": (round_rows, _takes_floats)},
     "row_maxima": {"cpu": (row_maxima, _takes_floats)},
     "table_dot": {"cpu": (table_dot, _takes_table)},

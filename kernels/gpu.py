@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs, in Pallas for its Triton backend: ternary products, attention, norm.
+"""Kernels for NVIDIA GPUs, in Pallas for its Triton backend: ternary products, attention and glue.
 
 Shapes: I inputs (the contracted axis), O outputs, E experts, R rows of a block, B bytes of packed
 weights for one output, I = 4 B. How weights are packed: see `quantize.py`. Slab j of a packing
@@ -158,37 +158,50 @@ def ternary_dots(
 def gated_dot(
     x: jax.Array, gate, up, experts: jax.Array, *, activations: str, interpret: bool = False
 ) -> jax.Array:
-    """`quantize.gated_dot`, as `ternary_dots`; GELU in float32, rounded to the dtype of x.
+    """`quantize.gated_dot`, as `ternary_dots`; GELU in float32, rounded to the dtype of x."""
+    tokens = jnp.arange(len(x), dtype=jnp.int32)
+    return _gated(x, gate, up, tokens, experts, activations, interpret)
 
-    Two launches. A program sums over all of I: GELU needs the whole sum.
+
+def gated_rows(x, gate, up, blocks, *, activations: str, interpret: bool = False) -> jax.Array:
+    """`experts.gated_rows`: `gated_dot` of rows that are read where their tokens x [T, I] lie."""
+    tokens, experts = blocks.token_of_row, blocks.expert_of_block
+    return _gated(x, gate, up, tokens, experts, activations, interpret)
+
+
+def _gated(x, gate, up, tokens, experts, activations, interpret):  # [T, I] -> [R, O]
+    """Two launches: tokens are rounded, and the rows of tokens [R] multiplied; zeros beyond T.
+
+    A program sums over all of I: GELU needs the whole sum.
     """
-    rows, step = _rounded(x, activations, interpret)
-    blocks, halves, inputs = len(experts), rows.shape[1], x.shape[1]
-    x_blocks = rows.reshape(blocks, -1, inputs)
+    x_rows, step = _rounded(x, activations, interpret)  # [T, halves, I], [T, 1]
+    halves, outputs = x_rows.shape[1], gate.shape[-1]
+    tokens = tokens.reshape(len(experts), -1).astype(jnp.int32)
     arrays = [_arrays_of(w) for w in (gate, up)]
-    tile = tile_for(x_blocks.shape[1], len(arrays[0]) > 1)
+    tile = tile_for(halves * tokens.shape[1], len(arrays[0]) > 1)
     tile = dataclasses.replace(tile, outputs=min(tile.outputs, 64), programs=1)  # two sums fit
-    outputs = gate.shape[-1]
-    plan = _Plan.of(x_blocks, arrays, gate.block, tile, interpret)
+    shape = (*tokens.shape[:1], halves * tokens.shape[1], x.shape[1])
+    plan = _Plan.of(shape, arrays, gate.block, tile, interpret)
     offsets = []  # of codes that stand for trit + 1
     if tile.shift and len(arrays[0]) == 1:
-        offsets = [jnp.sum(x_blocks, axis=2, dtype=jnp.int32)]
+        offsets = [jnp.sum(x_rows, axis=2, dtype=jnp.int32)]
     y = pl.pallas_call(
         functools.partial(_gated_kernel, plan=plan, halves=halves),
         grid=plan.grid[:2],
-        out_shape=jax.ShapeDtypeStruct((blocks, len(x) // blocks, outputs), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((*tokens.shape, outputs), x.dtype),
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="gated_dot",
     )(
         experts.astype(jnp.int32),
-        x_blocks,
+        tokens,
+        x_rows,
         *offsets,
-        step.reshape(blocks, -1),
+        step,
         *(w.scales.astype(jnp.float32) for w in (gate, up)),
         *(array for of_weight in arrays for array in of_weight),
     )
-    return y.reshape(len(x), outputs)
+    return y.reshape(-1, outputs)
 
 
 def _arrays_of(w) -> tuple:
@@ -253,8 +266,8 @@ class _Plan:
     interpret: bool
 
     @classmethod
-    def of(cls, x, weights, block: int, tile: Tile, interpret: bool) -> "_Plan":
-        blocks, rows, inputs = x.shape
+    def of(cls, shape, weights, block: int, tile: Tile, interpret: bool) -> "_Plan":
+        blocks, rows, inputs = shape
         tile_rows = min(tile.rows, max(SMALLEST, pl.next_power_of_2(rows)))
         row_tiles = pl.cdiv(rows, tile_rows)
         sizes = [arrays[0].shape[1] for arrays in weights]
@@ -295,7 +308,7 @@ def _sums(x, weights, experts, block: int, tile: Tile | None, interpret: bool) -
     _check("x", x, x.shape, jnp.int8)
     _check("experts", experts, x.shape[:1], experts.dtype)
     tile = tile or tile_for(x.shape[1], len(weights[0]) > 1)
-    plan = _Plan.of(x, weights, block, tile, interpret)
+    plan = _Plan.of(x.shape, weights, block, tile, interpret)
     total = sum(plan.tiles) * plan.outputs
     parts = pl.pallas_call(
         functools.partial(_sums_kernel, plan=plan),
@@ -321,11 +334,16 @@ def _sums_kernel(experts_ref, x_ref, *refs, plan: _Plan):
     block, part = pl.program_id(0) // plan.row_tiles, pl.program_id(2)
     first_row = pl.program_id(0) % plan.row_tiles * plan.rows
     first_tile, tile_of_all = 0, pl.program_id(1)
+
+    def x_at(column):
+        row, _ = _indices(first_row, plan.rows, 0, STEP)
+        return triton.load(x_ref.at[block, row, column], mask=row < x_ref.shape[1], other=0)
+
     for i, tiles in enumerate(plan.tiles):
         refs, tile = weights_refs[i * each : (i + 1) * each], tile_of_all - first_tile
 
         def one(refs=refs, tile=tile):
-            total = _tile_sums(experts_ref, x_ref, refs, block, first_row, tile, part, plan)
+            total = _tile_sums(experts_ref, x_at, x_ref, refs, block, tile, part, plan)
             first_column = tile_of_all * plan.outputs
             row, column = _indices(first_row, plan.rows, first_column, plan.outputs)
             there = row < x_ref.shape[1]
@@ -338,40 +356,54 @@ def _sums_kernel(experts_ref, x_ref, *refs, plan: _Plan):
         first_tile += tiles
 
 
-def _gated_kernel(experts_ref, x_ref, *refs, plan: _Plan, halves: int):
+def _gated_kernel(experts_ref, tokens_ref, x_ref, *refs, plan: _Plan, halves: int):
     """gelu(x @ gate) * (x @ up) of one tile of rows, with their halves, and of outputs."""
     *offsets_ref, steps_ref, gate_scales_ref, up_scales_ref = refs[: -2 * plan.arrays - 1]
     scales_refs, y_ref = (gate_scales_ref, up_scales_ref), refs[-1]
     weights_refs, each = refs[-2 * plan.arrays - 1 : -1], plan.arrays
     block = pl.program_id(0) // plan.row_tiles
-    first_row = pl.program_id(0) % plan.row_tiles * plan.rows
     expert = jnp.maximum(experts_ref[block], 0)
     rows = plan.rows // halves
+    first_row = pl.program_id(0) % plan.row_tiles * rows
     first_output = pl.program_id(1) * plan.outputs
     outputs = pl.ds(first_output, plan.outputs)
-    row, column = _indices(first_row // halves, rows, first_output, plan.outputs)
-    there = row < y_ref.shape[1]
-    step = triton.load(steps_ref.at[block, row], mask=there, other=0)
+
+    def tokens_of(row):  # and which of them there are
+        there = row < tokens_ref.shape[1]
+        token = triton.load(tokens_ref.at[block, row], mask=there, other=-1)
+        return token, there & (token >= 0) & (token < x_ref.shape[0])
+
+    half = jnp.arange(plan.rows, dtype=jnp.int32)
+    token_of_half, half_there = tokens_of(first_row + half // halves)
+    half %= halves
+
+    def x_at(column):
+        token, of_token, there = (
+            jnp.broadcast_to(x[:, None], column.shape) for x in (token_of_half, half, half_there)
+        )
+        return triton.load(x_ref.at[token, of_token, column], mask=there, other=0)
 
     def product(i):
         refs = weights_refs[i * each : (i + 1) * each]
-        total = _tile_sums(experts_ref, x_ref, refs, block, first_row, pl.program_id(1), 0, plan)
+        total = _tile_sums(experts_ref, x_at, x_ref, refs, block, pl.program_id(1), 0, plan)
         if offsets_ref:
-            half, _ = _indices(first_row, plan.rows, 0, plan.outputs)
-            offsets = triton.load(
-                offsets_ref[0].at[block, half], mask=half < x_ref.shape[1], other=0
-            )
+            offsets = triton.load(offsets_ref[0].at[token_of_half, half], mask=half_there, other=0)
+            offsets = jnp.broadcast_to(offsets[:, None], total.shape)
             total -= jnp.where(_is_there(experts_ref[block], refs[0]), offsets, 0)
         total = total if each == 1 else total.astype(jnp.float32)
         if halves == 2:
-            half, _ = _indices(0, plan.rows, 0, plan.outputs)
-            total = total * jnp.where(half % 2 == 0, 128, 1).astype(total.dtype)
+            low, _ = _indices(0, plan.rows, 0, plan.outputs)
+            total = total * jnp.where(low % 2 == 0, 128, 1).astype(total.dtype)
             total = jnp.sum(total.reshape(rows, 2, plan.outputs), axis=1)
         alone = scales_refs[i].shape[2] == 1
         gamma = scales_refs[i][expert, 0, 0 if alone else outputs]
         return total.astype(jnp.float32) * (gamma * step)
 
+    row, column = _indices(first_row, rows, first_output, plan.outputs)
+    token, there = tokens_of(row)
+    step = triton.load(steps_ref.at[token, 0 * row], mask=there, other=0)
     gate, up = product(0), product(1)
+    there = row < tokens_ref.shape[1]
     triton.store(y_ref.at[block, row, column], (_gelu(gate) * up).astype(y_ref.dtype), mask=there)
 
 
@@ -380,16 +412,17 @@ def _gelu(x):
     return x / (1 + jnp.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
-def _tile_sums(experts_ref, x_ref, refs, block, first_row, tile, part, plan: _Plan):
+def _tile_sums(experts_ref, x_at, x_ref, refs, block, tile, part, plan: _Plan):
     """int32 [rows, outputs] of a tile; refs: packed and, where there are any, multipliers.
 
+    x_at: gives the tile's rows of columns [rows, STEP]
     Where plan.shift, of trits that are 1 too large.
     """
     packed_ref, *multipliers_ref = refs
     outputs = pl.ds(tile * plan.outputs, plan.outputs)
     expert = experts_ref[block]
     groups, planes = multipliers_ref[0].shape[2:] if multipliers_ref else (1, 1)
-    groups = 4 * STEP * groups // x_ref.shape[2]  # of a step; none if all inputs are one
+    groups = 4 * STEP * groups // x_ref.shape[-1]  # of a step; none if all inputs are one
 
     def packed_at(start, plane):
         return packed_ref[expert, outputs, pl.ds(start * planes + plane * STEP, STEP)]
@@ -408,11 +441,11 @@ def _tile_sums(experts_ref, x_ref, refs, block, first_row, tile, part, plan: _Pl
                 for group in range(max(1, groups))
             ]
         for slab in range(4):
-            row, column = _indices(first_row, plan.rows, 0, STEP)
+            _, column = _indices(0, plan.rows, 0, STEP)
             if plan.block < STEP:  # several packing blocks, each of four slabs
                 column = column // plan.block * (4 * plan.block) + column % plan.block
             column += 4 * start + slab * plan.block
-            x = triton.load(x_ref.at[block, row, column], mask=row < x_ref.shape[1], other=0)
+            x = x_at(column)
             if multipliers_ref:
                 w = _summed(codes, multipliers[slab * groups // 4], slab, plan.interpret)
             elif plan.shift:
@@ -492,16 +525,20 @@ SLOTS = 64  # of the cache, that a program takes at a time
 ATTENTION_PROGRAMS = 128  # the cache is split into parts until there are about this many programs
 
 
-def takes_attention(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
-    """Whether `decode_attention` has a kernel for q [B, N, H] and a cache [B, K, S, H]."""
-    if len(q_shape) != 3 or len(k_shape) != 4 or 0 in (*q_shape, *k_shape):
-        return False
-    (batch, heads, size), (_, kv_heads, slots, _) = q_shape, k_shape
+def takes_attention(
+    q, k, v, keys, values, positions, frequencies, *, multiplier: float, cap: float
+) -> bool:
+    """Whether `decode_attention` has a kernel for q [B, 1, N, H] and a cache [B, K, S, H]."""
+    (batch, queries, heads, size), (kv_heads, slots) = q.shape, keys.shape[1:3]
     return (
-        tuple(k_shape) == (batch, kv_heads, slots, size)
+        queries == 1
+        and 0 not in (*q.shape, *keys.shape)
+        and k.shape == v.shape == (batch, 1, kv_heads, size)
+        and keys.shape == values.shape == (batch, kv_heads, slots, size)
         and heads % kv_heads == 0
         and size in (16, 32, 64, 128)
         and slots % SLOTS == 0
+        and all(x.dtype == q.dtype for x in (k, v, keys, values))
     )
 
 
@@ -509,97 +546,168 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
     positions: jax.Array,
+    frequencies: jax.Array,
+    *,
     multiplier: float,
     cap: float,
-    *,
     interpret: bool = False,
-) -> jax.Array:  # [B, N, H], in the dtype of q
-    """Soft-capped attention of one query a row, q [B, N, H], over the cache k, v [B, K, S, H].
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`model.attend_and_write` of one token a row: attention [B, 1, N, H], and keys and values.
 
-    Row b sees slots 0 to positions[b], and where that is negative it is zeros; little of the cache
-    beyond is read. Query heads g G to g G + G - 1, where G = N / K, share key/value head g.
+    q [B, 1, N, H], k, v [B, 1, K, H] are not rotated; keys, values [B, K, S, H]; positions int32
+    [B, 1]. A row sees the slots before its position, little more is read, and its own token unless
+    there is no slot for it; where the position is negative it is zeros, and nothing is written.
+    Query heads g G to g G + G - 1, where G = N / K, share key/value head g.
 
     No logit is above the cap, so the softmax needs no maximum: parts of the cache sum
     exp(logit - cap) and exp(logit - cap) v by themselves, in float32, and their sums are added.
     Needs a cap of at most `kernels.LARGEST_CAP`.
     """
-    if not takes_attention(q.shape, k.shape):
-        raise ValueError(f"no kernel for q {q.shape} and cache {k.shape}")
-    _check("k", k, k.shape, q.dtype)
-    _check("v", v, k.shape, q.dtype)
-    _check("positions", positions, q.shape[:1], positions.dtype)
-    batch, heads, size = q.shape
-    kv_heads, slots = k.shape[1:3]
+    arrays = q, k, v, keys, values, positions, frequencies
+    if not takes_attention(*arrays, multiplier=multiplier, cap=cap):
+        found = ", ".join(f"{x.dtype} {list(x.shape)}" for x in arrays[:5])
+        raise ValueError(f"no kernel for q, k, v and cache {found}")
+    batch, _, heads, size = q.shape
+    kv_heads, slots = keys.shape[1:3]
+    _check("positions", positions, (batch, 1), positions.dtype)
+    _check("frequencies", frequencies, (size // 2,), jnp.float32)
     group = heads // kv_heads
     parts = min(max(1, ATTENTION_PROGRAMS // (batch * kv_heads)), slots // SLOTS)
+    angles = positions * frequencies
     kernel = functools.partial(
         _attention_kernel,
-        tile_rows=max(16, pl.next_power_of_2(group)),
+        group=group,
         multiplier=multiplier,
         cap=cap,
     )
-    sums, weights = pl.pallas_call(
+    shapes = [
+        jax.ShapeDtypeStruct((batch, kv_heads, parts, group, n), jnp.float32) for n in (size, 1)
+    ]
+    caches = [jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in (keys, values)]
+    sums, weights, keys, values = pl.pallas_call(
         kernel,
         grid=(batch, kv_heads, parts),
-        out_shape=(
-            jax.ShapeDtypeStruct((batch, kv_heads, parts, group, size), jnp.float32),
-            jax.ShapeDtypeStruct((batch, kv_heads, parts, group, 1), jnp.float32),
-        ),
+        out_shape=(*shapes, *caches),
+        input_output_aliases={4: 2, 5: 3},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="decode_attention",
-    )(positions.astype(jnp.int32), q.reshape(batch, kv_heads, group, size), k, v)
-    weights = jnp.sum(weights, axis=2)
-    y = jnp.sum(sums, axis=2) / jnp.where(weights > 0, weights, 1)
-    return y.reshape(q.shape).astype(q.dtype)
-
-
-def takes_attend(q, k, *_, **__) -> bool:
-    """Whether `attend` has a kernel for q [B, T, N, H] and a cache [B, K, S, H]."""
-    return q.shape[1] == 1 and takes_attention((q.shape[0], *q.shape[2:]), k.shape)
-
-
-def attend(q, k, v, positions, multiplier: float, cap: float) -> jax.Array:
-    """`attention.attend` of single queries, q [B, 1, N, H], by `decode_attention`."""
-    return decode_attention(q[:, 0], k, v, positions[:, 0], multiplier, cap)[:, None]
+    )(
+        positions[:, 0].astype(jnp.int32),
+        jnp.sin(angles),
+        jnp.cos(angles),
+        jnp.concatenate([q, k, v], axis=2)[:, 0],  # made in one launch
+        keys,
+        values,
+    )
+    y = pl.pallas_call(
+        _joined_attention_kernel,
+        grid=(batch, kv_heads),
+        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, group, size), q.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="joined_attention",
+    )(sums, weights)
+    return y.reshape(q.shape), keys, values
 
 
 def _attention_kernel(
-    positions_ref, q_ref, k_ref, v_ref, sums_ref, weights_ref, *, tile_rows, multiplier, cap
+    positions_ref,
+    sin_ref,
+    cos_ref,
+    heads_ref,
+    keys_ref,
+    values_ref,
+    sums_ref,
+    weights_ref,
+    new_keys_ref,
+    new_values_ref,
+    *,
+    group,
+    multiplier,
+    cap,
 ):
-    """One row's query heads of one key/value head, over an equal part of the row's own slots."""
+    """One row's query heads of one key/value head, over an equal part of the row's own slots.
+
+    The first part has the new token, too, which it writes; the others do not look at its slot.
+    """
     row, head, part = (pl.program_id(axis) for axis in range(3))
-    group, size = q_ref.shape[2:]
+    (kv_heads, slots, size), position = keys_ref.shape[1:], positions_ref[row]
+    tile_rows = max(16, pl.next_power_of_2(group))
     query, column = _indices(0, tile_rows, 0, size)
-    q = triton.load(q_ref.at[row, head, query, column], mask=query < group, other=0)
-    length = jnp.minimum(positions_ref[row] + 1, k_ref.shape[2])
-    tiles = pl.cdiv(length, SLOTS)
-    share = pl.cdiv(tiles, pl.num_programs(2))
+
+    def rotated(load, column):  # as `model.rotary_embedding`
+        half = size // 2
+        x, pair = load(column), load((column + half) % size)
+        sin, cos = (triton.load(ref.at[row, column % half]) for ref in (sin_ref, cos_ref))
+        sin = jnp.where(column < half, -sin, sin)
+        return (x.astype(jnp.float32) * cos + pair.astype(jnp.float32) * sin).astype(x.dtype)
+
+    def weights_of(products):  # of queries and keys
+        return jnp.exp(cap * jnp.tanh(products * multiplier / cap) - cap)
+
     dot = functools.partial(
         lax.dot_general, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
+    there = query < group
+    of_query, of_key = head * group + query, kv_heads * group + head
+    q = rotated(
+        lambda at: triton.load(heads_ref.at[row, of_query, at], mask=there, other=0), column
+    )
+    every = jnp.arange(size, dtype=jnp.int32)
+    key = rotated(lambda at: triton.load(heads_ref.at[row, of_key, at]), every)
+    value = triton.load(heads_ref.at[row, of_key + kv_heads, every])
+    written = (part == 0) & (position >= 0) & (position < slots)
+    slot, mask = jnp.clip(position, 0, slots - 1), (every >= 0) & written
+    triton.store(new_keys_ref.at[row, head, slot, every], key, mask=mask)
+    triton.store(new_values_ref.at[row, head, slot, every], value, mask=mask)
+    key, value = (jnp.broadcast_to(x[None], q.shape).astype(jnp.float32) for x in (key, value))
+    product = jnp.sum(q.astype(jnp.float32) * key, axis=1, keepdims=True)
+    w = jnp.where(written, weights_of(product), 0)
+    start = w.astype(q.dtype).astype(jnp.float32) * value, w
+
+    length = jnp.clip(position, 0, slots)  # of what was there before
+    tiles = pl.cdiv(length, SLOTS)
+    share = pl.cdiv(tiles, pl.num_programs(2))
 
     def add_tile(i, state):
         sums, weights = state
         seen = pl.ds(i * SLOTS, SLOTS)
-        logits = dot(q, k_ref[row, head, seen, :], (((1,), (1,)), ((), ()))) * multiplier
-        exponents = cap * jnp.tanh(logits / cap) - cap
+        products = dot(q, keys_ref[row, head, seen, :], (((1,), (1,)), ((), ())))
         _, slot = _indices(0, tile_rows, i * SLOTS, SLOTS)
-        w = jnp.where(slot < length, jnp.exp(exponents), 0)
-        v = v_ref[row, head, seen, :]
+        w = jnp.where(slot < length, weights_of(products), 0)
+        v = values_ref[row, head, seen, :]
         sums += dot(w.astype(v.dtype), v, (((1,), (0,)), ((), ())))
         return sums, weights + jnp.sum(w, axis=1, keepdims=True)
 
-    start = (
-        jnp.zeros((tile_rows, size), jnp.float32),
-        jnp.zeros((tile_rows, 1), jnp.float32),
-    )
     end = jnp.minimum((part + 1) * share, tiles)
     sums, weights = lax.fori_loop(part * share, end, add_tile, start)
-    triton.store(sums_ref.at[row, head, part, query, column], sums, mask=query < group)
+    triton.store(sums_ref.at[row, head, part, query, column], sums, mask=there)
     query, column = _indices(0, tile_rows, 0, 1)
     triton.store(weights_ref.at[row, head, part, query, column], weights, mask=query < group)
+
+
+def _joined_attention_kernel(sums_ref, weights_ref, y_ref):
+    """The sums of all parts over those of their weights; zeros where nothing was seen."""
+    row, head = pl.program_id(0), pl.program_id(1)
+    parts, group, size = sums_ref.shape[2:]
+    query, column = _indices(0, pl.next_power_of_2(group), 0, size)
+    there = query < group
+
+    def add_part(part, state):
+        found = (
+            triton.load(ref.at[row, head, part, query, at], mask=there, other=0)
+            for ref, at in ((sums_ref, column), (weights_ref, 0 * column))
+        )
+        return tuple(map(jnp.add, state, found))
+
+    zeros = jnp.zeros(query.shape, jnp.float32)
+    sums, weights = lax.fori_loop(jnp.int32(0), jnp.int32(parts), add_part, (zeros, zeros))
+    y = (sums / jnp.where(weights > 0, weights, 1)).astype(y_ref.dtype)
+    triton.store(y_ref.at[row, head, query, column], y, mask=there)
 
 
 # --- Norm and rounding ----------------------------------------------------------------------------
@@ -610,17 +718,32 @@ def _attention_kernel(
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, interpret: bool = False) -> jax.Array:
     """scale * x / rms(x), in float32, of rows x [R, D] in their dtype; scale float32 [D]."""
+    return _norm([x], scale, eps, "rms_norm", interpret)
+
+
+def added_norm(h, x, scale, eps: float, *, interpret: bool = False) -> jax.Array:
+    """h + rms_norm(x, scale), which is rounded to their dtype before it is added."""
+    _check("h", h, x.shape, x.dtype)
+    return _norm([x, h], scale, eps, "added_norm", interpret)
+
+
+def _norm(arrays, scale, eps, name, interpret):
+    x = arrays[0]
     _check("scale", scale, x.shape[-1:], jnp.float32)
 
-    def kernel(x_ref, scale_ref, y_ref):
+    def kernel(x_ref, *refs):
+        *added_ref, scale_ref, y_ref = refs
         row, column, here = _row_of(x_ref)
         x = triton.load(x_ref.at[row, column], mask=here, other=0).astype(jnp.float32)
         scale = triton.load(scale_ref.at[column], mask=here, other=0)
         y = scale * x * lax.rsqrt(jnp.sum(x * x) / x_ref.shape[1] + eps)
+        if added_ref:
+            h = triton.load(added_ref[0].at[row, column], mask=here, other=0)
+            y = h.astype(jnp.float32) + y.astype(h.dtype).astype(jnp.float32)
         triton.store(y_ref.at[row, column], y.astype(y_ref.dtype), mask=here)
 
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return _rows_call(kernel, x.shape, out, "rms_norm", interpret)(x, scale)
+    return _rows_call(kernel, x.shape, out, name, interpret)(*arrays, scale)
 
 
 def quantize_rows(x: jax.Array, levels: int, dtype, *, halves: int = 1, interpret: bool = False):
@@ -678,3 +801,54 @@ def _round(x):
     above = x - low
     odd = low != 2 * jnp.floor(low / 2)
     return low + jnp.where((above > 0.5) | ((above == 0.5) & odd), 1.0, 0.0)
+
+
+# --- Router ---------------------------------------------------------------------------------------
+
+ROUTED = 16  # rows at most: each program reads all of the matrix
+CHUNK = 1024  # of its inputs, that are taken at a time
+
+
+def takes_route(x, w, *, selected: int) -> bool:
+    """Whether `route` has a kernel for x [R, D] and w [D, E]."""
+    powers = (2, 4, 8, 16, 32)  # of two, as all sizes of Triton
+    return 0 < len(x) <= ROUTED and w.shape[1] in powers and w.dtype == jnp.float32
+
+
+def route(x: jax.Array, w: jax.Array, *, selected: int, interpret: bool = False) -> tuple:
+    """`model.routed`, in one launch, which XLA makes of three. A program has a row."""
+    (rows, size), count = x.shape, w.shape[1]
+    _check("w", w, (size, count), jnp.float32)
+
+    def kernel(x_ref, w_ref, logits_ref, probs_ref, gates_ref, index_ref):
+        row, expert = pl.program_id(0), jnp.arange(count, dtype=jnp.int32)
+
+        def add_chunk(i, sums):
+            inputs, column = _indices(i * CHUNK, CHUNK, 0, count)
+            there = inputs < size
+            x = triton.load(x_ref.at[row, inputs], mask=there, other=0)
+            w = triton.load(w_ref.at[inputs, column], mask=there, other=0)
+            return sums + x.astype(jnp.float32) * w
+
+        zeros = jnp.zeros((CHUNK, count), jnp.float32)
+        chunks = jnp.int32(pl.cdiv(size, CHUNK))
+        logits = jnp.sum(lax.fori_loop(jnp.int32(0), chunks, add_chunk, zeros), axis=0)
+        powers = jnp.exp(logits - jnp.max(logits))
+        probs = powers / jnp.sum(powers)
+        logits_ref[row, :] = logits
+        probs_ref[row, :] = probs
+        for i in range(selected):  # of equal ones the first, as `lax.top_k`
+            largest = jnp.max(probs)
+            chosen = jnp.min(jnp.where(probs == largest, expert, count - 1))
+            gates_ref[row, i], index_ref[row, i] = largest, chosen
+            probs = jnp.where(expert == chosen, -1.0, probs)
+
+    shapes = ((count, jnp.float32), (count, jnp.float32), (selected, jnp.float32))
+    return pl.pallas_call(
+        kernel,
+        grid=(rows,),
+        out_shape=[jax.ShapeDtypeStruct((rows, n), t) for n, t in (*shapes, (selected, jnp.int32))],
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name="route",
+    )(x, w)

@@ -110,6 +110,11 @@ def test_more_layers_add_what_one_adds():
     )
 
 
+@pytest.mark.parametrize("n, rounded", [(1944, 1900), (1960, 2000), (48, 48), (7, 7), (0, 0)])
+def test_operations_are_told_with_two_digits(n, rounded):
+    assert aot.two_digits(n) == rounded
+
+
 # --- Gates ----------------------------------------------------------------------------------------
 
 
@@ -128,11 +133,21 @@ def test_a_decode_step_on_gpus(heads):
     found = aot.Compiled.of(step)
     products = {"ternary_few_rows": 3, "gated_dot": 1}  # three are one, and two with GELU
     assert {name: found.kernels[name] for name in products} == products
-    assert found.kernels["decode_attention"] == 1
+    assert found.kernels["decode_attention"] == found.kernels["route"] == 1
+    assert found.kernels["added_norm"] == 2
     assert found.loops == 0
+    assert found.operations < {1: 52, 8: 61}[heads]  # 48 and 57
     for op in aot.operations(step.as_text()):
         assert not (op.opcode.startswith("all-gather") and op.bytes > 1e6), op.text
     assert found.added < 10e6  # 1.8 MB: logits, and what is made of them
+
+
+@needs_compiler("gpu")
+def test_requests_on_two_gpus_are_apart():
+    """But for their logits: no kernel stands where XLA gathers what it reads."""
+    mesh = aot.described_mesh("h200", 2, 1)
+    steps = aot.compiled_steps(LAYER, model.PRECISIONS["ternary"], mesh, 2, ["decode"])
+    assert aot.Compiled.of(steps["decode"]).collectives == {"all-gather": 1}
 
 
 @needs_compiler("gpu")
@@ -148,7 +163,7 @@ def test_a_chunk_of_a_prompt_on_gpus(heads):
 @needs_compiler("gpu")
 @pytest.mark.slow
 def test_planned_memory_is_that_of_the_compiled_steps():
-    """What `run.py` prints before it loads is, for one H200, within a hundredth."""
+    """What `run.py` prints before it loads is right to 80 MB, a thousandth of all layers'."""
     config = dataclasses.replace(LAYER, num_layers=3)
     mesh = aot.described_mesh("h200", 1, 1)
     runner = runners.ModelRunner(config, mesh)
@@ -157,5 +172,5 @@ def test_planned_memory_is_that_of_the_compiled_steps():
     with kernels.compiling_for("gpu"):
         params = runners.abstract_weights(config, precision)
         needed = runners.device_memory(runner, params, 1, config.sequence_len)
-    assert sum(plan.memory.values()) == pytest.approx(sum(needed.values()), rel=0.01)
+    assert sum(plan.memory.values()) == pytest.approx(sum(needed.values()), abs=80e6)
     assert jax.default_backend() == "cpu"

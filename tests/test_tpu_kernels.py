@@ -119,10 +119,15 @@ def random_rows(rows, inputs, dtype="bfloat16"):
         ("int8", "bfloat16", {"groups": 4}),
     ],
 )
-def test_products_are_those_of_plain_jax(activations, dtype, options, on_a_tpu):
-    """To the last bit; of two weights at once, in one kernel, and of weights that are not alike."""
+def test_products_are_those_of_plain_jax(activations, dtype, options, on_a_tpu, monkeypatch):
+    """To the last bit; of two weights at once, in one kernel, and of weights that are not alike.
+
+    In two tiles of outputs.
+    """
     x, experts = random_rows(6, 512, dtype), jnp.array([2, -1, 0], jnp.int32)
-    weights = [random_weight(512, n, **options, seed=n) for n in (128, 256)]
+    weights = [random_weight(512, 256, **options, seed=n) for n in range(2)]
+    monkeypatch.setattr(tpu, "WEIGHT_BYTES", 256 * weights[0].packed.shape[2])
+    assert tpu.output_tiles([256, 256], weights[0].packed.shape[2], 8) == 2
     other = random_weight(512, 128, 2)
 
     def traced():  # of its own, so that no trace of another is used
