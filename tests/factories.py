@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import checkpoint
 import formats
@@ -56,6 +57,12 @@ quantize_int8 = jax.jit(formats.quantize_int8, static_argnums=1)
 def ternarize(w: np.ndarray) -> quantize.PackedWeight:
     """`formats.ternarize` in NumPy, which has nothing to compile."""
     return jax.tree.map(jnp.asarray, formats.ternarize(w))
+
+
+def slow(*values):
+    """A case of a parametrized test that is left out unless `-m slow` asks for it: one of many
+    that are alike."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def random_params(config: LanguageModelConfig, weights: str = "float32", groups: int = 1, seed=0):

@@ -126,8 +126,8 @@ def assert_its_own(config, batch, row, mesh, weights="ternary"):
     "batch, row, mesh",
     [
         (8, 5, (1, 1)),
-        (1, 0, (1, 2)),
-        (1, 0, (1, 8)),
+        factories.slow(1, 0, (1, 2)),
+        factories.slow(1, 0, (1, 8)),
         (8, 5, (2, 4)),
     ],
 )
@@ -143,7 +143,11 @@ DISTINCT = [name for name in formats.FORMATS if not name.endswith(("-64", "-256"
 @pytest.mark.parametrize("weights", [name for name in DISTINCT if name != "float32"])
 @pytest.mark.parametrize(
     "batch, row, mesh, activations",
-    [(8, 5, (1, 1), "int8"), (1, 0, (1, 8), "int15"), (8, 5, (2, 4), "int8")],
+    [
+        factories.slow(8, 5, (1, 1), "int8"),
+        factories.slow(1, 0, (1, 8), "int15"),
+        (8, 5, (2, 4), "int8"),
+    ],
 )
 def test_logits_are_the_requests_own_in_every_format(batch, row, mesh, activations, weights):
     config = dataclasses.replace(CONFIG, activations=activations, fprop_dtype="float32")
@@ -151,7 +155,13 @@ def test_logits_are_the_requests_own_in_every_format(batch, row, mesh, activatio
 
 
 @pytest.mark.parametrize(
-    "preset, dtype", [*((p, "float32") for p in model.PRESETS), ("grok-1", "bfloat16")]
+    "preset, dtype",
+    [
+        ("grok-1", "float32"),
+        ("demo", "float32"),
+        *(factories.slow(p, "float32") for p in model.PRESETS if p not in ("grok-1", "demo")),
+        factories.slow("grok-1", "bfloat16"),
+    ],
 )
 def test_logits_are_the_requests_own_in_sizes_as_used(preset, dtype):
     config = dataclasses.replace(as_used(preset), fprop_dtype=dtype)
@@ -182,7 +192,9 @@ def demo():
     return runner
 
 
-@pytest.mark.parametrize("slots, pad_sizes", [(4, runners.PAD_SIZES), (2, (2, 4)), (8, (3,))])
+@pytest.mark.parametrize(
+    "slots, pad_sizes", [(4, (2, 4)), factories.slow(2, runners.PAD_SIZES), factories.slow(8, (3,))]
+)
 def test_whole_generations_depend_on_no_neighbour(slots, pad_sizes):
     """Nor on the chunks that the prompt was prefilled in."""
     assert generations(slots, pad_sizes) == generations_alone()

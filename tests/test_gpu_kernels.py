@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 (NumPy learns "bfloat16" from it)
 import numpy as np
 import pytest
+from factories import slow
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import experts as moe
@@ -99,9 +100,9 @@ def test_largest_sums():
     "weights, inputs, rows, activations",
     [
         ("ternary", 1024, 2, "int15"),
-        ("ternary", 256, 24, "int8"),
+        slow("ternary", 256, 24, "int8"),
         ("ternary-fit", 256, 72, "int15"),
-        ("ternary-fit-128", 2048, 2, "int15"),
+        slow("ternary-fit-128", 2048, 2, "int15"),
         ("ternary2-64", 2048, 36, "int8"),
     ],
 )

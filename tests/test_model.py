@@ -385,7 +385,7 @@ def test_memory_has_the_compute_dtype():
 
 @pytest.mark.usefixtures("kernels_or_plain")
 @pytest.mark.parametrize("activations", ["int8", "int15"])
-@pytest.mark.parametrize("weights", ["ternary", "int8", "ternary-experts"])
+@pytest.mark.parametrize("weights", ["ternary", "int8", factories.slow("ternary-experts")])
 def test_the_gradient_of_a_loaded_model_is_that_of_its_matrices(weights, activations):
     """To scales, norms, routers and the table, here of int8 rows: as if the packed weights were the
     floats that they stand for, with the same rounded activations."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import slow
 
 import checkpoint
 import data
@@ -710,7 +711,7 @@ FLOAT = dataclasses.replace(CONFIG, activations="float")  # no value on the edge
 EVEN = {"balance_weight": 0.0}  # that loss is each accumulated part's own
 
 
-@pytest.mark.parametrize("mesh", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("mesh", [slow((2, 1)), (2, 2)])
 def test_training_does_not_depend_on_the_mesh(mesh):
     alone, sharded = trainer_of(FLOAT, **EVEN), trainer_of(FLOAT, mesh=mesh, **EVEN)
     for seed in range(3):
