@@ -380,8 +380,6 @@ def tokenizer_of(keys: dict) -> bytes | None:
     """
     if isinstance(proto := keys.get(TOKENIZER), bytes):
         return proto
-    from sentencepiece import sentencepiece_model_pb2
-
     found = {k.removeprefix("tokenizer.ggml."): v for k, v in keys.items()}
     if found.get("model") != "llama":
         return None
@@ -395,7 +393,7 @@ def tokenizer_of(keys: dict) -> bytes | None:
                 "tokenizer.ggml.tokens, scores and token_type are no lists of the same length; "
                 "copy or make the file again"
             )
-    spec = sentencepiece_model_pb2.ModelProto()
+    spec = _parse_tokenizer(b"")
     for text, score, kind in zip(*lists, strict=True):
         spec.pieces.add(piece=text, score=score, type=kind if NORMAL <= kind <= BYTE else NORMAL)
     trainer, normalizer = spec.trainer_spec, spec.normalizer_spec
@@ -468,11 +466,9 @@ def config_of(file: File) -> model.LanguageModelConfig:
 
     Files of ours say all of it. ValueError where something is missing or cannot be.
     """
-    keys = file.keys | {
-        f"grok.{name}": file.keys[f"grok.{old}"]
-        for name, old in (("feed_forward_length", "expert_feed_forward_length"),)
-        if f"grok.{old}" in file.keys
-    }
+    keys = dict(file.keys)
+    if "grok.expert_feed_forward_length" in keys:
+        keys["grok.feed_forward_length"] = keys["grok.expert_feed_forward_length"]
     with files.naming(file.path):
         values = files.parse_json(str(keys[OURS])) if OURS in keys else _values_of(keys)
         config = model.config_from_dict(values)
@@ -550,22 +546,19 @@ def _look(stored: Stored, rows: slice) -> _Look:
         for count in range(1, blocks + 1)
         if blocks % count == 0 and not np.ptp(scales.reshape(len(scales), count, -1), -1).any()
     }
-    with np.errstate(invalid="ignore"):  # of scales that are no numbers
-        unit, multipliers = _as_multiples(scales)
+    multiples = True
+    if blocks > 1:
+        with np.errstate(invalid="ignore"):  # of scales that are no numbers
+            unit, multipliers = formats.as_multiples(scales.T[None])
+        multiples = (np.abs(multipliers[0] * unit - scales.T) <= CLOSE * scales.T).all()
     return _Look(
         not (np.abs(codes) > 1).any(),
         frozenset(groups),
         scales.min(),
         scales.max(),
         (scales.astype(ml_dtypes.bfloat16).astype(np.float32) == scales).all(),
-        (np.abs(multipliers * unit - scales) <= CLOSE * scales).all(),
+        multiples,
     )
-
-
-def _as_multiples(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scales [O, G] as multiples, int8 [O, G], of [O, 1], as `formats.as_multiples` makes them."""
-    unit = scales.max(axis=-1, keepdims=True) / np.float32(quantize.LEVELS)
-    return unit, np.rint(scales / np.maximum(unit, 1e-37)).astype(np.int8)
 
 
 class Parameters:
@@ -716,5 +709,6 @@ class Parameters:
         if form.format == "ternary-fit":
             return quantize.pack(codes.T, scales[:, :1].T)
         groups = formats.number_of_groups(codes.shape[-1], int(form.format.rsplit("-")[-1]))
-        unit, multipliers = _as_multiples(scales.reshape(len(scales), groups, -1)[..., 0])
-        return quantize.pack(codes.T[None], unit.T, multipliers[..., None])
+        scales = scales.reshape(len(scales), groups, -1)[..., 0]
+        unit, multipliers = formats.as_multiples(scales.T[None])  # [1, O], [1, G, O]
+        return quantize.pack(codes.T[None], unit, multipliers.T)

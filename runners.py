@@ -281,9 +281,8 @@ def top_p_filter(logits: jax.Array, top_p: jax.Array) -> jax.Array:
             least, most = bounds
             middle = (least + most + 1) // 2
             mass = jnp.sum(likely, axis=-1, keepdims=True, where=likely >= number(middle))
-            return jnp.where(mass >= enough, middle, least), jnp.where(
-                mass < enough, middle - 1, most
-            )
+            fits = mass >= enough
+            return jnp.where(fits, middle, least), jnp.where(fits, most, middle - 1)
 
         # Sorting 131072 logits would take longer than all the rest of sampling. The largest number
         # that leaves enough is searched for among all there are: the bits of positive ones, as
@@ -382,7 +381,7 @@ def advance(logits: jax.Array, slots: Slots, eos: int) -> tuple[Slots, SampleOut
 
     So do rows whose logits are not finite.
     """
-    greedy = SampleSettings(0.0, 1.0, 0, 0)  # which draws and sorts nothing: a free row's
+    greedy = SampleSettings(0.0, 1.0, 0, 0)  # of a free row: nothing is drawn or filtered for it
     settings = jax.tree.map(functools.partial(jnp.where, slots.active), slots.settings, greedy)
     # One gather here, or each sum and sort of sampling would be one over the vocabulary's shards.
     sample = sample_token(replicated(logits), settings, slots.count)
