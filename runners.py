@@ -419,8 +419,9 @@ def prefill_chunk(
 
 def insert_row(
     slots: Slots, memory: Memory, logits: jax.Array, settings: SampleSettings, slot, eos: int
-) -> tuple[Slots, SampleOutput]:
-    """Gives a slot to a prefilled prompt, with its cache of one row, and samples its first token.
+) -> tuple[Slots, tuple[SampleOutput, jax.Array]]:
+    """Gives a slot to a prefilled prompt, with its cache of one row, and samples its first token;
+    which rows are active comes with it, by itself.
 
     settings: scalars
     """
@@ -432,17 +433,18 @@ def insert_row(
         slots,
         row,
     )
-    return slots, sample
+    return slots, (sample, slots.active)
 
 
 def decode_step(
     model: hk.Transformed, params: dict, slots: Slots, eos: int
-) -> tuple[Slots, SampleOutput]:
-    """One more token for every active row."""
+) -> tuple[Slots, tuple[SampleOutput, jax.Array]]:
+    """One more token for every active row, and which rows are active then."""
     lengths = slots.active.astype(jnp.int32)
     tokens = slots.token[:, None]
     output = model.apply(params, None, tokens, slots.memory, lengths, last_only=True)
-    return advance(output.logits, slots._replace(memory=output.model_state), eos)
+    slots, sample = advance(output.logits, slots._replace(memory=output.model_state), eos)
+    return slots, (sample, slots.active)
 
 
 def jit_steps(runner: ModelRunner, in_slots: Slots, in_row: Memory) -> tuple[Callable, Callable]:
@@ -611,6 +613,17 @@ class Timing:
     decode_seconds: float = 0.0
 
 
+class Begun(NamedTuple):
+    """A step of decoding that the device was given, and whose tokens nobody has fetched.
+
+    running: the request of each slot that gets one, unless it turns out to have ended before
+    found: samples, and which rows are active after them
+    """
+
+    running: dict[int, Request]
+    found: tuple[SampleOutput, jax.Array]
+
+
 class InferenceRunner:
     """Serves requests with a loaded ModelRunner.
 
@@ -652,6 +665,8 @@ class InferenceRunner:
         self.pad_sizes = tuple(sorted({min(size, self.sequence_len) for size in pad_sizes}))
         self.num_slots = slots
         self.busy: dict[int, Request] = {}
+        self._left: dict[int, int] = {}  # by slot, steps that a request takes part in, at most
+        self._begun: list[Begun] = []
         self._undelivered: list[Token] = []  # of steps that Ctrl-C, or `generate`, did not hand out
         self._losses = 0  # how many times an error took all requests
         self.timing = Timing()
@@ -769,20 +784,24 @@ class InferenceRunner:
         )
         begin = time.perf_counter()
         with uninterrupted():
-            sample, active = self._exchange(
-                lambda slots: self._insert(slots, row, started.logits, settings, slot)
+            sample, active = self._fetch(
+                self._exchange(
+                    lambda slots: self._insert(slots, row, started.logits, settings, slot)
+                )
             )
         self.timing.prefill_seconds += time.perf_counter() - begin
         token = make_token(slot, active, *(x[0] for x in sample))
         # Plain JAX multiplies what is masked by 0, and 0 times NaN is NaN.
         self._row, started.row = None if token.error else row, None
+        self._left[slot] = request.max_len - 1
         busy = self.busy if token.done else self.busy | {slot: request}
         # Until here only the device knows of the request, and it computes a row that nobody reads.
         self.busy = busy
         return token
 
     def step(self) -> list[Token]:
-        """The next token of every request that has a slot.
+        """The next token of every request that has a slot, but for one that has just got it: the
+        device may already be at a step without it, and the next call has its token.
 
         Those that an interrupted call computed come with the next one, before any others.
         """
@@ -871,8 +890,8 @@ class InferenceRunner:
             raise RuntimeError("this prompt has a slot, or an error took its cache; start it anew")
         return started.row
 
-    def _exchange(self, call: Callable) -> tuple[SampleOutput, np.ndarray]:
-        """All slots for those that a call makes of them; its samples, and which rows are active.
+    def _exchange(self, call: Callable) -> tuple[SampleOutput, jax.Array]:
+        """All slots for those that a call makes of them; what else it returns, to be fetched.
 
         The call is given the old ones for good. If it fails then, all requests are lost with them.
         Needs `uninterrupted`.
@@ -880,36 +899,76 @@ class InferenceRunner:
         with jax.set_mesh(self.runner.mesh):
             slots, self._slots = self._slots or self._new_slots(), None
             try:
-                after, samples = call(slots)
-                slots = None  # a dozen arrays, freed while the device computes
-                found = jax.device_get((samples, after.active))
+                self._slots, found = call(slots)
             except BaseException as error:
-                if slots is None or any(x.is_deleted() for x in jax.tree.leaves(slots)):
-                    self.busy, self._undelivered, self._losses = {}, [], self._losses + 1
-                    error.add_note("All requests of this runner are lost; its slots are free.")
+                if any(x.is_deleted() for x in jax.tree.leaves(slots)):
+                    self._lose(error)
                 else:
                     self._slots = slots
                 raise
-            self._slots = after
             return found
 
-    def _step(self) -> None:
-        """The next token of every request that has not ended. Needs `uninterrupted`."""
+    def _fetch(self, found: tuple[SampleOutput, jax.Array]) -> tuple[SampleOutput, np.ndarray]:
+        """Waits for the device. If it fails, so has the cache, and all requests are lost."""
+        try:
+            return jax.device_get(found)
+        except BaseException as error:
+            self._lose(error)
+            raise
+
+    def _lose(self, error: BaseException) -> None:
+        self.busy, self._begun, self._undelivered, self._slots = {}, [], [], None
+        self._losses += 1
+        error.add_note("All requests of this runner are lost; its slots are free.")
+
+    def _going_on(self, requests: dict[int, Request]) -> dict[int, Request]:
+        """Those that still have their slot, and of which no last token is known."""
         ended = {token.slot for token in self._undelivered if token.done}
-        running = sorted(self.busy.keys() - ended)
+        return {
+            slot: request
+            for slot, request in requests.items()
+            if self.busy.get(slot) is request and slot not in ended
+        }
+
+    def _begin(self) -> None:
+        """Gives the device a step of every request that has tokens left."""
+        running = self._with_steps_left()
+        found = self._exchange(functools.partial(self._decode, self.runner.params))
+        self._begun.append(Begun(running, found))
+        self._left.update((slot, self._left[slot] - 1) for slot in running)
+
+    def _with_steps_left(self) -> dict[int, Request]:
+        going_on = self._going_on(self.busy)
+        return {slot: request for slot, request in going_on.items() if self._left[slot]}
+
+    def _step(self) -> None:
+        """The next token of every request in the first step that was begun.
+
+        Needs `uninterrupted`. Before it waits for that one, it begins the next one, so that the
+        device can go on at once.
+        """
         begin = time.perf_counter()
-        samples, active = self._exchange(functools.partial(self._decode, self.runner.params))
-        self.timing.decode_seconds += time.perf_counter() - begin
-        self.timing.decode_tokens += len(running)
-        self._undelivered += [
-            make_token(slot, active, *(x[slot] for x in samples)) for slot in running
+        if not self._begun:
+            self._begin()
+        if self._with_steps_left():
+            self._begin()
+        running, found = self._begun[0]
+        samples, active = self._fetch(found)
+        tokens = [
+            make_token(slot, active, *(x[slot] for x in samples))
+            for slot in sorted(self._going_on(running))
         ]
+        self.timing.decode_seconds += time.perf_counter() - begin
+        self.timing.decode_tokens += len(tokens)
+        self._begun, self._undelivered = self._begun[1:], self._undelivered + tokens
 
     def _deliver(self, slots: Set[int]) -> list[Token]:
         """The tokens that are there for these slots; of a new step, if there are none."""
-        if not any(token.slot in slots for token in self._undelivered):
+        while not any(token.slot in slots for token in self._undelivered):
             with uninterrupted():
                 self._step()
+            if not slots & self.busy.keys():
+                break
         tokens, rest, busy = [], [], dict(self.busy)
         for token in self._undelivered:
             mine = token.slot in slots

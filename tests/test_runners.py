@@ -351,6 +351,7 @@ def test_slots_are_taken_and_given_back(inference):
     assert again.slot == 2 and exact([again]) == exact(first[2:3]) == expected[:1]
     assert exact(second[:1]) == expected[1:2]
     inference.remove(-1)  # there is none: nothing happens to the last one
+    assert [token.slot for token in inference.step()] == [0, 1, 3]  # of a step begun before
     assert [token.done for token in inference.step()] == [False] * SLOTS
     for slot in (*range(SLOTS), 0, SLOTS):
         inference.remove(slot)
@@ -593,6 +594,23 @@ def finished(inference, firsts):
     steps = []
     drain(inference, steps)
     return of_each(firsts, steps)
+
+
+@pytest.mark.parametrize("others", [[], [Request([7], 0, max_len=2)]])
+def test_a_step_begins_before_the_last_one_is_fetched(inference, monkeypatch, others):
+    """And none begins for nobody: those of a request are as many as its tokens but the first."""
+    requests = [Request([5, 6, 7], 0, max_len=4), *others]
+    alone = [exact(complete(inference, request)) for request in requests]
+    done = []
+
+    def noting(name, call):
+        return lambda *args: done.append(name) or call(*args)
+
+    firsts = [inference.insert(request) for request in requests]
+    monkeypatch.setattr(inference, "_decode", noting("begin", inference._decode))
+    monkeypatch.setattr(jax, "device_get", noting("fetch", jax.device_get))
+    assert finished(inference, firsts) == alone
+    assert done == ["begin", "begin", "fetch", "begin", "fetch", "fetch"]
 
 
 @pytest.mark.parametrize("point, when", CALLS[2:])
@@ -1079,7 +1097,8 @@ def test_the_full_decode_step_traces():
     params = abstract_weights(config, "ternary")
     slots = jax.eval_shape(functools.partial(runners.empty_slots, config, 8, 8192))
     step = functools.partial(runners.decode_step, model.make_model(config), eos=config.eos_token)
-    after, output = jax.eval_shape(step, params, slots)
+    after, (output, active) = jax.eval_shape(step, params, slots)
+    assert active.shape == (8,)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), slots
     )
