@@ -240,9 +240,14 @@ class LogProbs(NamedTuple):
     top_k_logprobs: jax.Array
 
 
-def log_probs(logits: jax.Array, token_id: jax.Array) -> LogProbs:
-    """log p of tokens, int32 [...], and of the likeliest, from float32 logits [..., V]."""
-    top_k, top_k_ids = lax.top_k(logits, min(TOP_K, logits.shape[-1]))
+def likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest of float32 logits [..., V], and their ids; of equals, the lowest id is first."""
+    return lax.top_k(logits, min(TOP_K, logits.shape[-1]))
+
+
+def log_probs(logits: jax.Array, token_id: jax.Array, top: tuple[jax.Array, jax.Array]) -> LogProbs:
+    """log p of tokens, int32 [...], and of the `likeliest`, from float32 logits [..., V]."""
+    top_k, top_k_ids = top
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, token_id[..., None], axis=-1)
     return LogProbs((chosen - total)[..., 0], top_k_ids, top_k - total)
@@ -314,9 +319,9 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     shifted = logits - largest
     allowed = top_p_filter(shifted / temperature, settings.nucleus_p)
     total = jax.nn.logsumexp(allowed, axis=-1, keepdims=True)
-    ids = jnp.arange(logits.shape[-1])
-    # argmax, which XLA makes slow. Not where `shifted` is 0: a fused multiply-add may make it 1e-9.
-    greedy = jnp.min(jnp.where(logits == largest, ids, ids[-1]), axis=-1)
+    top = likeliest(logits)
+    # Their first one: XLA would search again for `ids[:, 0]`, and makes argmax slow.
+    greedy = jnp.min(top[1], axis=-1, where=top[0] == largest, initial=logits.shape[-1] - 1)
     # Random numbers for every token of the vocabulary: not when nobody asks for them.
     drawn = lax.cond(
         jnp.any(random),
@@ -326,7 +331,7 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     token = jnp.where(random, drawn, greedy).astype(jnp.int32)
     chosen = jnp.take_along_axis(allowed, token[:, None], axis=-1)
     prob = jnp.where(jnp.isfinite(largest), jnp.exp(chosen - total), jnp.nan)[:, 0]
-    logprob, top_k_ids, top_k_logprobs = log_probs(shifted, token)
+    logprob, top_k_ids, top_k_logprobs = log_probs(logits, token, top)
     top_k = jnp.take_along_axis(allowed, top_k_ids, axis=-1)
     return SampleOutput(token, prob, top_k_ids, jnp.exp(top_k - total), logprob, top_k_logprobs)
 
@@ -414,7 +419,7 @@ def prefill_chunk(
         return output.model_state, output.logits, None
     logits = replicated(output.logits)
     last = lax.dynamic_index_in_dim(logits, length - 1, axis=1, keepdims=False)
-    return output.model_state, last, log_probs(logits, following)
+    return output.model_state, last, log_probs(logits, following, likeliest(logits))
 
 
 def insert_row(
