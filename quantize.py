@@ -603,28 +603,33 @@ def _of_blocks(w, experts):
 def _integer_products(x, trits):  # [blocks, R, I], [blocks, I, O] -> [blocks, R, O]
     """Products of floats that are integers of 8 bits: exact in bfloat16 with sums in float32.
 
-    Gradients and tangents that come are rounded to bfloat16.
+    Gradients and tangents that come are rounded to bfloat16, if that is what is multiplied.
     """
-    return _matmul(x.astype(jnp.bfloat16), trits.astype(jnp.bfloat16), BATCHED)
+    return _matmul(*_narrow(x, trits), BATCHED)
 
 
 @_integer_products.defjvp
 def _(primals, tangents):
-    kept = tuple(x.astype(jnp.bfloat16) for x in primals)
+    kept = _narrow(*primals)
     dy = kernels.linear(_integer_tangent, _integer_backward, kept, tangents)
     return _matmul(*kept, BATCHED), dy
 
 
 def _integer_tangent(kept, tangents):
-    (x, trits), (dx, d_trits) = kept, (d.astype(jnp.bfloat16) for d in tangents)
+    (x, trits), (dx, d_trits) = kept, _narrow(*tangents)
     return _matmul(dx, trits, BATCHED) + _matmul(x, d_trits, BATCHED)
 
 
 def _integer_backward(kept, dy):
     x, trits = kept
-    dy = dy.astype(jnp.bfloat16)
+    (dy,) = _narrow(dy)
     dx = _matmul(dy, trits, (((2,), (2,)), ((0,), (0,))))
     return dx, _matmul(_transposed(x), dy, BATCHED)
+
+
+def _narrow(*arrays):
+    dtype = jnp.bfloat16 if kernels.multiplies_bfloat16() else jnp.float32
+    return tuple(x.astype(dtype) for x in arrays)
 
 
 @kernels.accelerated("transposed")
@@ -632,7 +637,7 @@ def _transposed(x):
     """[..., R, C] as [..., C, R], for a product that contracts R.
 
     The kernel really moves bfloat16: XLA would fold a transposition of its own into the product,
-    which on a CPU is then one for float32, eight times as slow.
+    which on a CPU is then one for float32, eight times as slow where bfloat16 is multiplied.
     """
     return x.swapaxes(-1, -2)
 

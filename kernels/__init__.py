@@ -54,6 +54,7 @@ COUNTS = (  # functions of the library that give a number
 )
 _LOADING = threading.Lock()
 LARGEST_CAP = 40  # of attention logits: exp(-2 * 40) is still a normal float32
+BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them
 DISABLE = "TERNARY_GROK_NATIVE"  # environment variable; 0: plain JAX
 
 
@@ -131,6 +132,12 @@ def compiling_for(name: str):
         yield
     finally:
         _platform = before
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether products of bfloat16 are faster than those of float32: on accelerators, and on
+    processors that have instructions for them; others widen each number first."""
+    return platform() != "cpu" or not building.processor().isdisjoint(BFLOAT16_INSTRUCTIONS)
 
 
 @contextlib.contextmanager

@@ -354,9 +354,11 @@ def test_training_computes_what_the_packed_weights_do(activations, tolerance):
     np.testing.assert_allclose(trained, packed, rtol=tolerance, atol=tolerance)
 
 
-def test_gradients_go_straight_through():
+@pytest.mark.parametrize("narrow, error", [(True, 4e-3), (False, 1e-6)])
+def test_gradients_go_straight_through(monkeypatch, narrow, error):
     """To the latent weights and to x, as if neither were rounded but in the other's gradient; what
-    comes back is rounded to bfloat16 on the way."""
+    comes back is rounded to bfloat16 on the way, where that is multiplied."""
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: narrow)
     w, x = random_floats(29, 13), random_floats(5, 29, seed=1)
     weight = random_floats(29, 13, seed=2)
     gradient = jax.grad(lambda w: jnp.sum(quantize.dequantize(formats.fake_ternarize(w)) * weight))(
@@ -368,12 +370,29 @@ def test_gradients_go_straight_through():
         return jnp.sum(quantize.dot(x, form(w), activations="int8") ** 2)
 
     rounded, step = quantize.quantize_rows(x)
-    for form, error in ((jnp.asarray, 1e-6), (formats.fake_ternarize, 4e-3)):
+    for form, off in ((jnp.asarray, 1e-6), (formats.fake_ternarize, error)):
         seen = quantize.dequantize(form(w))
         y = (rounded * step) @ seen
         dx, dw = jax.grad(loss, argnums=(0, 1))(x, w, form)
         for found, wanted in ((dx, 2 * y @ seen.T), (dw, 2 * (rounded * step).T @ y)):
-            assert np.linalg.norm(found - wanted) < error * np.linalg.norm(wanted)
+            assert np.linalg.norm(found - wanted) < off * np.linalg.norm(wanted)
+    traced = jax.make_jaxpr(lambda x: jax.grad(loss)(x, w, formats.fake_ternarize))(x)
+    assert ("bf16" in str(traced)) == narrow
+
+
+@pytest.mark.parametrize(
+    "platform, instructions, narrow",
+    [
+        ("cpu", {"avx512f", "avx512_vnni"}, False),
+        ("cpu", {"avx512f", "avx512_bf16"}, True),
+        ("cpu", {"asimddp"}, False),
+        ("gpu", {"avx512f"}, True),
+    ],
+)
+def test_bfloat16_is_multiplied_where_that_is_fast(monkeypatch, platform, instructions, narrow):
+    monkeypatch.setattr(kernels.building, "processor", lambda: instructions)
+    with kernels.compiling_for(platform):
+        assert kernels.multiplies_bfloat16() == narrow
 
 
 @pytest.mark.usefixtures("kernels_or_plain")
