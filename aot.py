@@ -383,7 +383,7 @@ def _nothing_kept():
         compilation_cache.reset_cache()
 
 
-FEW_LAYERS = (2, 3)
+FEW_LAYERS = (3, 4)  # not 2: on TPUs that one's memory is up to half a GB off the others' line
 
 
 def extrapolated_steps(
@@ -395,7 +395,8 @@ def extrapolated_steps(
 ) -> dict[str, Compiled]:
     """What both steps take with all layers, of what is compiled with few.
 
-    From two layers on, each adds the same. What is in between is alive for a layer or two.
+    From three layers on, each adds the same. (But programs for v5e: of many layers their compiler
+    makes smaller ones than planned.)
 
     formats: {path: format} of all parameters; those of the first layers stand for all others
     progress: says on stderr what is compiled
