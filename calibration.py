@@ -103,7 +103,7 @@ def run(params: Params, h: jax.Array, *, config, half: str, want: str) -> Any:
 
     def look(next_f, args, kwargs, context):
         if context.method_name == "__call__":
-            inputs[context.module.name] = args
+            inputs[context.module.name] = tuple(map(quantize.floats_of, args))
         return next_f(*args, **kwargs)
 
     def forward(h):

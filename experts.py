@@ -3,7 +3,6 @@
 Shape letters as in `model.py`. Kernels of `kernels/` do the work where there are any.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -95,7 +94,7 @@ def _rows_backward(blocks, d_rows):
 @kernels.accelerated("gated_rows")
 def gated_rows(x, linear, linear_v, blocks, *, activations):
     """gelu(x @ linear) * (x @ linear_v) of the rows of tokens x [T, D], as [R, F]."""
-    rows, chosen = rows_of_tokens(x, blocks), blocks.expert_of_block  # [R, D]
+    rows, chosen = rows_of_tokens(quantize.floats_of(x), blocks), blocks.expert_of_block  # [R, D]
     return quantize.gated_dot(rows, linear, linear_v, chosen, activations=activations)
 
 
@@ -148,14 +147,18 @@ def mixture(
 ) -> jax.Array:
     """The experts' gated sum, float32 [B, T, D]: each token is computed by its chosen experts only.
 
-    x: [B, T, D]; gates float32, index int32: [B, T, A]; valid: bool [B, T]
+    x: [B, T, D], perhaps `quantize.RoundedRows`
+    gates float32, index int32: [B, T, A]; valid: bool [B, T]
     linear, linear_v: [E, D, F]; linear_1: [E, F, D]
     axis_name: inside `shard_map`, the mesh axis that F is split over, if any
     scale_last: of the whole linear_1, see `quantize.dot`
     """
     batch, queries, size = x.shape
     num_experts = linear.shape[0]
-    flat = functools.partial(jnp.reshape, shape=(batch * queries, -1))
+
+    def flat(x):
+        return x.reshape(batch * queries, -1)
+
     blocks = group_by_expert(flat(index), valid.reshape(-1), num_experts)
     hidden = gated_rows(flat(x), linear, linear_v, blocks, activations=activations)  # [R, F]
     options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}

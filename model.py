@@ -330,7 +330,7 @@ def _of_rows(norm, scale, eps, *arrays):
 
     def of_rows(scale, *arrays):
         rows = (x.reshape(-1, x.shape[-1]) for x in arrays)
-        return norm(*rows, scale, eps=eps).reshape(arrays[0].shape)
+        return norm(*rows, scale, eps=eps).reshape(*arrays[0].shape)
 
     axes = ("batch", *[None] * (arrays[0].ndim - 1))
     in_axes = ((None,), *[axes] * len(arrays))
@@ -342,6 +342,12 @@ def _norm_of_rows(x, scale, *, eps):
     wide = x.astype(jnp.float32)
     rms = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (scale * wide * rms).astype(x.dtype)
+
+
+@kernels.accelerated("rounded_norm")
+def _rounded_norm(x, scale, *, eps, activations):  # [R, D], [D]
+    rounded = quantize.RoundedRows.of(_norm_of_rows(x, scale, eps=eps), activations)
+    return rounded.rows, rounded.integers, rounded.step
 
 
 @kernels.accelerated("added_norm")
@@ -479,6 +485,17 @@ class RMSNorm(hk.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         scale = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones)
         return captures.tap("", rms_norm(x, scale, self.eps))
+
+    def rounded(self, x: jax.Array, activations: str) -> jax.Array | quantize.RoundedRows:
+        """self(x), for products; rounded, too, where one kernel does both and nobody looks."""
+        if captures.is_tapped("") or not _rounded_norm.kernel(activations=activations):
+            return self(x)
+        scale = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones)
+
+        def norm(*arrays, eps):
+            return quantize.RoundedRows(*_rounded_norm(*arrays, eps=eps, activations=activations))
+
+        return _of_rows(norm, scale, self.eps, x)
 
     def added_to(self, h: jax.Array, x: jax.Array) -> jax.Array:
         """h + self(x) of [..., D], one kernel where nobody looks at what is added."""
@@ -618,7 +635,10 @@ class MoELayer(hk.Module):
     name: str = "moe"
 
     def __call__(self, x, gates, index, valid):
-        """x [B, T, D], gates and index [B, T, A], valid [B, T] -> [B, T, D]."""
+        """x [B, T, D], gates and index [B, T, A], valid [B, T] -> [B, T, D].
+
+        x may be `quantize.RoundedRows`.
+        """
         c = self.config
         up, down = (c.num_experts, c.emb_size, c.ffn_size), (c.num_experts, c.ffn_size, c.emb_size)
         shapes = {"linear": up, "linear_v": up, "linear_1": down}
@@ -631,7 +651,9 @@ class MoELayer(hk.Module):
             first = functools.partial(experts.hidden_of_each, activations=c.activations)
             pair = ("batch", None, None, axes[-1][1])
             first = sharding.shard_map(first, (token, token, token[:2], *axes[:2]), pair)
-            hidden = captures.tap("hidden", first(x, index, valid, *weights[:2]))
+            hidden = captures.tap(
+                "hidden", first(quantize.floats_of(x), index, valid, *weights[:2])
+            )
             last = functools.partial(experts.outputs_of_each, **options)
             out = (*token, None)
             last = sharding.shard_map(last, (pair, token, token[:2], axes[-1]), out)
@@ -663,17 +685,17 @@ class DecoderLayer(hk.Module):
 
 def add_attention(c: LanguageModelConfig, h, positions, memory):
     """The first half of a layer: h [B, T, D] with its attention added, and the layer's cache."""
-    y = RMSNorm(c.rms_norm_eps, "rms_norm")(h)
+    y = RMSNorm(c.rms_norm_eps, "rms_norm").rounded(h, c.activations)
     y, memory = MultiHeadAttention(c)(y, positions, memory)
     return captures.tap("middle", RMSNorm(c.rms_norm_eps, "rms_norm_1").added_to(h, y)), memory
 
 
 def add_experts(c: LanguageModelConfig, h, valid) -> LayerOutput:
     """The second half of a layer: h [B, T, D] with what its experts compute added."""
-    x = RMSNorm(c.rms_norm_eps, "rms_norm_2")(h)
+    x = RMSNorm(c.rms_norm_eps, "rms_norm_2").rounded(h, c.activations)
     logits = probs = index = None
     if c.num_experts > 1:
-        logits, probs, gates, index = Router(c)(x)
+        logits, probs, gates, index = Router(c)(quantize.floats_of(x))
         y = MoELayer(c)(x, gates, index, valid)
     else:
         gate = jax.nn.gelu(Linear(c.ffn_size, c.activations, "linear")(x))
