@@ -835,18 +835,19 @@ ROUTED = 16  # rows at most: each program reads all of the matrix
 CHUNK = 1024  # of its inputs, that are taken at a time
 
 
-def takes_route(x, w, *, selected: int) -> bool:
+def takes_route(x, w, valid, *, selected: int) -> bool:
     """Whether `route` has a kernel for x [R, D] and w [D, E]."""
     powers = (2, 4, 8, 16, 32)  # of two, as all sizes of Triton
     return 0 < len(x) <= ROUTED and w.shape[1] in powers and w.dtype == jnp.float32
 
 
-def route(x: jax.Array, w: jax.Array, *, selected: int, interpret: bool = False) -> tuple:
+def route(x, w, valid, *, selected: int, interpret: bool = False) -> tuple:
     """`model.routed`, in one launch, which XLA makes of three. A program has a row."""
     (rows, size), count = x.shape, w.shape[1]
     _check("w", w, (size, count), jnp.float32)
+    _check("valid", valid, (rows,), jnp.bool)
 
-    def kernel(x_ref, w_ref, logits_ref, probs_ref, gates_ref, index_ref):
+    def kernel(x_ref, w_ref, valid_ref, logits_ref, probs_ref, gates_ref, index_ref):
         row, expert = pl.program_id(0), jnp.arange(count, dtype=jnp.int32)
 
         def add_chunk(i, sums):
@@ -866,7 +867,8 @@ def route(x: jax.Array, w: jax.Array, *, selected: int, interpret: bool = False)
         for i in range(selected):  # of equal ones the first, as `lax.top_k`
             largest = jnp.max(probs)
             chosen = jnp.min(jnp.where(probs == largest, expert, count - 1))
-            gates_ref[row, i], index_ref[row, i] = largest, chosen
+            gates_ref[row, i] = largest
+            index_ref[row, i] = jnp.where(valid_ref[row], chosen, -1)
             probs = jnp.where(expert == chosen, -1.0, probs)
 
     shapes = ((count, jnp.float32), (count, jnp.float32), (selected, jnp.float32))
@@ -877,4 +879,4 @@ def route(x: jax.Array, w: jax.Array, *, selected: int, interpret: bool = False)
         compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="route",
-    )(x, w)
+    )(x, w, valid)
