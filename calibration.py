@@ -103,7 +103,7 @@ def run(params: Params, h: jax.Array, *, config, half: str, want: str) -> Any:
 
     def look(next_f, args, kwargs, context):
         if context.method_name == "__call__":
-            inputs[context.module.name] = args
+            inputs[context.module.name] = tuple(map(quantize.floats_of, args))
         return next_f(*args, **kwargs)
 
     def forward(h):
@@ -332,7 +332,7 @@ class Layer:
 
     def _routing(self):
         """The teacher's choices, expert index and gate [W, T, A] each."""
-        met = functools.partial(self._run, "experts", "moe", "teacher")  # x, gates, index, valid
+        met = functools.partial(self._run, "experts", "moe", "teacher")  # x, gates, index
         h = self.streams.teacher
         found = [made for _, made in self._outputs(lambda h: met(h)[2:0:-1], h, slice(0, len(h)))]
         return tuple(np.concatenate(x) for x in zip(*found, strict=True))

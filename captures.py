@@ -26,7 +26,7 @@ those that `names(f, *args)` lists. Of each layer i:
     layer_i/middle                    [B, T, D]     the residual stream then
     layer_i/rms_norm_2                [B, T, D]     what router and experts read
     layer_i/router/logits             [B, T, E]
-    layer_i/router/chosen             [B, T, A]     int32, the experts of each token
+    layer_i/router/chosen             [B, T, A]     int32, the experts of each token; -1 of padding
     layer_i/router/gates              [B, T, E]     by which their outputs are multiplied, others 0
     layer_i/experts/hidden            [B, T, A, F]  of each chosen expert, gelu(x @ w) * (x @ v)
     layer_i/experts/outputs           [B, T, A, D]  of each chosen expert, before its gate

@@ -3,12 +3,12 @@
 Shape letters as in `model.py`. Kernels of `kernels/` do the work where there are any.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import kernels
 import quantize
@@ -18,7 +18,7 @@ class ExpertBlocks(NamedTuple):
     """(token, expert) pairs laid out expert by expert, in blocks of rows that share one expert.
 
     row_of_pair: int32 [T, A], where each pair went; R for a pair that is skipped
-    token_of_row: int32 [R], its inverse; T for a row of padding
+    token_of_row: int32 [R], its inverse; T for a row of padding, of a block that is not empty
     expert_of_block: int32 [blocks], -1 for an empty block
     """
 
@@ -27,8 +27,8 @@ class ExpertBlocks(NamedTuple):
     expert_of_block: jax.Array
 
 
-def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> ExpertBlocks:
-    """Sorts the experts that T tokens chose, index [T, A], into blocks; skips tokens not valid [T].
+def group_by_expert(index: jax.Array, num_experts: int) -> ExpertBlocks:
+    """Sorts the experts that T tokens chose, index [T, A], into blocks; skips those that are -1.
 
     With two experts, blocks of two rows, and tokens that chose 1, 0, 1 and 1 (A = 1):
     row_of_pair is [2, 0, 3, 4], token_of_row [1, -, 0, 2, 3, -], expert_of_block [0, 1, 1].
@@ -38,13 +38,13 @@ def group_by_expert(index: jax.Array, valid: jax.Array, num_experts: int) -> Exp
     block = expert_block(pairs, num_experts)
     blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
     rows = blocks * block
-    flat = jnp.where(valid[:, None], index, num_experts).reshape(pairs)
+    flat = index.reshape(pairs)
     if block == 1:  # one token: nothing to sort
-        used, pair = flat < num_experts, jnp.arange(pairs)
-        row_of_pair = jnp.where(used, pair, pairs).reshape(tokens, selected)
-        token_of_row = jnp.where(used, pair // selected, tokens)
-        return ExpertBlocks(row_of_pair, token_of_row, jnp.where(used, flat, -1))
+        pair = np.arange(pairs, dtype=np.int32)
+        row_of_pair = jnp.where(flat < 0, pairs, pair).reshape(tokens, selected)
+        return ExpertBlocks(row_of_pair, jnp.asarray(pair // selected), flat)
 
+    flat = jnp.where(flat < 0, num_experts, flat)
     counts = jnp.bincount(flat, length=num_experts + 1)
     last_block = jnp.cumsum(-(-counts[:num_experts] // block))
     first_row = jnp.concatenate([jnp.zeros(1, jnp.int32), last_block * block])
@@ -95,7 +95,7 @@ def _rows_backward(blocks, d_rows):
 @kernels.accelerated("gated_rows")
 def gated_rows(x, linear, linear_v, blocks, *, activations):
     """gelu(x @ linear) * (x @ linear_v) of the rows of tokens x [T, D], as [R, F]."""
-    rows, chosen = rows_of_tokens(x, blocks), blocks.expert_of_block  # [R, D]
+    rows, chosen = rows_of_tokens(quantize.floats_of(x), blocks), blocks.expert_of_block  # [R, D]
     return quantize.gated_dot(rows, linear, linear_v, chosen, activations=activations)
 
 
@@ -138,7 +138,6 @@ def mixture(
     x,
     gates,
     index,
-    valid,
     linear,
     linear_v,
     linear_1,
@@ -148,15 +147,19 @@ def mixture(
 ) -> jax.Array:
     """The experts' gated sum, float32 [B, T, D]: each token is computed by its chosen experts only.
 
-    x: [B, T, D]; gates float32, index int32: [B, T, A]; valid: bool [B, T]
+    x: [B, T, D], perhaps `quantize.RoundedRows`
+    gates, index: float32 and int32 [B, T, A]; an index of -1 counts nothing
     linear, linear_v: [E, D, F]; linear_1: [E, F, D]
     axis_name: inside `shard_map`, the mesh axis that F is split over, if any
     scale_last: of the whole linear_1, see `quantize.dot`
     """
     batch, queries, size = x.shape
     num_experts = linear.shape[0]
-    flat = functools.partial(jnp.reshape, shape=(batch * queries, -1))
-    blocks = group_by_expert(flat(index), valid.reshape(-1), num_experts)
+
+    def flat(x):
+        return x.reshape(batch * queries, -1)
+
+    blocks = group_by_expert(flat(index), num_experts)
     hidden = gated_rows(flat(x), linear, linear_v, blocks, activations=activations)  # [R, F]
     options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
     out = quantize.grouped_dot(hidden, linear_1, blocks.expert_of_block, **options)  # [R, D]
@@ -168,28 +171,27 @@ def mixture(
 # Of each token and each of its experts by itself. Arguments as those of `mixture`.
 
 
-def hidden_of_each(x, index, valid, linear, linear_v, activations: str) -> jax.Array:
-    """What an expert's last matrix is multiplied with, [B, T, A, F]; zeros where not valid."""
+def hidden_of_each(x, index, linear, linear_v, activations: str) -> jax.Array:
+    """What an expert's last matrix is multiplied with, [B, T, A, F]; zeros where that is -1."""
 
     def product(rows, chosen):
         return quantize.gated_dot(rows, linear, linear_v, chosen, activations=activations)
 
     pairs = jnp.repeat(x[:, :, None], index.shape[-1], axis=2)  # [B, T, A, D]
-    return _of_each(product, pairs, index, valid, linear.shape[0])
+    return _of_each(product, pairs, index, linear.shape[0])
 
 
-def outputs_of_each(hidden, index, valid, linear_1, **options) -> jax.Array:
+def outputs_of_each(hidden, index, linear_1, **options) -> jax.Array:
     """What an expert makes of `hidden_of_each`, [B, T, A, D]; options of `quantize.grouped_dot`."""
 
     def product(rows, chosen):
         return quantize.grouped_dot(rows, linear_1, chosen, **options)
 
-    return _of_each(product, hidden, index, valid, linear_1.shape[0])
+    return _of_each(product, hidden, index, linear_1.shape[0])
 
 
-def _of_each(product, x, index, valid, num_experts):  # [B, T, A, I] -> [B, T, A, O]
-    used = jnp.broadcast_to(valid[..., None], index.shape).reshape(-1)
-    blocks = group_by_expert(index.reshape(-1, 1), used, num_experts)
+def _of_each(product, x, index, num_experts):  # [B, T, A, I] -> [B, T, A, O]
+    blocks = group_by_expert(index.reshape(-1, 1), num_experts)
     rows = rows_of_tokens(x.reshape(-1, x.shape[-1]), blocks)
     y = product(rows, blocks.expert_of_block)
     y = y.at[blocks.row_of_pair[:, 0]].get(mode="fill", fill_value=0)

@@ -100,7 +100,7 @@ def training_model(
         if context.method_name != "__call__":
             return next_f(*args, **kwargs)
         if router_noise and isinstance(context.module, model.Router):
-            args = (jitter(hk.next_rng_key(), args[0], router_noise),)
+            args = (jitter(hk.next_rng_key(), args[0], router_noise), *args[1:])
         y = next_f(*args, **kwargs)
         if dropout and is_added(context.module):
             y = drop(hk.next_rng_key(), y, dropout)

@@ -285,7 +285,7 @@ class LayerOutput(NamedTuple):
     """What a layer computed: hidden [B, T, D] and, with experts, its routing.
 
     router_logits, router_probs: float32 [B, T, E]
-    expert_index: int32 [B, T, A], largest probability first
+    expert_index: int32 [B, T, A], largest probability first; -1 where the tokens are padding
     """
 
     hidden: jax.Array
@@ -330,7 +330,7 @@ def _of_rows(norm, scale, eps, *arrays):
 
     def of_rows(scale, *arrays):
         rows = (x.reshape(-1, x.shape[-1]) for x in arrays)
-        return norm(*rows, scale, eps=eps).reshape(arrays[0].shape)
+        return norm(*rows, scale, eps=eps).reshape(*arrays[0].shape)
 
     axes = ("batch", *[None] * (arrays[0].ndim - 1))
     in_axes = ((None,), *[axes] * len(arrays))
@@ -342,6 +342,12 @@ def _norm_of_rows(x, scale, *, eps):
     wide = x.astype(jnp.float32)
     rms = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (scale * wide * rms).astype(x.dtype)
+
+
+@kernels.accelerated("rounded_norm")
+def _rounded_norm(x, scale, *, eps, activations):  # [R, D], [D]
+    rounded = quantize.RoundedRows.of(_norm_of_rows(x, scale, eps=eps), activations)
+    return rounded.rows, rounded.integers, rounded.step
 
 
 @kernels.accelerated("added_norm")
@@ -394,16 +400,17 @@ def attend_and_write(q, k, v, keys, values, positions, frequencies, *, multiplie
 
 
 @kernels.accelerated("route")
-def routed(x, w, *, selected):
+def routed(x, w, valid, *, selected):
     """Of tokens x [R, D] and a router w [D, E]: logits and probabilities, float32 [R, E], and
-    of the chosen experts [R, A] probability and index."""
+    of the chosen experts [R, A] probability and index, -1 where not valid [R]."""
     logits = quantize.table_dot(x.astype(jnp.float32), w.T)
-    return logits, *_chosen(logits, selected)
+    return logits, *_chosen(logits, valid, selected)
 
 
-def _chosen(logits, selected):  # [..., E] -> [..., E], [..., A], [..., A]
+def _chosen(logits, valid, selected):  # [..., E], [...] -> [..., E], [..., A], [..., A]
     probs = jax.nn.softmax(logits, axis=-1)
-    return probs, *lax.top_k(probs, selected)
+    gates, index = lax.top_k(probs, selected)
+    return probs, gates, jnp.where(valid[..., None], index, -1)
 
 
 def check_ids(tokens, vocab_size: int) -> None:
@@ -479,6 +486,17 @@ class RMSNorm(hk.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         scale = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones)
         return captures.tap("", rms_norm(x, scale, self.eps))
+
+    def rounded(self, x: jax.Array, activations: str) -> jax.Array | quantize.RoundedRows:
+        """self(x), for products; rounded, too, where one kernel does both and nobody looks."""
+        if captures.is_tapped("") or not _rounded_norm.kernel(activations=activations):
+            return self(x)
+        scale = hk.get_parameter("scale", x.shape[-1:], init=jnp.ones)
+
+        def norm(*arrays, eps):
+            return quantize.RoundedRows(*_rounded_norm(*arrays, eps=eps, activations=activations))
+
+        return _of_rows(norm, scale, self.eps, x)
 
     def added_to(self, h: jax.Array, x: jax.Array) -> jax.Array:
         """h + self(x) of [..., D], one kernel where nobody looks at what is added."""
@@ -587,22 +605,22 @@ class Router(hk.Module):
 
     config: LanguageModelConfig
 
-    def __call__(self, x: jax.Array):
+    def __call__(self, x: jax.Array, valid: jax.Array):
         """[B, T, D] -> logits and probabilities, float32 [B, T, E], and of the chosen experts
-        [B, T, A] probability and index."""
+        [B, T, A] probability and index, -1 where not valid [B, T]."""
         c, w = self.config, matrix(x.shape[-1], self.config.num_experts)
         selected = c.num_selected_experts
 
-        def route(x, w):
-            found = routed(x.reshape(-1, x.shape[-1]), w, selected=selected)
+        def route(x, w, valid):
+            found = routed(x.reshape(-1, x.shape[-1]), w, valid.reshape(-1), selected=selected)
             return [y.reshape(*x.shape[:2], -1) for y in found]
 
         token = ("batch", None, None)
-        route = sharding.shard_map(route, (token, (None, None)), [token] * 4)
-        logits, probs, gates, index = route(x, w)
+        route = sharding.shard_map(route, (token, (None, None), token[:2]), [token] * 4)
+        logits, probs, gates, index = route(x, w, valid)
         if captures.is_tapped("logits"):
             logits = captures.tap("logits", logits)
-            probs, gates, index = _chosen(logits, selected)
+            probs, gates, index = _chosen(logits, valid, selected)
         if captures.is_tapped("chosen", "gates"):
             index = captures.tap("chosen", index)
             chosen = jax.nn.one_hot(index, c.num_experts).sum(axis=-2)  # [B, T, E]
@@ -617,8 +635,8 @@ class MoELayer(hk.Module):
     config: LanguageModelConfig
     name: str = "moe"
 
-    def __call__(self, x, gates, index, valid):
-        """x [B, T, D], gates and index [B, T, A], valid [B, T] -> [B, T, D]."""
+    def __call__(self, x, gates, index):
+        """x [B, T, D], perhaps `quantize.RoundedRows`, gates and index [B, T, A] -> [B, T, D]."""
         c = self.config
         up, down = (c.num_experts, c.emb_size, c.ffn_size), (c.num_experts, c.ffn_size, c.emb_size)
         shapes = {"linear": up, "linear_v": up, "linear_1": down}
@@ -630,17 +648,18 @@ class MoELayer(hk.Module):
         if captures.is_tapped("hidden", "outputs"):
             first = functools.partial(experts.hidden_of_each, activations=c.activations)
             pair = ("batch", None, None, axes[-1][1])
-            first = sharding.shard_map(first, (token, token, token[:2], *axes[:2]), pair)
-            hidden = captures.tap("hidden", first(x, index, valid, *weights[:2]))
+            first = sharding.shard_map(first, (token, token, *axes[:2]), pair)
+            x = quantize.floats_of(x)
+            hidden = captures.tap("hidden", first(x, index, *weights[:2]))
             last = functools.partial(experts.outputs_of_each, **options)
             out = (*token, None)
-            last = sharding.shard_map(last, (pair, token, token[:2], axes[-1]), out)
-            each = captures.tap("outputs", last(hidden, index, valid, weights[-1]))
+            last = sharding.shard_map(last, (pair, token, axes[-1]), out)
+            each = captures.tap("outputs", last(hidden, index, weights[-1]))
             y = jnp.sum(each.astype(jnp.float32) * gates[..., None], axis=2)
         else:
             mix = functools.partial(experts.mixture, **options)
-            mix = sharding.shard_map(mix, (token, token, token, token[:2], *axes), token)
-            y = mix(x, gates, index, valid, *weights)
+            mix = sharding.shard_map(mix, (token, token, token, *axes), token)
+            y = mix(x, gates, index, *weights)
         return captures.tap("output", y.astype(x.dtype))
 
 
@@ -663,18 +682,18 @@ class DecoderLayer(hk.Module):
 
 def add_attention(c: LanguageModelConfig, h, positions, memory):
     """The first half of a layer: h [B, T, D] with its attention added, and the layer's cache."""
-    y = RMSNorm(c.rms_norm_eps, "rms_norm")(h)
+    y = RMSNorm(c.rms_norm_eps, "rms_norm").rounded(h, c.activations)
     y, memory = MultiHeadAttention(c)(y, positions, memory)
     return captures.tap("middle", RMSNorm(c.rms_norm_eps, "rms_norm_1").added_to(h, y)), memory
 
 
 def add_experts(c: LanguageModelConfig, h, valid) -> LayerOutput:
     """The second half of a layer: h [B, T, D] with what its experts compute added."""
-    x = RMSNorm(c.rms_norm_eps, "rms_norm_2")(h)
+    x = RMSNorm(c.rms_norm_eps, "rms_norm_2").rounded(h, c.activations)
     logits = probs = index = None
     if c.num_experts > 1:
-        logits, probs, gates, index = Router(c)(x)
-        y = MoELayer(c)(x, gates, index, valid)
+        logits, probs, gates, index = Router(c)(quantize.floats_of(x), valid)
+        y = MoELayer(c)(x, gates, index)
     else:
         gate = jax.nn.gelu(Linear(c.ffn_size, c.activations, "linear")(x))
         y = gate * Linear(c.ffn_size, c.activations, "linear_v")(x)

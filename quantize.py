@@ -391,6 +391,47 @@ def high_and_low(integers: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high.astype(jnp.int8), (integers - (high << 7)).astype(jnp.int8)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["rows", "integers", "step"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class RoundedRows:
+    """Rows of floats that are rounded already, for kernels of products; others round them again.
+
+    rows: [..., I]
+    integers: int8 [..., I] or, of "int15", [..., 2 I], `high_and_low` side by side
+    step: float32 [..., 1]
+    """
+
+    rows: jax.Array
+    integers: jax.Array
+    step: jax.Array
+
+    @classmethod
+    def of(cls, rows: jax.Array, activations: str) -> "RoundedRows":
+        """Of rows [R, I], as `quantize_rows` rounds them."""
+        integers, step = quantize_rows(rows, None, activations)
+        if activations == "int15":
+            integers = jnp.concatenate(high_and_low(integers), axis=-1)
+        return cls(rows, integers, step)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape
+
+    @property
+    def dtype(self):
+        return self.rows.dtype
+
+    def reshape(self, *shape: int) -> "RoundedRows":
+        """With other axes before the last."""
+        return jax.tree.map(lambda x: x.reshape(*shape[:-1], x.shape[-1]), self)
+
+
+def floats_of(x: jax.Array | RoundedRows) -> jax.Array:
+    return x.rows if isinstance(x, RoundedRows) else x
+
+
 # --- Products -------------------------------------------------------------------------------------
 
 
@@ -427,7 +468,7 @@ def grouped_dot(
 ) -> jax.Array:
     """Rows in equal blocks, each block times one expert's matrix: [R, I] -> [R, O].
 
-    x: [R, I], R a multiple of the number of blocks
+    x: [R, I], R a multiple of the number of blocks; perhaps `RoundedRows`
     w: [E, I, O]; experts are read where they lie
     experts: int32 [blocks]; a block whose expert is -1 is skipped, and its rows are zeros
     scale_last, options: as `dot` has them
@@ -454,6 +495,7 @@ def grouped_dots(
 
 @kernels.accelerated("ternary_dots")
 def _grouped_dots(x, weights, experts, *, activations, axis_name, scale_last):
+    x = floats_of(x)
     rows = None if activations == "float" else quantize_rows(x, axis_name, activations)
     product = functools.partial(_grouped_dot, activations=activations, axis_name=axis_name)
     pairs = zip(weights, scale_last, strict=True)

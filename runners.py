@@ -1308,9 +1308,8 @@ def expert_rows(config: LanguageModelConfig, count: int) -> tuple[int, int]:
     if config.num_experts == 1:
         return count, 1
     index = jax.ShapeDtypeStruct((count, config.num_selected_experts), jnp.int32)
-    valid = jax.ShapeDtypeStruct((count,), jnp.bool)
     group = functools.partial(experts.group_by_expert, num_experts=config.num_experts)
-    blocks = jax.eval_shape(group, index, valid)
+    blocks = jax.eval_shape(group, index)
     return blocks.token_of_row.size, blocks.expert_of_block.size
 
 

@@ -602,6 +602,10 @@ def _takes_floats(x, *_, **__) -> bool:
     return x.dtype in FLOATS
 
 
+def _takes_activations(*_, activations, **__) -> bool:
+    return activations != "float"
+
+
 def _takes_table(x, table) -> bool:
     return table.dtype in (*FLOATS, jnp.int8)
 
@@ -651,8 +655,9 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     "quantize_rows": {"gpu": (_gpu("quantize_rows"), lambda x, axis_name=None, **_: not axis_name)},
     "rms_norm": {"cpu": (rms_norm,), "gpu": (_gpu("rms_norm"),)},
     "rotate": {"cpu": (rotate,)},
-    "route": {"gpu": (_gpu("route"), _takes_floats, _gpu("takes_route"))},
     "round_rows": {"cpu": (round_rows, _takes_floats)},
+    "rounded_norm": {"gpu": (_gpu("rounded_norm"), _takes_activations)},
+    "route": {"gpu": (_gpu("route"), _takes_floats, _gpu("takes_route"))},
     "row_maxima": {"cpu": (row_maxima, _takes_floats)},
     "table_dot": {"cpu": (table_dot, _takes_table)},
     "ternary_dots": {

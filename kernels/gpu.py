@@ -139,7 +139,7 @@ def ternary_dots(
 ) -> tuple:
     """`quantize.grouped_dots` of rows x [R, I] and `quantize.PackedWeight`s, for each [R, O].
 
-    Two launches, and what XLA makes of scaling the sums.
+    Two launches, or one for `quantize.RoundedRows`, and what XLA makes of scaling the sums.
     """
     rows, step = _rounded(x, activations, interpret)
     arrays = [_arrays_of(w) for w in weights]
@@ -149,7 +149,7 @@ def ternary_dots(
     def scaled(y, w):
         y = y.reshape(*rows.shape[:2], -1)  # [R, halves, O]
         gamma = w.scales[experts, 0].astype(jnp.float32)
-        gamma = jnp.repeat(gamma, len(x) // len(experts), axis=0)
+        gamma = jnp.repeat(gamma, x.shape[0] // len(experts), axis=0)
         return (_joined(y, w.multipliers is None) * (gamma * step)).astype(x.dtype)
 
     return tuple(scaled(y, w) for y, w in zip(sums, weights, strict=True))
@@ -159,7 +159,7 @@ def gated_dot(
     x: jax.Array, gate, up, experts: jax.Array, *, activations: str, interpret: bool = False
 ) -> jax.Array:
     """`quantize.gated_dot`, as `ternary_dots`; GELU in float32, rounded to the dtype of x."""
-    tokens = jnp.arange(len(x), dtype=jnp.int32)
+    tokens = jnp.arange(x.shape[0], dtype=jnp.int32)
     return _gated(x, gate, up, tokens, experts, activations, interpret)
 
 
@@ -170,7 +170,7 @@ def gated_rows(x, gate, up, blocks, *, activations: str, interpret: bool = False
 
 
 def _gated(x, gate, up, tokens, experts, activations, interpret):  # [T, I] -> [R, O]
-    """Two launches: tokens are rounded, and the rows of tokens [R] multiplied; zeros beyond T.
+    """Tokens are rounded, if they are not, and the rows of tokens [R] multiplied; zeros beyond T.
 
     A program sums over all of I: GELU needs the whole sum.
     """
@@ -211,10 +211,17 @@ def _arrays_of(w) -> tuple:
 def _rounded(x, activations: str, interpret: bool):
     """Rows x [R, I] as int8 [R, halves, I] and their steps [R, 1]; int15 has two halves, `_joined`
     puts them together."""
-    levels = 127 if activations == "int8" else 127 * 128
-    halves = 1 if activations == "int8" else 2
-    rows, step = quantize_rows(x, levels, jnp.int8, halves=halves, interpret=interpret)
-    return rows.reshape(len(x), halves, -1), step
+    if hasattr(x, "integers"):  # `quantize.RoundedRows`
+        integers, step = x.integers, x.step
+    else:
+        levels, halves = _levels(activations)
+        integers, step = quantize_rows(x, levels, jnp.int8, halves=halves, interpret=interpret)
+    return integers.reshape(len(integers), -1, x.shape[1]), step
+
+
+def _levels(activations: str) -> tuple[int, int]:
+    """The largest integer, and how many of int8 make one."""
+    return (127, 1) if activations == "int8" else (127 * 128, 2)
 
 
 def _joined(sums, trits: bool):
@@ -718,21 +725,27 @@ def _joined_attention_kernel(sums_ref, weights_ref, y_ref):
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, interpret: bool = False) -> jax.Array:
     """scale * x / rms(x), in float32, of rows x [R, D] in their dtype; scale float32 [D]."""
-    return _norm([x], scale, eps, "rms_norm", interpret)
+    return _norm([x], scale, eps, "rms_norm", interpret)[0]
+
+
+def rounded_norm(x, scale, eps: float, activations: str, *, interpret: bool = False) -> tuple:
+    """`quantize.RoundedRows` of `rms_norm`: rows, integers and step."""
+    return tuple(_norm([x], scale, eps, "rounded_norm", interpret, *_levels(activations)))
 
 
 def added_norm(h, x, scale, eps: float, *, interpret: bool = False) -> jax.Array:
     """h + rms_norm(x, scale), which is rounded to their dtype before it is added."""
     _check("h", h, x.shape, x.dtype)
-    return _norm([x, h], scale, eps, "added_norm", interpret)
+    return _norm([x, h], scale, eps, "added_norm", interpret)[0]
 
 
-def _norm(arrays, scale, eps, name, interpret):
+def _norm(arrays, scale, eps, name, interpret, levels=0, halves=0):
+    """The norm of the first of some arrays, plus the second; with levels rounded then, too."""
     x = arrays[0]
     _check("scale", scale, x.shape[-1:], jnp.float32)
 
     def kernel(x_ref, *refs):
-        *added_ref, scale_ref, y_ref = refs
+        *added_ref, scale_ref, y_ref = refs[: len(arrays) + 1]
         row, column, here = _row_of(x_ref)
         x = triton.load(x_ref.at[row, column], mask=here, other=0).astype(jnp.float32)
         scale = triton.load(scale_ref.at[column], mask=here, other=0)
@@ -740,9 +753,14 @@ def _norm(arrays, scale, eps, name, interpret):
         if added_ref:
             h = triton.load(added_ref[0].at[row, column], mask=here, other=0)
             y = h.astype(jnp.float32) + y.astype(h.dtype).astype(jnp.float32)
-        triton.store(y_ref.at[row, column], y.astype(y_ref.dtype), mask=here)
+        y = y.astype(y_ref.dtype)
+        triton.store(y_ref.at[row, column], y, mask=here)
+        if levels:
+            _store_rounded(y, x_ref.shape[1], levels, *refs[-2:])
 
-    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    if levels:
+        out += _rounded_shapes(x, halves, jnp.int8)
     return _rows_call(kernel, x.shape, out, name, interpret)(*arrays, scale)
 
 
@@ -753,25 +771,33 @@ def quantize_rows(x: jax.Array, levels: int, dtype, *, halves: int = 1, interpre
     halves: 2 for [R, 2 I], `quantize.high_and_low` side by side
     """
 
-    def kernel(x_ref, integers_ref, step_ref):
+    def kernel(x_ref, *refs):
         row, column, here = _row_of(x_ref)
-        x = triton.load(x_ref.at[row, column], mask=here, other=0).astype(jnp.float32)
-        step = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30) * np.float32(1 / levels)
-        step_ref[row, 0] = step
-        integers = _round(x / step).astype(jnp.int32)
-        if halves == 2:
-            high = (integers + 64) >> 7
-            low_column = x_ref.shape[1] + column
-            low = (integers - (high << 7)).astype(dtype)
-            triton.store(integers_ref.at[row, low_column], low, mask=here)
-            integers = high
-        triton.store(integers_ref.at[row, column], integers.astype(dtype), mask=here)
+        x = triton.load(x_ref.at[row, column], mask=here, other=0)
+        _store_rounded(x, x_ref.shape[1], levels, *refs)
 
-    out = (
-        jax.ShapeDtypeStruct((x.shape[0], halves * x.shape[1]), dtype),
-        jax.ShapeDtypeStruct((x.shape[0], 1), jnp.float32),
-    )
+    out = _rounded_shapes(x, halves, dtype)
     return _rows_call(kernel, x.shape, out, "quantize_rows", interpret)(x)
+
+
+def _rounded_shapes(x, halves: int, dtype) -> list:
+    shapes = ((len(x), halves * x.shape[-1]), dtype), ((len(x), 1), jnp.float32)
+    return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+
+def _store_rounded(x, width: int, levels: int, integers_ref, step_ref):
+    """Rounds this program's row x, of which `width` are there and all others zeros."""
+    x, row, column = x.astype(jnp.float32), pl.program_id(0), jnp.arange(len(x), dtype=jnp.int32)
+    here = column < width
+    step = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30) * np.float32(1 / levels)
+    step_ref[row, 0] = step
+    integers = _round(x / step).astype(jnp.int32)
+    if integers_ref.shape[1] == 2 * width:
+        high = (integers + 64) >> 7
+        low = (integers - (high << 7)).astype(integers_ref.dtype)
+        triton.store(integers_ref.at[row, width + column], low, mask=here)
+        integers = high
+    triton.store(integers_ref.at[row, column], integers.astype(integers_ref.dtype), mask=here)
 
 
 def _row_of(ref):
@@ -809,18 +835,19 @@ ROUTED = 16  # rows at most: each program reads all of the matrix
 CHUNK = 1024  # of its inputs, that are taken at a time
 
 
-def takes_route(x, w, *, selected: int) -> bool:
+def takes_route(x, w, valid, *, selected: int) -> bool:
     """Whether `route` has a kernel for x [R, D] and w [D, E]."""
     powers = (2, 4, 8, 16, 32)  # of two, as all sizes of Triton
     return 0 < len(x) <= ROUTED and w.shape[1] in powers and w.dtype == jnp.float32
 
 
-def route(x: jax.Array, w: jax.Array, *, selected: int, interpret: bool = False) -> tuple:
+def route(x, w, valid, *, selected: int, interpret: bool = False) -> tuple:
     """`model.routed`, in one launch, which XLA makes of three. A program has a row."""
     (rows, size), count = x.shape, w.shape[1]
     _check("w", w, (size, count), jnp.float32)
+    _check("valid", valid, (rows,), jnp.bool)
 
-    def kernel(x_ref, w_ref, logits_ref, probs_ref, gates_ref, index_ref):
+    def kernel(x_ref, w_ref, valid_ref, logits_ref, probs_ref, gates_ref, index_ref):
         row, expert = pl.program_id(0), jnp.arange(count, dtype=jnp.int32)
 
         def add_chunk(i, sums):
@@ -840,7 +867,8 @@ def route(x: jax.Array, w: jax.Array, *, selected: int, interpret: bool = False)
         for i in range(selected):  # of equal ones the first, as `lax.top_k`
             largest = jnp.max(probs)
             chosen = jnp.min(jnp.where(probs == largest, expert, count - 1))
-            gates_ref[row, i], index_ref[row, i] = largest, chosen
+            gates_ref[row, i] = largest
+            index_ref[row, i] = jnp.where(valid_ref[row], chosen, -1)
             probs = jnp.where(expert == chosen, -1.0, probs)
 
     shapes = ((count, jnp.float32), (count, jnp.float32), (selected, jnp.float32))
@@ -851,4 +879,4 @@ def route(x: jax.Array, w: jax.Array, *, selected: int, interpret: bool = False)
         compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="route",
-    )(x, w)
+    )(x, w, valid)

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import pytest
+from factories import slow
 
 import aot
 import kernels
@@ -119,9 +120,12 @@ def test_operations_are_told_with_two_digits(n, rounded):
 
 
 @functools.cache
-def compiled(device, heads, step):
-    mesh = aot.described_mesh(device, 1, heads)
-    steps = aot.compiled_steps(LAYER, model.PRECISIONS["ternary"], mesh, 1, [step])
+def compiled(device, heads, step, layers=1):
+    mesh, config = (
+        aot.described_mesh(device, 1, heads),
+        dataclasses.replace(LAYER, num_layers=layers),
+    )
+    steps = aot.compiled_steps(config, model.PRECISIONS["ternary"], mesh, 1, [step])
     return steps[step]
 
 
@@ -134,12 +138,22 @@ def test_a_decode_step_on_gpus(heads):
     products = {"ternary_few_rows": 3, "gated_dot": 1}  # three are one, and two with GELU
     assert {name: found.kernels[name] for name in products} == products
     assert found.kernels["decode_attention"] == found.kernels["route"] == 1
-    assert found.kernels["added_norm"] == 2
+    assert found.kernels["added_norm"] == found.kernels["rounded_norm"] == 2
+    assert found.kernels["rms_norm"] == 1  # the last one, which feeds no product
+    assert found.kernels["quantize_rows"] == {1: 2, 8: 0}[heads]  # of parts of rows XLA has maxima
     assert found.loops == 0
-    assert found.operations < {1: 52, 8: 61}[heads]  # 48 and 57
+    assert found.operations < {1: 51, 8: 61}[heads]  # 48 and 58
     for op in aot.operations(step.as_text()):
         assert not (op.opcode.startswith("all-gather") and op.bytes > 1e6), op.text
     assert found.added < 10e6  # 1.8 MB: logits, and what is made of them
+
+
+@needs_compiler("gpu")
+@pytest.mark.parametrize("heads, operations", [(1, 16), slow(8, 24)])
+def test_operations_of_a_layer_on_gpus(heads, operations):
+    steps = compiled("h200", heads, "decode"), compiled("h200", heads, "decode", layers=2)
+    one, two = (aot.Compiled.of(step).operations for step in steps)
+    assert two - one <= operations
 
 
 @needs_compiler("gpu")

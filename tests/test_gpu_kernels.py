@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import factories
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 (NumPy learns "bfloat16" from it)
@@ -11,6 +13,7 @@ import pytest
 from factories import slow
 from jax.sharding import AbstractDevice, AbstractMesh
 
+import captures
 import experts as moe
 import formats
 import kernels
@@ -21,6 +24,13 @@ from kernels import gpu
 from kernels.gpu import FEW_ROWS, MANY_ROWS
 
 EXPERTS = [2, -1, 0, 2, 1]  # of the blocks: repeated, skipped, and not in order
+
+needs_gpu = pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="runs compiled kernels; set JAX_PLATFORMS=cuda"
+)
+interpreted_or_not = pytest.mark.parametrize(
+    "interpret", [True, pytest.param(False, marks=needs_gpu)]
+)
 
 
 def random_case(rows, inputs=1024, outputs=256, groups=None, planes=1):
@@ -96,6 +106,7 @@ def test_largest_sums():
     np.testing.assert_array_equal(y, np.broadcast_to(trits * np.int32(-127 << 22), y.shape))
 
 
+@interpreted_or_not
 @pytest.mark.parametrize(
     "weights, inputs, rows, activations",
     [
@@ -106,7 +117,7 @@ def test_largest_sums():
         ("ternary2-64", 2048, 36, "int8"),
     ],
 )
-def test_products_that_share_a_launch(weights, inputs, rows, activations, monkeypatch):
+def test_products_that_share_a_launch(weights, inputs, rows, activations, interpret, monkeypatch):
     """Three weights, and a gated product: blocks of rows of two experts, one of which is skipped.
 
     A step's blocks of 64 bytes are 1 packing block for 2048 inputs, 2 for 1024 and 8 for 256. Rows
@@ -116,7 +127,7 @@ def test_products_that_share_a_launch(weights, inputs, rows, activations, monkey
 
     def rounded(x, axis_name, activations):
         levels, dtype = (127, jnp.int8) if activations == "int8" else (127 * 128, jnp.int16)
-        return gpu.quantize_rows(x, levels, dtype, interpret=True)
+        return gpu.quantize_rows(x, levels, dtype, interpret=interpret)
 
     monkeypatch.setattr(quantize, "quantize_rows", rounded)
     ws = [
@@ -127,14 +138,15 @@ def test_products_that_share_a_launch(weights, inputs, rows, activations, monkey
     ]
     x = jnp.asarray(random.standard_normal((rows, inputs)), jnp.float32)
     experts = jnp.array([1, -1])
+    options = {"activations": activations, "interpret": interpret}
     assert gpu.takes_dots(x, ws, experts, activations=activations)
     with kernels.disabled():
         plain = quantize.grouped_dots(x, ws, experts, activations=activations)
         gated = quantize.gated_dot(x, *ws[1:], experts, activations=activations)
-    found = gpu.ternary_dots(x, ws, experts, activations=activations, interpret=True)
+    found = gpu.ternary_dots(x, ws, experts, **options)
     for y, expected in zip(found, plain, strict=True):
         np.testing.assert_array_equal(y, expected)
-    found = gpu.gated_dot(x, *ws[1:], experts, activations=activations, interpret=True)
+    found = gpu.gated_dot(x, *ws[1:], experts, **options)
     # Another formula for GELU: some units in the last place of numbers of a few hundreds.
     np.testing.assert_allclose(found, gated, rtol=0, atol=1e-6 * np.abs(gated).max())
     assert not found[rows // 2 :].any()
@@ -143,8 +155,30 @@ def test_products_that_share_a_launch(weights, inputs, rows, activations, monkey
     blocks = moe.ExpertBlocks(None, tokens, jnp.array([-1, 0]))
     with kernels.disabled():
         gated = moe.gated_rows(x, *ws[1:], blocks, activations=activations)
-    found = gpu.gated_rows(x, *ws[1:], blocks, activations=activations, interpret=True)
+    found = gpu.gated_rows(x, *ws[1:], blocks, **options)
     np.testing.assert_allclose(found, gated, rtol=0, atol=1e-6 * np.abs(gated).max())
+
+
+@interpreted_or_not
+def test_rows_that_are_rounded_already(interpret):
+    """Kernels do not look at their floats, and plain JAX rounds these again."""
+    random = np.random.default_rng(0)
+    ws = [quantize.pack(random.integers(-1, 2, (2, 256, 16)), np.ones((2, 1, 1), np.float32))] * 2
+    x, activations = jnp.asarray(random.standard_normal((2, 256)), jnp.float32), "int15"
+    integers, step = gpu.quantize_rows(x, 127 * 128, jnp.int8, halves=2, interpret=interpret)
+    unseen = quantize.RoundedRows(jnp.full_like(x, jnp.nan), integers, step)
+    seen = dataclasses.replace(unseen, rows=x)
+    blocks = moe.ExpertBlocks(None, jnp.array([1, 0]), jnp.array([0, 1]))
+    for kernel, plain, arguments in (
+        (gpu.ternary_dots, quantize.grouped_dots, (ws, blocks.expert_of_block)),
+        (gpu.gated_rows, moe.gated_rows, (*ws, blocks)),
+    ):
+        with kernels.disabled():
+            expected, same = (plain(y, *arguments, activations=activations) for y in (x, seen))
+        jax.tree.map(np.testing.assert_array_equal, same, expected)
+        found = kernel(unseen, *arguments, activations=activations, interpret=interpret)
+        near = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-2)  # of hundreds
+        jax.tree.map(near, found, expected)
 
 
 @pytest.mark.parametrize(
@@ -435,6 +469,35 @@ def test_attention_of_the_model(monkeypatch):
     jax.tree.map(near, found.model_state, plain.model_state)
 
 
+def test_experts_whose_norm_rounds(monkeypatch):
+    """They give what they do where products round, and gradients; and floats to look at."""
+    config = dataclasses.replace(factories.EVEN, activations="int15")
+    valid = jnp.array([[True, True, False]])
+    run = hk.transform(lambda h: model.add_experts(config, h, valid).hidden)
+    h = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 40)), jnp.float32)
+    params = jax.jit(run.init)(jax.random.key(0), h)
+
+    def outputs(params):
+        loss = lambda params: jnp.sum(jnp.sin(run.apply(params, None, h)))  # noqa: E731
+        return run.apply(params, None, h), jax.grad(loss)(params)
+
+    def with_kernels(*names):
+        only = {name: kernels.KERNELS[name] for name in names}
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "KERNELS", dict.fromkeys(kernels.KERNELS, {}) | only)
+            traced = jax.jit(lambda params: outputs(params)).trace(params)
+            return str(traced.jaxpr), traced.lower().compile()(params)
+
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    for name in ("rms_norm", "rounded_norm", "quantize_rows"):
+        monkeypatch.setattr(gpu, name, functools.partial(getattr(gpu, name), interpret=True))
+    _, expected = with_kernels("rms_norm", "quantize_rows")
+    text, found = with_kernels("rms_norm", "quantize_rows", "rounded_norm")
+    assert "rounded_norm" in text
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert captures.names(run.apply, params, None, h)["rms_norm_2"].shape == (1, 3, 40)
+
+
 # --- Norm -----------------------------------------------------------------------------------------
 
 
@@ -448,18 +511,40 @@ def random_norm(dtype):
     return x, scale, scale * wide / rms
 
 
+@interpreted_or_not
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_norm(dtype):
+def test_norm(dtype, interpret):
     x, scale, expected = random_norm(dtype)
-    y = gpu.rms_norm(x, scale, 1e-5, interpret=True)
+    y = gpu.rms_norm(x, scale, 1e-5, interpret=interpret)
     assert y.dtype == x.dtype
     assert_near(y, expected)
     h = x[::-1] * 3
-    added = gpu.added_norm(h, x, scale, 1e-5, interpret=True)
+    added = gpu.added_norm(h, x, scale, 1e-5, interpret=interpret)
     assert added.dtype == x.dtype
     assert_near(added, np.asarray(h, np.float64) + expected)
     if dtype == "bfloat16":  # what is added is rounded to it, as if there were two launches
         np.testing.assert_array_equal(added, h + y)
+
+
+@interpreted_or_not
+@pytest.mark.parametrize("activations", ["int8", "int15"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_norm_that_rounds(dtype, activations, interpret, monkeypatch):
+    """As the two kernels do, one after the other: to the same bits."""
+    x, scale, _ = random_norm(dtype)
+    x = x.at[2].set(0)
+    rounding = functools.partial(gpu.quantize_rows, interpret=interpret)
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    monkeypatch.setattr(gpu, "quantize_rows", rounding)
+    rows = gpu.rms_norm(x, scale, 1e-5, interpret=interpret)
+    expected = quantize.RoundedRows.of(rows, activations)
+    found = gpu.rounded_norm(x, scale, 1e-5, activations, interpret=interpret)
+    for y, of_two in zip(found, jax.tree.leaves(expected), strict=True):
+        assert y.dtype == of_two.dtype
+        np.testing.assert_array_equal(y, of_two)
+    halves = np.split(np.asarray(found[1], np.int64), found[1].shape[1] // 97, axis=1)
+    integers = sum(half * 128**i for i, half in enumerate(halves[::-1]))
+    np.testing.assert_allclose(integers * found[2], rows, rtol=0, atol=0.51 * found[2].max())
 
 
 def test_rows_that_do_not_fit():
@@ -497,25 +582,27 @@ def test_halves_round_to_even():
 # --- Router ---------------------------------------------------------------------------------------
 
 
+@interpreted_or_not
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_router(dtype):
+def test_router(dtype, interpret):
     """Logits, probabilities and choices of plain JAX; of equal probabilities the first."""
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((3, 1500)), dtype).at[1].set(0)
     w = jnp.asarray(random.standard_normal((1500, 8)) / 30, jnp.float32)
+    valid = jnp.array([True, True, False])
     with kernels.disabled():
-        expected = model.routed(x, w, selected=3)
-    found = gpu.route(x, w, selected=3, interpret=True)
+        expected = model.routed(x, w, valid, selected=3)
+    found = gpu.route(x, w, valid, selected=3, interpret=interpret)
     for y, plain in zip(found, expected, strict=True):
         assert y.dtype == plain.dtype
         np.testing.assert_allclose(y, plain, rtol=0, atol=2e-6)
-    assert found[3][1].tolist() == [0, 1, 2]
+    assert found[3][1:].tolist() == [[0, 1, 2], [-1, -1, -1]]
 
 
 def test_what_the_router_takes():
     def takes(rows, experts, dtype="float32"):
         x, w = jax.ShapeDtypeStruct((rows, 96), dtype), jax.ShapeDtypeStruct((96, experts), dtype)
-        return gpu.takes_route(x, w, selected=2)
+        return gpu.takes_route(x, w, jax.ShapeDtypeStruct((rows,), bool), selected=2)
 
     assert takes(1, 8) and takes(16, 2)
     assert not takes(17, 8), "rows that would each read the matrix"
@@ -524,7 +611,9 @@ def test_what_the_router_takes():
     assert not takes(1, 8, "bfloat16")
     x, w = jnp.zeros((2, 96)), jnp.zeros((97, 8))
     with pytest.raises(ValueError, match=r"w is float32 \[97, 8\], expected float32 \[96, 8\]"):
-        gpu.route(x, w, selected=2, interpret=True)
+        gpu.route(x, w, jnp.ones(2, bool), selected=2, interpret=True)
+    with pytest.raises(ValueError, match=r"valid is bool \[3\], expected bool \[2\]"):
+        gpu.route(x, w[:96], jnp.ones(3, bool), selected=2, interpret=True)
 
 
 # --- For CUDA -------------------------------------------------------------------------------------
@@ -594,8 +683,8 @@ def test_the_decode_step_lowers_for_cuda(rows, weights, monkeypatch):
     of_layer = {
         "ternary_few_rows": 3,
         "gated_dot": 1,
-        "quantize_rows": 4,
-        "rms_norm": 2,
+        "quantize_rows": 2,
+        "rounded_norm": 2,
         "added_norm": 2,
         "decode_attention": 1,
         "joined_attention": 1,
@@ -604,12 +693,8 @@ def test_the_decode_step_lowers_for_cuda(rows, weights, monkeypatch):
     calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
     for name, count in of_layer.items():
         found = sum(f'"{name}"' in line for line in calls)
-        assert found == 2 * count + (name == "rms_norm"), (name, found)
-
-
-needs_gpu = pytest.mark.skipif(
-    jax.default_backend() != "gpu", reason="runs compiled kernels; set JAX_PLATFORMS=cuda"
-)
+        assert found == 2 * count, (name, found)
+    assert sum('"rms_norm"' in line for line in calls) == 1  # the last one, which feeds no product
 
 
 @needs_gpu

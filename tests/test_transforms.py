@@ -185,7 +185,7 @@ def test_a_large_cache_has_a_gradient(monkeypatch):
 def test_tokens_sorted_by_expert_have_tangents():
     """Those of the gradients, whose rows are read and not scattered."""
     index, valid = jnp.array([[0, 2], [2, 1], [1, 0]]), jnp.array([True, True, False])
-    blocks = experts.group_by_expert(index, valid, 3)
+    blocks = experts.group_by_expert(jnp.where(valid[:, None], index, -1), 3)
     x, gates = X[:3, :4], jnp.abs(X[:3, 4:6])
 
     def f(x, gates):
