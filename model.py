@@ -636,12 +636,12 @@ class MoELayer(hk.Module):
             out = (*token, None)
             last = sharding.shard_map(last, (pair, token, token[:2], axes[-1]), out)
             each = captures.tap("outputs", last(hidden, index, valid, weights[-1]))
-            y = jnp.sum(each.astype(jnp.float32) * gates[..., None], axis=2)
+            y = jnp.sum(each.astype(jnp.float32) * gates[..., None], axis=2).astype(x.dtype)
         else:
             mix = functools.partial(experts.mixture, **options)
             mix = sharding.shard_map(mix, (token, token, token, token[:2], *axes), token)
             y = mix(x, gates, index, valid, *weights)
-        return captures.tap("output", y.astype(x.dtype))
+        return captures.tap("output", y)
 
 
 # The norms whose output is added to h; dropout in training comes after them (`learning.is_added`).
