@@ -134,6 +134,32 @@ def _sums_backward(kept, d_sums):
     return (d_rows * gate_of_row[:, None]).astype(rows.dtype), d_gates
 
 
+SCATTERED = 64  # tokens from which on a collective more pays for sending fewer bytes
+
+
+def _is_scattered(w, tokens: int, axis_name: str | None) -> bool:
+    """Whether `_scattered_sums` are taken; in training not: their gradient would be a scatter."""
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    integers = isinstance(w, quantize.QuantizedWeight | quantize.PackedWeight)
+    integers = integers and not quantize.in_training(w)
+    return integers and devices > 1 and tokens >= SCATTERED and tokens % devices == 0
+
+
+def _scattered_sums(hidden, linear_1, gates, blocks, **options):  # -> [T, D]
+    """`gated_sums` of the last product, in its dtype, each token's on one of the devices.
+
+    Products are added over devices as integers, but for the rows of padding, where their token is
+    gated: what every device then gets is one row for each token. No bit differs.
+    """
+    axis_name, pairs = options["axis_name"], blocks.row_of_pair
+    chosen, kept = blocks.expert_of_block, pairs.reshape(-1)
+    y = quantize.scattered_dot(hidden, linear_1, chosen, kept, **options)  # [T A / n, D]
+    gates, pairs = (kernels.part_of(array, axis_name) for array in (gates, pairs))
+    order = jnp.arange(pairs.size).reshape(pairs.shape)
+    sums = _gated_sums(y, gates, jnp.where(pairs < len(hidden), order, pairs.size))
+    return kernels.whole_of(sums.astype(y.dtype), axis_name)
+
+
 def mixture(
     x,
     gates,
@@ -145,7 +171,8 @@ def mixture(
     axis_name: str | None = None,
     scale_last: bool | None = None,
 ) -> jax.Array:
-    """The experts' gated sum, float32 [B, T, D]: each token is computed by its chosen experts only.
+    """The experts' gated sum [B, T, D] in the dtype of x: each token is computed by its chosen
+    experts only.
 
     x: [B, T, D], perhaps `quantize.RoundedRows`
     gates, index: float32 and int32 [B, T, A]; an index of -1 counts nothing
@@ -162,8 +189,12 @@ def mixture(
     blocks = group_by_expert(flat(index), num_experts)
     hidden = gated_rows(flat(x), linear, linear_v, blocks, activations=activations)  # [R, F]
     options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
-    out = quantize.grouped_dot(hidden, linear_1, blocks.expert_of_block, **options)  # [R, D]
-    return gated_sums(out, flat(gates), blocks).reshape(batch, queries, size)
+    if _is_scattered(linear_1, batch * queries, axis_name):
+        y = _scattered_sums(hidden, linear_1, flat(gates), blocks, **options)
+    else:
+        out = quantize.grouped_dot(hidden, linear_1, blocks.expert_of_block, **options)  # [R, D]
+        y = gated_sums(out, flat(gates), blocks)
+    return y.reshape(batch, queries, size).astype(x.dtype)
 
 
 # --- Of each expert, to look at -------------------------------------------------------------------

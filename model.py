@@ -655,12 +655,12 @@ class MoELayer(hk.Module):
             out = (*token, None)
             last = sharding.shard_map(last, (pair, token, axes[-1]), out)
             each = captures.tap("outputs", last(hidden, index, weights[-1]))
-            y = jnp.sum(each.astype(jnp.float32) * gates[..., None], axis=2)
+            y = jnp.sum(each.astype(jnp.float32) * gates[..., None], axis=2).astype(x.dtype)
         else:
             mix = functools.partial(experts.mixture, **options)
             mix = sharding.shard_map(mix, (token, token, token, *axes), token)
             y = mix(x, gates, index, *weights)
-        return captures.tap("output", y.astype(x.dtype))
+        return captures.tap("output", y)
 
 
 # The norms whose output is added to h; dropout in training comes after them (`learning.is_added`).

@@ -502,12 +502,23 @@ def _grouped_dots(x, weights, experts, *, activations, axis_name, scale_last):
     return tuple(product(x, rows, w, experts, scale_last=last) for w, last in pairs)
 
 
-def _grouped_dot(x, rows, w, experts, activations, axis_name, scale_last):
+@kernels.accelerated("scattered_dot")
+def scattered_dot(x, w, experts, kept, *, activations, axis_name, scale_last=None):
+    """Of some rows of `grouped_dot` the part of each device of a mesh axis: [K / n, O].
+
+    kept: int32 [K], which rows, see `kernels.sums_of_devices`
+    """
+    rows = None if activations == "float" else quantize_rows(x, axis_name, activations)
+    return _grouped_dot(x, rows, w, experts, activations, axis_name, scale_last, kept)
+
+
+def _grouped_dot(x, rows, w, experts, activations, axis_name, scale_last, kept=None):
     """rows: x as `quantize_rows` gives it; None for float activations"""
     if in_training(w) and activations != "int8":
         w, scale_last = dequantize(w), False  # bfloat16 has 8 bits
     scale_last = has_last_scale(w) if scale_last is None else scale_last
-    sums, step = functools.partial(_sums, axis_name=axis_name, scale_last=scale_last), None
+    options = {"kept": kept, "axis_name": axis_name, "scale_last": scale_last}
+    sums, step = functools.partial(_sums, **options), None
     if rows is None:
         y = sums(x, w, experts)
     else:
@@ -525,6 +536,8 @@ def _grouped_dot(x, rows, w, experts, activations, axis_name, scale_last):
         gamma = w.scales[experts, 0].astype(jnp.float32)  # [blocks, C]
         gamma = jnp.repeat(gamma, x.shape[0] // experts.shape[0], axis=0)
         scale = gamma if step is None else in_this_order(gamma * step)
+    if kept is not None and scale is not None:
+        scale = scale.at[kernels.part_of(kept, axis_name)].get(mode="clip")
     return (y if scale is None else y * scale).astype(x.dtype)
 
 
@@ -548,21 +561,25 @@ def has_last_scale(w: Weight) -> bool:
     return isinstance(w, QuantizedWeight | PackedWeight) and w.scales.shape[-2] == 1
 
 
-def _sums(x, w, experts, axis_name, scale_last):  # [R, I] -> float32 [R, O]
-    """Sums over all of I, on every device, times scales of groups but not those that come last."""
+def _sums(x, w, experts, kept, axis_name, scale_last):  # [R, I] -> float32 [R, O] or [K / n, O]
+    """Sums over all of I, times scales of groups but not those that come last.
+
+    kept: None for all rows on every device; or as `scattered_dot` has it
+    """
     blocks, (rows, inputs) = experts.shape[0], x.shape
     x = x.reshape(blocks, -1, inputs)
     int15 = x.dtype == jnp.int16
     if int15:  # both halves in one product: the weights are read once
         x = jnp.concatenate(high_and_low(x), axis=1)
     y = _block_products(x, w, experts, scale_last)
+    y = y.reshape(blocks, 1 + int15, rows // blocks, -1).swapaxes(0, 1)
     trits = isinstance(w, PackedWeight) and w.multipliers is None
     if int15 and trits:  # at most 32768 * 16256, in int32: a device sends half as much
-        y = 128 * y[:, : rows // blocks] + y[:, rows // blocks :]
-    y = (y if axis_name is None else lax.psum(y, axis_name)).astype(jnp.float32)
-    if int15 and not trits:
-        y = 128 * y[:, : rows // blocks] + y[:, rows // blocks :]
-    return y.reshape(rows, -1)
+        y = 128 * y[:1] + y[1:]
+    y = y.reshape(len(y), rows, -1)
+    y = y if axis_name is None else kernels.sums_of_devices(y, axis_name, kept)
+    high, *low = y.astype(jnp.float32)
+    return 128 * high + low[0] if low else high
 
 
 def _of_rounded(sums: Callable) -> Callable:

@@ -154,7 +154,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def join_hosts(where: str) -> None:
     """Starts the distributed runtime from the value of --distributed."""
     if not where:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"JAX finds no cluster around it ({error}); give --distributed HOST:PORT,N,I"
+            ) from None
         return
     try:
         address, processes, index = where.split(",")

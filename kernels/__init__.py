@@ -239,6 +239,44 @@ def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return jnp.broadcast_to(zero, shape)
 
 
+# --- Sums over devices ----------------------------------------------------------------------------
+#
+# Inside `shard_map`, over the n devices of a mesh axis. Of few bytes, each gets the whole sum. Of
+# many, each gets a part (`jax.lax.psum_scatter`, half of what crosses for a sum), does with it what
+# comes next, and sends what became of it.
+
+
+def scatters(axis_name: str) -> bool:
+    """Whether each device gets a part. XLA:TPU would add integers on all of them, and then cut."""
+    return jax.lax.axis_size(axis_name) > 1 and platform() != "tpu"
+
+
+def sums_of_devices(y: jax.Array, axis_name: str, kept: jax.Array | None = None) -> jax.Array:
+    """The sum of all devices' y [..., R, O]; or, of its rows kept int32 [K], `part_of` them.
+
+    n divides K; what comes of a row that there is not is of no use.
+    """
+    y = y if kept is None else y.at[..., kept, :].get(mode="clip")
+    if kept is None or not scatters(axis_name):
+        return jax.lax.psum(y, axis_name)
+    return jax.lax.psum_scatter(y, axis_name, scatter_dimension=y.ndim - 2, tiled=True)
+
+
+def part_of(array: jax.Array, axis_name: str) -> jax.Array:
+    """This device's part of the first axis, one n-th; all of it where nothing scatters."""
+    if not scatters(axis_name):
+        return array
+    size = len(array) // jax.lax.axis_size(axis_name)
+    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(axis_name) * size, size)
+
+
+def whole_of(part: jax.Array, axis_name: str) -> jax.Array:
+    """What all devices' `part_of` are of."""
+    if not scatters(axis_name):
+        return part
+    return jax.lax.all_gather(part, axis_name, tiled=True)
+
+
 # --- Large pages ----------------------------------------------------------------------------------
 
 LARGE_PAGE = 1 << 21
@@ -659,6 +697,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     "rounded_norm": {"gpu": (_gpu("rounded_norm"), _takes_activations)},
     "route": {"gpu": (_gpu("route"), _takes_floats, _gpu("takes_route"))},
     "row_maxima": {"cpu": (row_maxima, _takes_floats)},
+    "scattered_dot": {"tpu": (_tpu("scattered_dot"), _takes_floats, _tpu("takes_dot"))},
     "table_dot": {"cpu": (table_dot, _takes_table)},
     "ternary_dots": {
         "cpu": (ternary_dots, _takes_dots),

@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+import kernels
+
 LANES = 128  # of a vector
 SUBLANES = 8
 MULTIPLE = 32  # of it are the bytes of each output that a kernel takes
@@ -48,6 +50,11 @@ def takes_dots(x, weights, experts, *, activations: str, **_) -> bool:
     """Whether `ternary_dots` has a kernel for x [R, I] and weights, which are packed alike."""
     packed = all(hasattr(w, "packed") for w in weights) and activations != "float"
     return packed and len(x) > 0 and _takes(x.shape[1], weights)
+
+
+def takes_dot(x, w, experts, kept, *, activations: str, **_) -> bool:
+    """As `takes_dots`, of `scattered_dot`."""
+    return takes_dots(x, [w], experts, activations=activations)
 
 
 def _takes(inputs: int, weights) -> bool:
@@ -267,13 +274,19 @@ def ternary_sums(x, weights, experts, *, interpret=False) -> list[jax.Array]:
     return [y[0] for y in products]
 
 
+def scattered_dot(x, w, experts, kept, *, interpret=False, **options) -> jax.Array:
+    """`quantize.scattered_dot`, as `ternary_dots`."""
+    return ternary_dots(x, (w,), experts, kept, interpret=interpret, **options)[0]
+
+
 def ternary_dots(
-    x, weights, experts, *, activations: str, axis_name=None, interpret=False, **_
+    x, weights, experts, kept=None, *, activations: str, axis_name=None, interpret=False, **_
 ) -> tuple:
     """`quantize.grouped_dots` of rows x [R, I] and weights that are packed alike, for each [R, O].
 
     Two kernels: one that rounds rows, and one that multiplies and scales. With I split over the
-    devices of an axis, what is scaled are the sums of them all.
+    devices of an axis, what is scaled are the sums of them all; kept: of these rows a part,
+    [K / n, O].
     """
     levels, halves = (127 * 128, 2) if activations == "int15" else (127, 1)
     x = x.reshape(len(experts), -1, x.shape[1])
@@ -291,8 +304,14 @@ def ternary_dots(
     if whole:
         dots = products((steps, scales, x.dtype))
     else:
-        pairs = zip(lax.psum(products(), axis_name), scales, strict=True)
-        dots = [_scaled(y, scale * steps).astype(x.dtype) for y, scale in pairs]
+        dots = []
+        for y, scale in zip(products(), scales, strict=True):
+            y = y.reshape(len(y), -1, y.shape[-1])
+            scale = (scale * steps).reshape(y.shape[1], -1)
+            if kept is not None:
+                scale = scale.at[kernels.part_of(kept, axis_name)].get(mode="clip")
+            y = kernels.sums_of_devices(y, axis_name, kept)
+            dots.append(_scaled(y, scale).astype(x.dtype))
     return tuple(y.reshape(-1, y.shape[-1]) for y in dots)
 
 

@@ -176,6 +176,19 @@ def test_a_chunk_of_a_prompt_on_gpus(heads):
 
 @needs_compiler("gpu")
 @pytest.mark.slow
+def test_a_chunk_sends_experts_sums_once():
+    """To the device that gates them, and no rows of padding: those of 1024 tokens' pairs are 50 MB,
+    with what is made of them 57. Then a token's row goes to all of them."""
+    step = compiled("h200", 8, "prefill")
+    of_experts = [op for op in aot.operations(step.as_text()) if "/moe/" in op.source]
+    sent = {op.opcode.removesuffix("-start"): op.bytes for op in of_experts if op.bytes > 1e6}
+    assert "all-reduce" not in sent
+    assert sent["reduce-scatter"] <= 9 / 8 * 2048 * 6144 * 4
+    assert sent["all-gather"] <= 9 / 8 * 1024 * 6144 * 2
+
+
+@needs_compiler("gpu")
+@pytest.mark.slow
 def test_planned_memory_is_that_of_the_compiled_steps():
     """What `run.py` prints before it loads is right to 80 MB, a thousandth of all layers'."""
     config = dataclasses.replace(LAYER, num_layers=3)

@@ -58,4 +58,6 @@ def test_a_decode_step_with_multipliers():
 @pytest.mark.slow
 def test_a_chunk_of_a_prompt_on_tpus():
     """Attention alone loops, over blocks of the cache."""
-    assert check(compiled("prefill"), 7, 150e6).loops == 1
+    found = check(compiled("prefill"), 7, 150e6)
+    assert found.loops == 1
+    assert found.collective_bytes < 95e6  # 88; with rows of padding 110

@@ -367,6 +367,17 @@ def test_an_error_of_one_host_is_that_of_all(monkeypatch, failing):
         run.on_all_hosts(check if failing == 0 else lambda: 7)
 
 
+def test_no_cluster_around_it(monkeypatch):
+    def initialize():  # which refuses to start where JAX has run
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(SystemExit) as ended:
+        run.main(["--prompt", "x", "--distributed"])
+    assert "JAX finds no cluster around it (coordinator_address should" in str(ended.value)
+    assert "give --distributed HOST:PORT,N,I" in str(ended.value)
+
+
 @pytest.mark.parametrize(
     "text, said",
     [

@@ -162,6 +162,26 @@ def test_no_device_needs_the_whole_table(embeddings):
     assert readers and set(readers) == {"shard_map"}, readers
 
 
+@pytest.mark.parametrize("tokens, sums, scattered", [(24, 2, 0), (96, 1, 1)])
+def test_experts_sums_of_many_tokens_are_scattered(tokens, sums, scattered):
+    """So that nothing of a row of padding crosses devices, and each row of a pair once."""
+    config = dataclasses.replace(CONFIG, num_layers=1, activations="int8")
+    params = jax.eval_shape(lambda: params_of(config, "ternary"))
+    apply = functools.partial(make_model(config).apply, last_only=True)
+    memory = jax.eval_shape(lambda: init_memory(config, 1))
+    with jax.set_mesh(sharding.make_mesh(1, 8)):
+        jaxpr = jax.make_jaxpr(apply)(
+            params, None, jax.ShapeDtypeStruct((1, tokens), jnp.int32), memory
+        )
+    found = {"psum": [], "reduce_scatter": []}
+    for equation in factories.equations(jaxpr):
+        shape = equation.invars[0].aval.shape if equation.invars else ()
+        if equation.primitive.name in found and equation.invars[0].aval.dtype == jnp.int32:
+            found[equation.primitive.name].append(shape)
+    pairs = (1, tokens * config.num_selected_experts, config.emb_size)
+    assert len(found["psum"]) == sums and found["reduce_scatter"] == [pairs] * scattered
+
+
 def test_gradients_do_not_depend_on_the_mesh():
     config = INT8_ACTIVATIONS  # as in training: the maximum of a row crosses devices
     params = params_of(config, "float32")

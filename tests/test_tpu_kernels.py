@@ -98,7 +98,7 @@ def test_largest_sums():
 @pytest.fixture
 def on_a_tpu(monkeypatch):
     """Functions are traced for a TPU, whose kernels are interpreted."""
-    for name in ("ternary_sums", "ternary_dots"):
+    for name in ("ternary_sums", "ternary_dots", "scattered_dot"):
         interpreted = functools.partial(getattr(tpu, name), interpret=True)
         monkeypatch.setattr(tpu, name, interpreted)
     monkeypatch.setattr(kernels, "platform", lambda: "tpu")
@@ -167,6 +167,28 @@ def test_inputs_on_two_devices(options, on_a_tpu):
     )
     assert "name=slabs" in str(jax.make_jaxpr(split)(x, w.packed, w.multipliers))
     np.testing.assert_array_equal(jax.jit(split)(x, w.packed, w.multipliers), expected)
+
+
+def test_rows_that_are_kept_on_two_devices(on_a_tpu):
+    """Of blocks of two experts' rows, whose scales differ; nothing is scattered."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w = random_rows(6, 1024), random_weight(1024, 128)
+    w = dataclasses.replace(w, scales=jnp.arange(1.0, 4)[:, None, None])
+    experts, kept = jnp.array([2, 0, 1], jnp.int32), jnp.array([5, 0, 2, 3], jnp.int32)
+    options = {"activations": "int15"}
+    with kernels.disabled():
+        expected = jax.jit(functools.partial(quantize.grouped_dot, **options))(x, w, experts)
+
+    def product(x, packed):
+        of = dataclasses.replace(w, packed=packed)
+        return quantize.scattered_dot(x, of, experts, kept, axis_name="model", **options)
+
+    spec = PartitionSpec
+    specs = {"in_specs": (spec(None, "model"), spec(None, None, "model")), "out_specs": spec()}
+    split = jax.shard_map(product, mesh=mesh, check_vma=False, **specs)
+    text = str(jax.make_jaxpr(split)(x, w.packed))
+    assert "name=slabs" in text and "reduce_scatter" not in text
+    np.testing.assert_array_equal(jax.jit(split)(x, w.packed), expected[kept])
 
 
 # --- What has a kernel ----------------------------------------------------------------------------
