@@ -151,7 +151,7 @@ def test_products_that_share_a_launch(weights, inputs, rows, activations, interp
     np.testing.assert_allclose(found, gated, rtol=0, atol=1e-6 * np.abs(gated).max())
     assert not found[rows // 2 :].any()
     # Rows of both blocks' tokens, in another order, one of them twice and one not there.
-    tokens = jnp.arange(rows)[::-1].at[0].set(rows // 2).at[1].set(rows)
+    tokens = jnp.arange(rows)[::-1].at[-2].set(rows // 2).at[-1].set(rows)
     blocks = moe.ExpertBlocks(None, tokens, jnp.array([-1, 1]))
     with kernels.disabled():
         gated = moe.gated_rows(x, *ws[1:], blocks, activations=activations)
