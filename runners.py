@@ -1200,8 +1200,9 @@ def step_bytes(
 
     Four arrays of hidden states stay. Beside them come, one after the other: three arrays of
     attention's logits for a block of the cache; the sums of both products that go into the experts,
-    with what they read and what is made of them; the sums that come out of the experts, twice where
-    they are added over a mesh. So XLA does with Grok-1 on GPUs and TPUs, small models on CPUs.
+    with what they read and what is made of them; the sums that come out of the experts, and once
+    more where two planes are joined, or few are added over a mesh. So XLA does with Grok-1 on GPUs
+    and TPUs, small models on CPUs.
     """
     count, size, sums = batch * tokens, jnp.dtype(config.fprop_dtype).itemsize, sum_bytes(config)
     up, rows = expert_weight(config, local), expert_rows(config, count)[0]
@@ -1211,10 +1212,12 @@ def step_bytes(
         inner, outer = 0, size if on_cpu and width == config.ffn_size else sums
     else:
         inner, outer = 2 * sums, sums
+    scattered = width < config.ffn_size and count >= experts.SCATTERED
+    again = 4 if not scattered or config.activations == "int15" else 0
     stages = (
         logit_bytes(config, local, sequence_len, batch, tokens),
         rows * (size * config.emb_size + inner * width + size * width),
-        rows * (size * width + (outer + 4) * config.emb_size),
+        rows * (size * width + (outer + again) * config.emb_size),
     )
     hidden = 4 * size * count * config.emb_size
     return hidden + max(stages) + plain_bytes(config, local, count)

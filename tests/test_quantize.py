@@ -490,7 +490,7 @@ def test_the_largest_sums_of_int15_fit(multipliers):
         trits, largest = np.stack([trits] * len(multipliers), axis=1), 127
         multipliers = np.broadcast_to(np.int8(multipliers), (1, 2, 1, len(multipliers)))
     w = quantize.pack(trits, scales, multipliers)
-    y = quantize._sums(x, w, jnp.zeros(1, jnp.int32), None, True)
+    y = quantize._sums(x, w, jnp.zeros(1, jnp.int32), None, None, True)
     assert y.tolist() == [[32768 * 127 * 128 * largest] * 2]  # which float32 has
 
 
