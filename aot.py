@@ -383,7 +383,7 @@ def _nothing_kept():
         compilation_cache.reset_cache()
 
 
-FEW_LAYERS = (3, 4)  # not 2: on TPUs that one's memory is up to half a GB off the others' line
+FEW_LAYERS = (3, 4)  # not 2: on TPUs that one's memory is up to 0.1 GB off the others' line
 
 
 def extrapolated_steps(
