@@ -137,9 +137,9 @@ def _sums_backward(kept, d_sums):
 SCATTERED = 64  # tokens from which on a collective more pays for sending fewer bytes
 
 
-def _is_scattered(w, tokens: int, axis_name: str | None) -> bool:
-    """Whether `_scattered_sums` are taken; in training not: their gradient would be a scatter."""
-    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+def is_scattered(w, tokens: int, devices: int) -> bool:
+    """Whether `_scattered_sums` of a matrix w, perhaps abstract, that so many devices share are
+    taken; in training not: their gradient would be a scatter."""
     integers = isinstance(w, quantize.QuantizedWeight | quantize.PackedWeight)
     integers = integers and not quantize.in_training(w)
     return integers and devices > 1 and tokens >= SCATTERED and tokens % devices == 0
@@ -189,7 +189,8 @@ def mixture(
     blocks = group_by_expert(flat(index), num_experts)
     hidden = gated_rows(flat(x), linear, linear_v, blocks, activations=activations)  # [R, F]
     options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
-    if _is_scattered(linear_1, batch * queries, axis_name):
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    if is_scattered(linear_1, batch * queries, devices):
         y = _scattered_sums(hidden, linear_1, flat(gates), blocks, **options)
     else:
         out = quantize.grouped_dot(hidden, linear_1, blocks.expert_of_block, **options)  # [R, D]

@@ -1212,7 +1212,7 @@ def step_bytes(
         inner, outer = 0, size if on_cpu and width == config.ffn_size else sums
     else:
         inner, outer = 2 * sums, sums
-    scattered = width < config.ffn_size and count >= experts.SCATTERED
+    scattered = experts.is_scattered(up, count, config.ffn_size // width)
     again = 4 if not scattered or config.activations == "int15" else 0
     stages = (
         logit_bytes(config, local, sequence_len, batch, tokens),
