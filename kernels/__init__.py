@@ -509,12 +509,15 @@ def _ternary(x, weights, experts, dtype, path=-1, levels=0, gated=0) -> list[jax
 
 
 def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
-    """x [R, D], as float32, times a table [V, D], float32, bfloat16 or int8: float32 [R, V].
+    """x [R, D] times a table [V, D]: float32 [R, V].
+
+    x: float32 or bfloat16. table: one of these; or int8, for which each row of x is rounded to
+      int15, so that sums are of integers, exact
 
     The order of the sums depends on D only. Needs `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct((*x.shape[:1], *table.shape[:1]), jnp.float32)
-    return ffi_call("TableDot", out)(x.astype(jnp.float32), table)
+    return ffi_call("TableDot", out)(x, table)
 
 
 # --- Norm -----------------------------------------------------------------------------------------
@@ -645,7 +648,7 @@ def _takes_activations(*_, activations, **__) -> bool:
 
 
 def _takes_table(x, table) -> bool:
-    return table.dtype in (*FLOATS, jnp.int8)
+    return x.dtype in FLOATS and table.dtype in (*FLOATS, jnp.int8)
 
 
 def _takes_dots(x, weights, experts, *, activations, axis_name=None, **_) -> bool:

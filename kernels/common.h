@@ -173,6 +173,32 @@ inline int32_t Rounded(float value) {
   return static_cast<int32_t>(std::min(std::max(-limit, value), limit) + large - large);
 }
 
+// Infinity if there is one, and NaN above all.
+template <class T>
+float LargestMagnitude(const T* x, int64_t size) {
+  uint32_t bits = 0;  // those of a NaN are last
+  for (int64_t i = 0; i < size; ++i) {
+    const float value = ToFloat(x[i]);
+    uint32_t own;
+    std::memcpy(&own, &value, 4);
+    bits = std::max(bits, own & 0x7fffffff);
+  }
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  return largest;
+}
+
+// A row x [I] as integers, quantize.quantize_rows; int15 as high and low half.
+template <class T>
+void RoundRow(const T* x, int64_t size, float step, int8_t* high, int8_t* low) {
+  for (int64_t i = 0; i < size; ++i) {
+    const int32_t integer = Rounded(ToFloat(x[i]) / step);
+    const int32_t upper = low ? (integer + 64) >> 7 : integer;
+    high[i] = static_cast<int8_t>(upper);
+    if (low) low[i] = static_cast<int8_t>(integer - 128 * upper);
+  }
+}
+
 }  // namespace kernels
 
 #endif  // KERNELS_COMMON_H_

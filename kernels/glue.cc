@@ -97,16 +97,7 @@ void GatedSums(const Frame& frame) {
 template <class T>
 void Maxima(const Frame& frame, const void* x, int64_t rows, int64_t size, float* out) {
   Parallel(frame, rows, 1. * rows * size * sizeof(T), [=](int64_t r) {
-    const T* row = static_cast<const T*>(x) + r * size;
-    uint32_t largest = 0;  // bits of a float, in the order of magnitudes; those of a NaN are last
-    for (int64_t i = 0; i < size; ++i) {
-      const float value = ToFloat(row[i]);
-      uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      bits &= 0x7fffffff;
-      largest = bits > largest ? bits : largest;
-    }
-    std::memcpy(out + r, &largest, 4);
+    out[r] = LargestMagnitude(static_cast<const T*>(x) + r * size, size);
   });
 }
 

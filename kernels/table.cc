@@ -12,170 +12,296 @@
 namespace kernels {
 namespace {
 
-constexpr int kLanes = 64;  // partial sums of a product, the same on every path
+constexpr int64_t kStep = 64;  // numbers of a row that are multiplied at a time
+constexpr int64_t kSome = 64;  // rows of the table and, of x, rows that stay in a cache meanwhile
+constexpr int64_t kAhead = 1024;      // numbers, to be prefetched
+constexpr float kLevels = 127 * 128;  // of the integers that rows of x are rounded to
 
-// A row of x, and where its products with the table go.
+// A row of x as a kind of product takes it, and where its products with the table go.
 struct Product {
-  const float* x;
+  const void* x;  // null: zeros, as of slots without a request, are not multiplied
   float* out;
+  float step;       // of integers
+  int32_t less[2];  // what each half of them gives too much, with bytes from 0 on
 };
 
-// Lane i sums the products i, i + 64, ...; then the lanes are added in halves. The order depends on
-// the size only; paths differ in whether a product is rounded before it is added.
+// A kind of product has `Set`, which makes a row x [size] its own, maybe in memory of kBytes for
+// each number; and `Dot`, a product on any processor. Where a processor has vectors for it:
+//
+//     kSums                  vectors of sums that a product has
+//     Table(t, k, mask)      of the 64 numbers at t, of which there are those of the mask, what sum
+//                            k multiplies
+//     Row(x, size, k, mask)  the same of those at x, of a row of so many
+//     Add(sum, t, x)         adds their products; Total(sums, row): the whole
+//     kTables                rows of the table that are multiplied at once, where x has many
+//
+// The order of sums depends on the size only; paths differ in whether a product of floats is
+// rounded before it is added.
+
+// float32 x and a table of float32 or bfloat16. Lane i of 64 sums the products i, i + 64, ...; then
+// the lanes are added in halves.
 template <class T>
-void Row(const T* table, const Product* rows, int64_t count, int64_t size, int64_t v) {
-  for (int64_t m = 0; m < count; ++m) {
-    const float* x = rows[m].x;
-    float lanes[kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes)
-      for (int k = 0; k < kLanes; ++k) lanes[k] += ToFloat(table[i + k]) * x[i + k];
-    for (int k = 0; i + k < size; ++k) lanes[k] += ToFloat(table[i + k]) * x[i + k];
-    for (int half = kLanes / 2; half; half /= 2)
-      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-    rows[m].out[v] = lanes[0];
+struct Floats {
+  using Number = T;
+  static constexpr int64_t kBytes = sizeof(float);
+  static void Set(const float* x, int64_t, float, char*, Product& row) { row.x = x; }
+  static void Set(const uint16_t* x, int64_t size, float, char* memory, Product& row) {
+    auto* wide = reinterpret_cast<float*>(memory);
+    for (int64_t i = 0; i < size; ++i) wide[i] = ToFloat(x[i]);
+    row.x = wide;
   }
-}
-
+  static float Dot(const T* table, const Product& row, int64_t size) {
+    const auto* x = static_cast<const float*>(row.x);
+    float lanes[kStep] = {};
+    int64_t i = 0;
+    for (; i + kStep <= size; i += kStep)
+      for (int k = 0; k < kStep; ++k) lanes[k] += ToFloat(table[i + k]) * x[i + k];
+    for (int k = 0; i + k < size; ++k) lanes[k] += ToFloat(table[i + k]) * x[i + k];
+    for (int half = kStep / 2; half; half /= 2)
+      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+    return lanes[0];
+  }
 #if defined(__AVX512BW__)
+  using Own = float;
+  using Vector = __m512;
+  static constexpr int kSums = 4, kTables = 2;
+  static INLINE Vector Load(const float* p, __mmask16 mask) {
+    return _mm512_maskz_loadu_ps(mask, p);
+  }
+  static INLINE Vector Load(const uint16_t* p, __mmask16 mask) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static INLINE Vector Table(const T* t, int k, uint64_t mask) {
+    return Load(t + 16 * k, mask >> 16 * k);
+  }
+  static INLINE Vector Row(const float* x, int64_t, int k, uint64_t mask) {
+    return Load(x + 16 * k, mask >> 16 * k);
+  }
+  static INLINE void Add(Vector& sum, Vector t, Vector x) { sum = _mm512_fmadd_ps(t, x, sum); }
+  static INLINE float Total(const Vector (&s)[kSums], const Product&) {
+    const Vector a = _mm512_add_ps(s[0], s[2]), b = _mm512_add_ps(s[1], s[3]);
+    return _mm512_reduce_add_ps(_mm512_add_ps(a, b));
+  }
+#endif
+};
 
-inline __m512 Load16(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
-inline __m512 Load16(const uint16_t* p, __mmask16 mask) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-inline __m512 Load16(const int8_t* p, __mmask16 mask) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, p)));
-}
+// bfloat16 x and table, on processors that multiply it: each of 32 lanes sums pairs of products.
+#if defined(__AVX512BF16__)
+struct Pairs {
+  using Number = uint16_t;
+  static constexpr int64_t kBytes = 0;
+  static void Set(const uint16_t* x, int64_t, float, char*, Product& row) { row.x = x; }
+  using Own = uint16_t;
+  using Vector = __m512;
+  static constexpr int kSums = 2, kTables = 4;
+  static INLINE __m512i Table(const uint16_t* t, int k, uint64_t mask) {
+    return _mm512_maskz_loadu_epi16(mask >> 32 * k, t + 32 * k);
+  }
+  static INLINE __m512i Row(const uint16_t* x, int64_t, int k, uint64_t mask) {
+    return Table(x, k, mask);
+  }
+  // Not the intrinsics, here and below: gcc 12 copies each sum before and after.
+  static INLINE void Add(Vector& sum, __m512i t, __m512i x) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(t), "v"(x));
+  }
+  static INLINE float Total(const Vector (&s)[kSums], const Product&) {
+    return _mm512_reduce_add_ps(_mm512_add_ps(s[0], s[1]));
+  }
+};
+#else
+using Pairs = Floats<uint16_t>;
+#endif
 
-// Adds the products of 64 numbers; mask: which of each 16 there are.
-template <class T, int M, int N>
-INLINE void AddLanes(const T* table, const float* const (&x)[M], int64_t i, int64_t size,
-                     const __mmask16 (&mask)[4], __m512 (&sums)[M][N][4]) {
+// A table of int8, and x rounded to integers of 15 bits, a high and a low half: exact sums of them.
+struct Integers {
+  using Number = int8_t;
+  static constexpr int64_t kBytes = 2;
+  template <class T>
+  static void Set(const T* x, int64_t size, float largest, char* memory, Product& row) {
+    const int64_t width = RoundUp(size, kStep);
+    auto* half = reinterpret_cast<int8_t*>(memory);
+    std::memset(half, 0, 2 * width);
+    row.x = half;
+    row.step = std::max(largest, 1e-30f) * (1 / kLevels);
+    RoundRow(x, size, row.step, half, half + width);
+    for (int k = 0; k < 2; ++k) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < size; ++i) sum += half[k * width + i];
+      row.less[k] = 128 * sum;
+    }
+  }
+  static INLINE float Whole(int32_t high, int32_t low, const Product& row) {
+    return (128.f * high + low) * row.step;
+  }
+  static float Dot(const int8_t* table, const Product& row, int64_t size) {
+    const auto* high = static_cast<const int8_t*>(row.x);
+    const int8_t* low = high + RoundUp(size, kStep);
+    int32_t sums[2] = {};
+    for (int64_t i = 0; i < size; ++i) sums[0] += table[i] * high[i], sums[1] += table[i] * low[i];
+    return Whole(sums[0], sums[1], row);
+  }
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  using Own = int8_t;
+  using Vector = __m512i;
+  static constexpr int kSums = 2, kTables = 4;
+  static INLINE Vector Table(const int8_t* t, int, uint64_t mask) {  // 128 more
+    return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, t), _mm512_set1_epi8(-128));
+  }
+  static INLINE Vector Row(const int8_t* x, int64_t size, int k, uint64_t) {
+    return _mm512_loadu_si512(x + k * RoundUp(size, kStep));
+  }
+  static INLINE void Add(Vector& sum, Vector t, Vector x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(t), "v"(x));
+  }
+  static INLINE float Total(const Vector (&s)[kSums], const Product& row) {
+    return Whole(_mm512_reduce_add_epi32(s[0]) - row.less[0],
+                 _mm512_reduce_add_epi32(s[1]) - row.less[1], row);
+  }
+#endif
+};
+
+// --- Products ------------------------------------------------------------------------------------
+
+// Whether a kind has vectors here.
+template <class Kind, class = void>
+constexpr bool kHasVectors = false;
+template <class Kind>
+constexpr bool kHasVectors<Kind, std::void_t<typename Kind::Vector>> = true;
+
+// Adds the products of 64 numbers.
+template <class Kind, int M, int N, class Own, class Vector>
+INLINE void AddStep(const typename Kind::Number* table, const Own* const (&x)[M], int64_t i,
+                    int64_t size, uint64_t mask, Vector (&sums)[M][N][Kind::kSums]) {
 #pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    __m512 w[N];
+  for (int k = 0; k < Kind::kSums; ++k) {
+    decltype(Kind::Table(table, k, mask)) t[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) w[n] = Load16(table + n * size + i + 16 * k, mask[k]);
+    for (int n = 0; n < N; ++n) t[n] = Kind::Table(table + n * size + i, k, mask);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      const __m512 some = _mm512_maskz_loadu_ps(mask[k], x[m] + i + 16 * k);
+      const auto some = Kind::Row(x[m] + i, size, k, mask);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sums[m][n][k] = _mm512_fmadd_ps(w[n], some, sums[m][n][k]);
+      for (int n = 0; n < N; ++n) Kind::Add(sums[m][n][k], t[n], some);
     }
   }
 }
 
 // M rows of x times N rows of the table, from row v on.
-template <class T, int M, int N>
-void Avx512Tile(const T* table, const Product* rows, int64_t size, int64_t v) {
-  const float* x[M];
+template <class Kind, int M, int N>
+void Tile(const typename Kind::Number* table, const Product* rows, int64_t size, int64_t v) {
+  using Own = typename Kind::Own;
+  const Own* x[M];
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) x[m] = rows[m].x;
-  __m512 sums[M][N][4];
+  for (int m = 0; m < M; ++m) x[m] = static_cast<const Own*>(rows[m].x);
+  typename Kind::Vector sums[M][N][Kind::kSums];
 #pragma GCC unroll 4
   for (auto& row : sums)
 #pragma GCC unroll 4
-    for (auto& pair : row)
+    for (auto& product : row)
 #pragma GCC unroll 4
-      for (auto& sum : pair) sum = _mm512_setzero_ps();
+      for (auto& sum : product) sum = typename Kind::Vector{};
   int64_t i = 0;
 #pragma GCC unroll 1
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int n = 0; n < N; ++n) {
-      const auto* ahead = reinterpret_cast<const char*>(table + n * size + i + 1024);
-      for (size_t line = 0; line < kLanes * sizeof(T); line += 64)
-        _mm_prefetch(ahead + line, _MM_HINT_T0);
+  for (; i + kStep <= size; i += kStep) {
+    if constexpr (N == 1) {
+      const auto* ahead = reinterpret_cast<const char*>(table + i + kAhead);
+      for (size_t line = 0; line < kStep * sizeof(*table); line += 64)
+        __builtin_prefetch(ahead + line);
     }
-    AddLanes<T, M, N>(table, x, i, size, {0xffff, 0xffff, 0xffff, 0xffff}, sums);
+    AddStep<Kind, M, N>(table, x, i, size, ~0ull, sums);
   }
-  if (i < size) {
-    __mmask16 mask[4];
-    for (int k = 0; k < 4; ++k) {
-      const int64_t left = size - i - 16 * k;
-      mask[k] = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-    }
-    AddLanes<T, M, N>(table, x, i, size, mask, sums);
-  }
+  if (i < size) AddStep<Kind, M, N>(table, x, i, size, (1ull << (size - i)) - 1, sums);
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const __m512(&s)[4] = sums[m][n];
-      alignas(64) float lanes[16];
-      const __m512 a = _mm512_add_ps(s[0], s[2]), b = _mm512_add_ps(s[1], s[3]);
-      _mm512_store_ps(lanes, _mm512_add_ps(a, b));
-      for (int half = 8; half; half /= 2)
-        for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-      rows[m].out[v + n] = lanes[0];
-    }
+    for (int n = 0; n < N; ++n) rows[m].out[v + n] = Kind::Total(sums[m][n], rows[m]);
 }
 
-// As many rows of the table, in pairs, which load each activation once for both.
-template <class T, int M>
-void Avx512Rows(const T* table, int64_t begin, int64_t end, const Product* rows, int64_t size) {
-  constexpr int N = M > 1 ? 2 : 1;  // one row waits for memory, and reads on and on
+// As many rows of the table, N at once, which load each number of x once for all.
+template <class Kind, int M, int N>
+void Tiles(const typename Kind::Number* table, int64_t begin, int64_t end, const Product* rows,
+           int64_t size) {
   int64_t v = begin;
-  for (; v + N <= end; v += N) Avx512Tile<T, M, N>(table + v * size, rows, size, v);
+  for (; v + N <= end; v += N) Tile<Kind, M, N>(table + v * size, rows, size, v);
   for (; v < end; ++v)
-    for (int m = 0; m < M; ++m) Avx512Tile<T, 1, 1>(table + v * size, rows + m, size, v);
+    for (int m = 0; m < M; ++m) Tile<Kind, 1, 1>(table + v * size, rows + m, size, v);
 }
-
-#endif
 
 // Rows `begin` to `end` of the table times rows of x.
-template <class T>
-void Panel(const T* table, int64_t begin, int64_t end, const Product* rows, int64_t count,
-           int64_t size) {
-#if defined(__AVX512BW__)
-  for (int64_t left = count; left > 0; rows += 3, left -= 3)
-    left >= 3   ? Avx512Rows<T, 3>(table, begin, end, rows, size)
-    : left == 2 ? Avx512Rows<T, 2>(table, begin, end, rows, size)
-                : Avx512Rows<T, 1>(table, begin, end, rows, size);
-#else
-  for (int64_t v = begin; v < end; ++v) Row(table + v * size, rows, count, size, v);
-#endif
+template <class Kind>
+void Panel(const typename Kind::Number* table, int64_t begin, int64_t end, const Product* rows,
+           int64_t count, int64_t size) {
+  if constexpr (kHasVectors<Kind>) {
+    // The first rows wait for memory, and read on and on; to the others the table is in a cache.
+    constexpr int N = Kind::kTables;
+    count >= 3   ? Tiles<Kind, 3, 1>(table, begin, end, rows, size)
+    : count == 2 ? Tiles<Kind, 2, 1>(table, begin, end, rows, size)
+                 : Tiles<Kind, 1, 1>(table, begin, end, rows, size);
+    for (rows += 3, count -= 3; count > 0; rows += 3, count -= 3)
+      count >= 3   ? Tiles<Kind, 3, N>(table, begin, end, rows, size)
+      : count == 2 ? Tiles<Kind, 2, N>(table, begin, end, rows, size)
+                   : Tiles<Kind, 1, N>(table, begin, end, rows, size);
+  } else
+    for (int64_t v = begin; v < end; ++v)
+      for (int64_t m = 0; m < count; ++m)
+        rows[m].out[v] = Kind::Dot(table + v * size, rows[m], size);
 }
 
-// Rows of zeros, as of slots without a request, are not multiplied.
-template <class T>
-void TableRows(const Frame& frame, const T* table, const float* x, int64_t rows, int64_t size,
+template <class Kind, class T>
+void TableRows(const Frame& frame, const void* table, const T* x, int64_t rows, int64_t size,
                int64_t vocab, float* out) {
-  std::vector<Product> products;
-  for (int64_t m = 0; m < rows; ++m, x += size, out += vocab)
-    if (std::any_of(x, x + size, [](float value) { return value != 0; }))
-      products.push_back({x, out});
+  static thread_local Aligned kept(0);
+  const int64_t own = Kind::kBytes * RoundUp(size, kStep);
+  char* memory = Kept(kept, rows * own);
+  std::vector<Product> products(rows);
+  Parallel(frame, rows, 1. * rows * size * sizeof(T), [&](int64_t m) {
+    Product& row = products[m];
+    row.out = out + m * vocab;
+    if (const float largest = LargestMagnitude(x + m * size, size); largest != 0)
+      Kind::Set(x + m * size, size, largest, memory + m * own, row);
     else
-      std::fill_n(out, vocab, 0.f);
-  constexpr int64_t some = 64;  // rows of the table and, of x, rows that stay in a cache meanwhile
+      std::fill_n(row.out, vocab, 0.f);
+  });
+  products.erase(std::remove_if(products.begin(), products.end(), [](auto& p) { return !p.x; }),
+                 products.end());
+  const auto* numbers = static_cast<const typename Kind::Number*>(table);
   const int64_t count = products.size();
-  const int64_t panels = (vocab + some - 1) / some, groups = (count + some - 1) / some;
-  const double bytes = 1. * vocab * size * sizeof(T) * std::max<int64_t>(1, count / 8);
+  const int64_t panels = RoundUp(vocab, kSome) / kSome, groups = RoundUp(count, kSome) / kSome;
+  const double bytes = 1. * vocab * size * sizeof(*numbers) * std::max<int64_t>(1, count / 8);
   Parallel(frame, panels * groups, bytes, [&](int64_t i) {
-    const int64_t v = i % panels * some, m = i / panels * some;
-    Panel(table, v, std::min(v + some, vocab), &products[m], std::min(some, count - m), size);
+    const int64_t v = i % panels * kSome, m = i / panels * kSome;
+    Panel<Kind>(numbers, v, std::min(v + kSome, vocab), &products[m], std::min(kSome, count - m),
+                size);
   });
 }
 
-// x float32 [R, D] times table float32, bfloat16 or int8 [V, D] -> float32 [R, V]
+// x float32 or bfloat16 [R, D] times table float32, bfloat16 or int8 [V, D] -> float32 [R, V]
 void TableDot(const Frame& frame) {
   const auto [x, table, out] = frame.Arrays<2, 1>();
   Sizes sizes;
-  const auto* rows = sizes.Match<float>("x [R, D]", x);
+  CheckFloats("x", x);
+  sizes.Match("x [R, D]", x);
   sizes.Match("table [V, D]", table);
   auto* to = sizes.Match<float>("logits [R, V]", out);
-  auto rows_of = [&](const auto* data) {
-    TableRows(frame, data, rows, sizes["R"], sizes["D"], sizes["V"], to);
+  const bool half = x.dtype == BF16;
+  auto rows_of = [&](auto of_floats, auto of_halves) {
+    const int64_t rows = sizes["R"], size = sizes["D"], vocab = sizes["V"];
+    half ? of_halves(frame, table.data, static_cast<const uint16_t*>(x.data), rows, size, vocab, to)
+         : of_floats(frame, table.data, static_cast<const float*>(x.data), rows, size, vocab, to);
   };
   const Dtype dtype = table.dtype;
-  if (dtype == BF16)
-    rows_of(static_cast<const uint16_t*>(table.data));
-  else if (dtype == F32)
-    rows_of(static_cast<const float*>(table.data));
-  else if (dtype == S8)
-    rows_of(static_cast<const int8_t*>(table.data));
-  else
+  if (dtype == BF16) {
+    rows_of(TableRows<Floats<uint16_t>, float>, TableRows<Pairs, uint16_t>);
+  } else if (dtype == F32) {
+    rows_of(TableRows<Floats<float>, float>, TableRows<Floats<float>, uint16_t>);
+  } else if (dtype == S8) {
+    Check(sizes["D"] <= 1 << 16, "rows of ", sizes["D"],
+          " integers, more than 65536, whose sums might exceed int32");
+    rows_of(TableRows<Integers, float>, TableRows<Integers, uint16_t>);
+  } else {
     Check(false, "table is ", dtype, ", neither F32, BF16 nor S8");
+  }
 }
 
 // --- Norm ----------------------------------------------------------------------------------------
@@ -191,7 +317,7 @@ void NormRows(const Frame& frame, const void* from, const float* scale, int64_t 
     for (int64_t i = 0; i < size; ++i) row[i] = ToFloat(x[m * size + i]);
     float sum;
     const Product square = {row, &sum};
-    Panel(row, 0, 1, &square, 1, size);
+    Panel<Floats<float>>(row, 0, 1, &square, 1, size);
     const float inverse = 1 / std::sqrt(sum / size + eps);
     for (int64_t i = 0; i < size; ++i) FromFloat(scale[i] * row[i] * inverse, out + m * size + i);
   });

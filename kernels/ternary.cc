@@ -258,31 +258,6 @@ void Multiply(const Path& path, Group p, const Weight& weight, int64_t expert, i
 
 // --- What becomes of the sums --------------------------------------------------------------------
 
-template <class T>
-float LargestMagnitude(const T* x, int64_t size) {
-  uint32_t bits = 0;  // of the largest magnitude; those of a NaN are last
-  for (int64_t i = 0; i < size; ++i) {
-    const float value = ToFloat(x[i]);
-    uint32_t own;
-    std::memcpy(&own, &value, 4);
-    bits = std::max(bits, own & 0x7fffffff);
-  }
-  float largest;
-  std::memcpy(&largest, &bits, 4);
-  return largest;
-}
-
-// A row x [I] as integers, quantize.quantize_rows; int15 as high and low half.
-template <class T>
-void RoundRow(const T* x, int64_t size, float step, int8_t* high, int8_t* low) {
-  for (int64_t i = 0; i < size; ++i) {
-    const int32_t integer = Rounded(ToFloat(x[i]) / step);
-    const int32_t upper = low ? (integer + 64) >> 7 : integer;
-    high[i] = static_cast<int8_t>(upper);
-    if (low) low[i] = static_cast<int8_t>(integer - 128 * upper);
-  }
-}
-
 // Floats as the dtype of the activations holds them.
 INLINE Lanes RoundedTo(Lanes x, const float*) { return x; }
 INLINE Lanes RoundedTo(Lanes x, const uint16_t*) {

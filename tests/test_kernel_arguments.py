@@ -88,7 +88,11 @@ FREE = {
     "TernaryDots interleaved": {("I", 12), ("G", 1)},
     "WriteSlots": {("S", 3), ("S", 256)},
 }
-OTHER_DTYPES = {("TableDot", "table", "bfloat16"), ("TableDot", "table", "int8")}
+OTHER_DTYPES = {
+    ("TableDot", "x", "bfloat16"),
+    ("TableDot", "table", "bfloat16"),
+    ("TableDot", "table", "int8"),
+}
 
 
 def arrays_of(name):

@@ -1,7 +1,12 @@
 """Native kernels: the integers of every path are those of NumPy, and without a compiler too."""
 
+import ctypes
 import dataclasses
 import functools
+import itertools
+import platform
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +20,7 @@ import kernels
 import model
 import quantize
 import shards
-from kernels import gpu
+from kernels import building, gpu
 
 KINDS = [(1, 0), (1, 1), (1, 2), (1, 4), (2, 0), (2, 1), (2, 2), (2, 4)]  # see `grouped`
 PATHS = ("plain", *kernels.building.PATHS)
@@ -368,27 +373,61 @@ def test_a_kernel_may_have_a_gradient_of_its_own(monkeypatch):
 # --- The output head ------------------------------------------------------------------------------
 
 
-@native
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("vocab, size", [(1, 1), (37, 100), (130, 64), (9, 1537)])
-def test_table_dot(vocab, size, dtype):
+TABLES = ["float32", "bfloat16", "int8"]
+
+
+def head(vocab, size, of_x, of_table):
+    """Seven rows x, and a table."""
     random = np.random.default_rng(0)
-    table = jnp.asarray(3 * random.standard_normal((vocab, size)), dtype)
-    x = jnp.asarray(random.standard_normal((7, size)), jnp.float32)
+    table = jnp.asarray(30 * random.standard_normal((vocab, size)), of_table)
+    return jnp.asarray(random.standard_normal((7, size)), of_x), table
+
+
+@native
+@pytest.mark.parametrize("of_table", TABLES)
+@pytest.mark.parametrize("of_x", ["float32", "bfloat16"])
+@pytest.mark.parametrize("vocab, size", [(1, 1), (37, 100), (130, 64), (9, 1537)])
+def test_table_dot(vocab, size, of_x, of_table):
+    x, table = head(vocab, size, of_x, of_table)
     call = jax.jit(kernels.table_dot)
     for zeros in ([], [0], [2, 3, 6], range(7)):  # rows that are not multiplied
         some = x.at[np.array(zeros, int)].set(0)
-        exact = np.asarray(some, np.float64) @ np.asarray(table, np.float64).T
+        taken = np.asarray(some, np.float64)
+        if of_table == "int8":
+            integers, steps = quantize.quantize_rows(some, activations="int15")
+            taken = np.asarray(integers, np.float64) * np.asarray(steps, np.float64)
+        exact = taken @ np.asarray(table, np.float64).T
         found = call(some, table)
-        np.testing.assert_allclose(found, exact, atol=3e-7 * np.sqrt(size) * 12)  # float32 sums
+        # Sums of float32; of integers, two that are rounded.
+        atol = 3e-7 * (np.sqrt(size) * 120 if of_table != "int8" else np.abs(exact).max())
+        np.testing.assert_allclose(found, exact, atol=atol)
 
 
 @native
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_of_a_row_do_not_depend_on_other_rows_or_on_the_shard(dtype):
-    random = np.random.default_rng(0)
-    table = jnp.asarray(random.standard_normal((256, 333)), dtype)
-    x = jnp.asarray(random.standard_normal((8, 333)), jnp.float32)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of another processor's compiler")
+def test_processors_without_long_vectors_have_the_same_products(tmp_path, monkeypatch):
+    source = tmp_path / "kernels"
+    source.mkdir()
+    for name in ("table.cc", "common.cc", "common.h", "memory.h"):
+        shutil.copy(building.SOURCE / name, source)
+    monkeypatch.setenv("CXX", f"{shlex.join(building.compiler())} -mno-avx512f -mno-avx2")
+    library = ctypes.CDLL(str(building.build(source, tmp_path / "library")))
+    handler = jax.ffi.pycapsule(library.TableDotHandler)
+    jax.ffi.register_ffi_target("table_dot_of_short_vectors", handler, platform="cpu")
+    for of_x, of_table in itertools.product(["float32", "bfloat16"], TABLES):
+        x, table = head(131, 333, of_x, of_table)
+        out = jax.ShapeDtypeStruct((7, 131), jnp.float32)
+        found = jax.jit(jax.ffi.ffi_call("table_dot_of_short_vectors", out))(x, table)
+        expected = jax.jit(kernels.table_dot)(x, table)
+        atol = 0 if of_table == "int8" else 3e-7 * np.sqrt(333) * 120  # float32 sums
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+
+
+@native
+@pytest.mark.parametrize("of_table", TABLES)
+@pytest.mark.parametrize("of_x", ["float32", "bfloat16"])
+def test_logits_of_a_row_do_not_depend_on_other_rows_or_on_the_shard(of_x, of_table):
+    x, table = head(256, 333, of_x, of_table)
     call = jax.jit(kernels.table_dot)
     whole = np.asarray(call(x, table))
     for rows in ([0], [3], [5, 6], [1, 2, 3], list(range(7))):
@@ -399,8 +438,18 @@ def test_logits_of_a_row_do_not_depend_on_other_rows_or_on_the_shard(dtype):
 @native
 def test_other_dtypes_are_not_for_the_kernel():
     x, table = jnp.zeros((1, 4)), jnp.zeros((3, 4))
+    halves = jax.make_jaxpr(quantize.table_dot)(x.astype(jnp.float16), table)
+    assert "TableDot" not in str(halves)
     assert "TableDot" in str(jax.make_jaxpr(quantize.table_dot)(x, table))
     assert "TableDot" not in str(jax.make_jaxpr(quantize.table_dot)(x, table.astype(jnp.float16)))
+
+
+@native
+def test_rows_of_a_table_whose_sums_might_exceed_int32_are_refused():
+    x, table = jnp.ones((1, 65537)), jnp.ones((2, 65537), jnp.int8)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="rows of 65537 integers, more than 65536"):
+        kernels.table_dot(x, table)
+    np.testing.assert_allclose(kernels.table_dot(x[:, 1:], table[:, 1:]), 65536, rtol=1e-6)
 
 
 @native
