@@ -8,6 +8,7 @@
 #include <memory>
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 namespace kernels {
 
