@@ -242,7 +242,12 @@ class LogProbs(NamedTuple):
 
 def likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The largest of float32 logits [..., V], and their ids; of equals, the lowest id is first."""
-    return lax.top_k(logits, min(TOP_K, logits.shape[-1]))
+    return _top_k(logits, count=min(TOP_K, logits.shape[-1]))
+
+
+@kernels.accelerated("top_k")
+def _top_k(x, *, count):
+    return tuple(lax.top_k(x, count))
 
 
 def log_probs(logits: jax.Array, token_id: jax.Array, top: tuple[jax.Array, jax.Array]) -> LogProbs:

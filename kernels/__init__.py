@@ -34,7 +34,9 @@ HANDLERS = (
     "TernaryDots",
     "TableDot",
     "RmsNorm",
+    "AddedNorm",
     "Attend",
+    "AttendAndWrite",
     "AttendGradient",
     "WriteSlots",
     "Rotate",
@@ -42,6 +44,8 @@ HANDLERS = (
     "RowMaxima",
     "RoundRows",
     "Transpose",
+    "TopK",
+    "Route",
 )
 COUNTS = (  # functions of the library that give a number
     "FromBase3",
@@ -532,6 +536,42 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return call(x, scale, eps=np.float32(eps))
 
 
+def added_norm(h: jax.Array, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+    """h + `rms_norm` of x, both [R, D] and of one dtype. Needs `on_cpu()`."""
+    call = ffi_call("AddedNorm", jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return call(h, x, scale, eps=np.float32(eps))
+
+
+# --- Choices --------------------------------------------------------------------------------------
+
+
+def top_k(x: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
+    """The largest of float32 [..., V] and their places, [..., count]; the first of equals first.
+
+    Needs `on_cpu()`.
+    """
+    rows = (math.prod(x.shape[:-1]), count)
+    outs = [jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.float32, jnp.int32)]
+    found = ffi_call("TopK", outs)(x.reshape(-1, x.shape[-1]))
+    return tuple(y.reshape(*x.shape[:-1], count) for y in found)
+
+
+def route(x: jax.Array, w: jax.Array, valid: jax.Array, *, selected: int) -> tuple:
+    """`model.routed` of x [R, D], float32 or bfloat16, and a router float32 [D, E].
+
+    What a token gets depends on no other one. Needs `on_cpu()`.
+    """
+    of_all, chosen = (len(x), w.shape[1]), (len(x), selected)
+    shapes = (
+        (of_all, jnp.float32),
+        (of_all, jnp.float32),
+        (chosen, jnp.float32),
+        (chosen, jnp.int32),
+    )
+    outs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    return tuple(ffi_call("Route", outs)(x, w, valid))
+
+
 # --- Rotary embedding and gated sums --------------------------------------------------------------
 
 
@@ -597,6 +637,19 @@ def attend_gradient(q, k, v, positions, y, dy, multiplier: float, cap: float) ->
     return tuple(call(q, k, v, positions, y, dy, **options))
 
 
+def attend_and_write(
+    q, k, v, keys, values, positions, frequencies, *, multiplier: float, cap: float
+) -> tuple:
+    """`model.attend_and_write`, the caches in place if nothing else needs them.
+
+    Needs `on_cpu()`, all but the frequencies of one dtype, and a cap of at most `LARGEST_CAP`.
+    """
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, keys, values)]
+    call = ffi_call("AttendAndWrite", outs, input_output_aliases={3: 1, 4: 2})
+    options = {"multiplier": np.float32(multiplier), "cap": np.float32(cap)}
+    return tuple(call(q, k, v, keys, values, positions, frequencies, **options))
+
+
 def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     """A cache [B, K, S, H] with new rows [B, T, K, H] at slots int32 [B, T]; others are dropped.
 
@@ -637,6 +690,22 @@ FLOATS = (jnp.float32, jnp.bfloat16)
 
 def _takes_cap(q, k, *_, cap: float, **__) -> bool:
     return k.dtype == q.dtype and q.dtype in FLOATS and 0 < cap <= LARGEST_CAP
+
+
+def _takes_caches(q, k, v, keys, values, *_, **__) -> bool:
+    return q.dtype == keys.dtype == values.dtype == v.dtype
+
+
+def _is_on_one_device(*_, **__) -> bool:
+    return jax.sharding.get_abstract_mesh().size <= 1  # else XLA would gather what a kernel reads
+
+
+def _takes_router(x, w, *_, **__) -> bool:
+    return x.dtype in FLOATS and w.dtype == jnp.float32
+
+
+def _takes_same(h, x, scale, **_) -> bool:
+    return h.dtype == x.dtype and scale.dtype == jnp.float32
 
 
 def _takes_floats(x, *_, **__) -> bool:
@@ -684,9 +753,12 @@ def _tpu_takes(x, w, *_) -> bool:
 
 
 KERNELS = {  # of each name on each backend: the kernel, and what says which arguments it takes
-    "added_norm": {"gpu": (_gpu("added_norm"),)},
+    "added_norm": {"cpu": (added_norm, _takes_same), "gpu": (_gpu("added_norm"),)},
     "attend": {"cpu": (attend, _takes_cap)},
-    "attend_and_write": {"gpu": (_gpu("decode_attention"), _takes_cap, _gpu("takes_attention"))},
+    "attend_and_write": {
+        "cpu": (attend_and_write, _takes_cap, _takes_caches),
+        "gpu": (_gpu("decode_attention"), _takes_cap, _gpu("takes_attention")),
+    },
     "gated_dot": {
         "cpu": (gated_dot, _takes_gated),
         "gpu": (_gpu("gated_dot"), _takes_gated, _gpu("takes_gated")),
@@ -698,7 +770,10 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     "rotate": {"cpu": (rotate,)},
     "round_rows": {"cpu": (round_rows, _takes_floats)},
     "rounded_norm": {"gpu": (_gpu("rounded_norm"), _takes_activations)},
-    "route": {"gpu": (_gpu("route"), _takes_floats, _gpu("takes_route"))},
+    "route": {
+        "cpu": (route, _takes_router),
+        "gpu": (_gpu("route"), _takes_floats, _gpu("takes_route")),
+    },
     "row_maxima": {"cpu": (row_maxima, _takes_floats)},
     "scattered_dot": {"tpu": (_tpu("scattered_dot"), _takes_floats, _tpu("takes_dot"))},
     "table_dot": {"cpu": (table_dot, _takes_table)},
@@ -712,6 +787,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
         "gpu": (_gpu_sums, _gpu("takes_weight")),
         "tpu": (_tpu_sums, _tpu_takes),
     },
+    "top_k": {"cpu": (top_k, _is_on_one_device)},
     "transposed": {"cpu": (transposed, lambda x: x.dtype == jnp.bfloat16)},
     "write_slots": {"cpu": (write_slots,)},
 }

@@ -8,6 +8,7 @@
 
 #include "common.h"
 #include "lanes.h"
+#include "rotate.h"
 
 namespace kernels {
 namespace {
@@ -444,6 +445,21 @@ void AttendGradient(const Frame& frame) {
 
 // --- Writing the cache ---------------------------------------------------------------------------
 
+// Rows [B, T, K], of so many bytes each, into the slots [B, T] of a cache [B, K, S]; those that it
+// does not have are dropped.
+void Write(const void* rows, const int32_t* slot_of, int64_t batch, int64_t count, int64_t heads,
+           int64_t there, int64_t bytes, void* cache) {
+  const auto* from = static_cast<const char*>(rows);
+  auto* to = static_cast<char*>(cache);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t slot = slot_of[b * count + t];
+      for (int64_t k = 0; k < heads; ++k, from += bytes)
+        if (slot >= 0 && slot < there)
+          std::memcpy(to + ((b * heads + k) * there + slot) * bytes, from, bytes);
+    }
+}
+
 // new rows [B, T, K, H] into the slots int32 [B, T] of a cache [B, K, S, H], which is the output,
 // too; those that it does not have are dropped.
 void WriteSlots(const Frame& frame) {
@@ -453,18 +469,41 @@ void WriteSlots(const Frame& frame) {
   sizes.Match("rows [B, T, K, H]", rows, cache.dtype);
   const auto* slot_of = sizes.Match<int32_t>("slots [B, T]", slots);
   Check(before.data == cache.data, "the cache is not the output");
-  const int64_t batch = sizes["B"], heads = sizes["K"], there = sizes["S"], count = sizes["T"];
-  const int64_t width = WidthOf(cache.dtype), size = sizes["H"] * width;
+  const int64_t width = WidthOf(cache.dtype);
   Check(width > 0, "the cache is ", cache.dtype, ", whose numbers have no known size");
-  const auto* from = static_cast<const char*>(rows.data);
-  auto* to = static_cast<char*>(cache.data);
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t slot = slot_of[b * count + t];
-      for (int64_t k = 0; k < heads; ++k, from += size)
-        if (slot >= 0 && slot < there)
-          std::memcpy(to + ((b * heads + k) * there + slot) * size, from, size);
-    }
+  Write(rows.data, slot_of, sizes["B"], sizes["T"], sizes["K"], sizes["S"], sizes["H"] * width,
+        cache.data);
+}
+
+// q [B, T, N, H], new keys and values [B, T, K, H], caches [B, K, S, H] of both, which are outputs,
+// too, positions int32 [B, T], frequencies float32 [H / 2] -> what `Attend` gives, after q and the
+// new keys were rotated as by `Rotate`, and they and the new values written to the slots that their
+// positions are.
+void AttendAndWrite(const Frame& frame) {
+  const auto [q, k, v, old_keys, old_values, positions, frequencies, out, keys, values] =
+      frame.Arrays<7, 3>();
+  Sizes sizes;
+  Attention a = AttentionOf(frame, sizes, q, keys, values, positions, out);
+  sizes.Match("new keys [B, T, K, H]", k, q.dtype);
+  sizes.Match("new values [B, T, K, H]", v, q.dtype);
+  const auto* frequency = sizes.Match<float>("frequencies [H / 2]", frequencies);
+  const int64_t half = sizes["H / 2"], tokens = a.batch * a.queries;
+  Check(a.size == 2 * half, "heads of ", a.size, " numbers, but ", half, " frequencies");
+  Check(old_keys.data == keys.data && old_values.data == values.data, "a cache is not an output");
+  const int64_t bytes = a.size * WidthOf(q.dtype);
+  static thread_local Aligned kept(0);
+  char* rotated = Kept(kept, tokens * (a.heads + a.kv_heads) * bytes);
+  char* new_keys = rotated + tokens * a.heads * bytes;
+  auto rotate = [&](const Array& x, int64_t heads, char* to) {
+    RotateTokens(frame, q.dtype, x.data, a.positions, frequency, tokens, heads, half, to);
+  };
+  rotate(q, a.heads, rotated), rotate(k, a.kv_heads, new_keys);
+  auto write = [&](const void* rows, void* cache) {
+    Write(rows, a.positions, a.batch, a.queries, a.kv_heads, a.slots, bytes, cache);
+  };
+  write(new_keys, keys.data), write(v.data, values.data);
+  a.q = rotated;
+  AttendAll(frame, a);
 }
 
 }  // namespace
@@ -472,5 +511,6 @@ void WriteSlots(const Frame& frame) {
 KERNEL(Attend)
 KERNEL(AttendGradient)
 KERNEL(WriteSlots)
+KERNEL(AttendAndWrite)
 
 }  // namespace kernels

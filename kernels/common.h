@@ -21,7 +21,8 @@ namespace kernels {
 
 using Dtype = XLA_FFI_DataType;
 constexpr Dtype S8 = XLA_FFI_DataType_S8, S16 = XLA_FFI_DataType_S16, S32 = XLA_FFI_DataType_S32,
-                U8 = XLA_FFI_DataType_U8, F32 = XLA_FFI_DataType_F32, BF16 = XLA_FFI_DataType_BF16;
+                U8 = XLA_FFI_DataType_U8, PRED = XLA_FFI_DataType_PRED, F32 = XLA_FFI_DataType_F32,
+                BF16 = XLA_FFI_DataType_BF16;
 
 template <class T>
 constexpr Dtype kDtype = XLA_FFI_DataType_INVALID;
@@ -29,6 +30,8 @@ template <>
 constexpr Dtype kDtype<int8_t> = S8;
 template <>
 constexpr Dtype kDtype<uint8_t> = U8;
+template <>
+constexpr Dtype kDtype<bool> = PRED;
 template <>
 constexpr Dtype kDtype<int32_t> = S32;
 template <>

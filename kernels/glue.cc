@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "rotate.h"
 
 namespace kernels {
 namespace {
@@ -24,9 +25,8 @@ void RotateHeads(const T* x, const float* sin, const float* cos, int64_t heads, 
 }
 
 template <class T>
-void RotateTokens(const Frame& frame, const void* x, const int32_t* positions,
-                  const float* frequencies, int64_t tokens, int64_t heads, int64_t half,
-                  void* out) {
+void RotateAll(const Frame& frame, const void* x, const int32_t* positions,
+               const float* frequencies, int64_t tokens, int64_t heads, int64_t half, void* out) {
   const int64_t row = heads * 2 * half;
   Parallel(frame, tokens, 8. * tokens * row, [=](int64_t t) {
     static thread_local Aligned kept(0);
@@ -41,6 +41,17 @@ void RotateTokens(const Frame& frame, const void* x, const int32_t* positions,
   });
 }
 
+}  // namespace
+
+void RotateTokens(const Frame& frame, Dtype dtype, const void* x, const int32_t* positions,
+                  const float* frequencies, int64_t tokens, int64_t heads, int64_t half,
+                  void* out) {
+  auto rotate = dtype == BF16 ? RotateAll<uint16_t> : RotateAll<float>;
+  rotate(frame, x, positions, frequencies, tokens, heads, half, out);
+}
+
+namespace {
+
 // x [B, T, N, H], float32 or bfloat16, positions int32 [B, T], frequencies float32 [H / 2] -> as x:
 // pairs (i, i + H / 2) rotated by position times frequency.
 void Rotate(const Frame& frame) {
@@ -53,8 +64,8 @@ void Rotate(const Frame& frame) {
   sizes.Match("rotated [B, T, N, H]", out, x.dtype);
   const int64_t half = sizes["H / 2"];
   Check(sizes["H"] == 2 * half, "heads of ", sizes["H"], " numbers, but ", half, " frequencies");
-  auto rotate = x.dtype == BF16 ? RotateTokens<uint16_t> : RotateTokens<float>;
-  rotate(frame, x.data, position, frequency, sizes["B"] * sizes["T"], sizes["N"], half, out.data);
+  RotateTokens(frame, x.dtype, x.data, position, frequency, sizes["B"] * sizes["T"], sizes["N"],
+               half, out.data);
 }
 
 template <class T>

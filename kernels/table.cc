@@ -306,10 +306,11 @@ void TableDot(const Frame& frame) {
 
 // --- Norm ----------------------------------------------------------------------------------------
 
+// The norm of rows, added to others where there are any.
 template <class T>
-void NormRows(const Frame& frame, const void* from, const float* scale, int64_t rows, int64_t size,
-              float eps, void* to) {
-  const T* x = static_cast<const T*>(from);
+void NormRows(const Frame& frame, const void* added_to, const void* from, const float* scale,
+              int64_t rows, int64_t size, float eps, void* to) {
+  const T *h = static_cast<const T*>(added_to), *x = static_cast<const T*>(from);
   T* out = static_cast<T*>(to);
   Parallel(frame, rows, 1. * rows * size * sizeof(float), [=](int64_t m) {
     static thread_local Aligned kept(0);
@@ -319,25 +320,42 @@ void NormRows(const Frame& frame, const void* from, const float* scale, int64_t 
     const Product square = {row, &sum};
     Panel<Floats<float>>(row, 0, 1, &square, 1, size);
     const float inverse = 1 / std::sqrt(sum / size + eps);
-    for (int64_t i = 0; i < size; ++i) FromFloat(scale[i] * row[i] * inverse, out + m * size + i);
+    T* y = out + m * size;
+    for (int64_t i = 0; i < size; ++i) FromFloat(scale[i] * row[i] * inverse, y + i);
+    for (int64_t i = 0; h && i < size; ++i)
+      FromFloat(ToFloat(h[m * size + i]) + ToFloat(y[i]), y + i);
   });
+}
+
+void Norm(const Frame& frame, const Array* h, const Array& x, const Array& scale,
+          const Array& out) {
+  Sizes sizes;
+  CheckFloats("x", x);
+  sizes.Match("x [R, D]", x);
+  if (h) sizes.Match("h [R, D]", *h, x.dtype);
+  const auto* factors = sizes.Match<float>("scale [D]", scale);
+  sizes.Match("y [R, D]", out, x.dtype);
+  auto norm = x.dtype == BF16 ? NormRows<uint16_t> : NormRows<float>;
+  norm(frame, h ? h->data : nullptr, x.data, factors, sizes["R"], sizes["D"], frame.Float("eps"),
+       out.data);
 }
 
 // x [R, D], float32 or bfloat16, and scale float32 [D] -> as x: scale x / sqrt(mean square + eps).
 void RmsNorm(const Frame& frame) {
   const auto [x, scale, out] = frame.Arrays<2, 1>();
-  Sizes sizes;
-  CheckFloats("x", x);
-  sizes.Match("x [R, D]", x);
-  const auto* factors = sizes.Match<float>("scale [D]", scale);
-  sizes.Match("y [R, D]", out, x.dtype);
-  auto norm = x.dtype == BF16 ? NormRows<uint16_t> : NormRows<float>;
-  norm(frame, x.data, factors, sizes["R"], sizes["D"], frame.Float("eps"), out.data);
+  Norm(frame, nullptr, x, scale, out);
+}
+
+// h and x [R, D], both float32 or bfloat16, and scale float32 [D] -> h and what RmsNorm makes of x.
+void AddedNorm(const Frame& frame) {
+  const auto [h, x, scale, out] = frame.Arrays<3, 1>();
+  Norm(frame, &h, x, scale, out);
 }
 
 }  // namespace
 
 KERNEL(TableDot)
 KERNEL(RmsNorm)
+KERNEL(AddedNorm)
 
 }  // namespace kernels

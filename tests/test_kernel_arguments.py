@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels"
 
 SIZES = {
     "blocks": 2, "R": 3, "I": 13, "E": 5, "O": 7, "B": 4, "D": 11, "V": 9,
-    "T": 3, "K": 2, "S": 4, "H": 8, "C": 17,
+    "T": 3, "K": 2, "S": 4, "H": 8, "H2": 4, "C": 17,
     "G": 2, "P": 1,
     "N": 6, "N64": 2, "Q": 1, "64": 64, "4": 4, "1": 1, "128": 128,
 }  # fmt: skip
@@ -66,7 +66,18 @@ CALLS = {
         {"y": "float32 R D"},
         {"eps": np.float32(1e-5)},
     ),
+    "AddedNorm": (
+        {"h": "float32 R D", "x": "float32 R D", "scale": "float32 D"},
+        {"y": "float32 R D"},
+        {"eps": np.float32(1e-5)},
+    ),
     "Attend": (ATTENTION, {"result": Q}, CAPPED),
+    "AttendAndWrite": (
+        {"q": Q, "k": "float32 B T K H", "v": "float32 B T K H"}
+        | {"keys": CACHE, "values": CACHE, "positions": POSITIONS, "frequencies": "float32 H2"},
+        {"result": Q, "keys": CACHE, "values": CACHE},
+        CAPPED,
+    ),
     "AttendGradient": (
         ATTENTION | {"y": Q, "dy": Q},
         {"result": Q, "dk": CACHE, "dv": CACHE},
@@ -75,6 +86,21 @@ CALLS = {
     "WriteSlots": (
         {"cache": CACHE, "rows": "float32 B T K H", "slots": POSITIONS},
         {"cache": CACHE},
+        {},
+    ),
+    "TopK": (
+        {"x": "float32 R V"},
+        {"values": "float32 R K", "index": "int32 R K"},
+        {},
+    ),
+    "Route": (
+        {"x": "float32 R D", "router": "float32 D E", "valid": "bool R"},
+        {
+            "logits": "float32 R E",
+            "probabilities": "float32 R E",
+            "gates": "float32 R K",
+            "index": "int32 R K",
+        },
         {},
     ),
     "Transpose": ({"x": "bfloat16 B R C"}, {"transposed": "bfloat16 B C R"}, {}),
@@ -86,9 +112,11 @@ CALLS = {
 FREE = {
     "TernaryDots": {("I", 12), ("G", 1)},
     "TernaryDots interleaved": {("I", 12), ("G", 1)},
+    "TopK": {("V", 8), ("V", 576)},
     "WriteSlots": {("S", 3), ("S", 256)},
 }
 OTHER_DTYPES = {
+    ("Route", "x", "bfloat16"),
     ("TableDot", "x", "bfloat16"),
     ("TableDot", "table", "bfloat16"),
     ("TableDot", "table", "int8"),
@@ -115,7 +143,9 @@ def call(name, arrays=None, **other_attributes):
     f = jax.ffi.ffi_call(
         f"ternary_grok_{name.split()[0]}",
         [structs[result] for result in results],
-        input_output_aliases={list(arguments).index(r): 0 for r in results if r in arguments},
+        input_output_aliases={
+            list(arguments).index(r): i for i, r in enumerate(results) if r in arguments
+        },
     )
     values = [np.ones(structs[array].shape, structs[array].dtype) for array in arguments]
     compiled = jax.jit(lambda *values: f(*values, **attributes | other_attributes))
@@ -217,6 +247,8 @@ def test_sizes_and_numbers_that_are_not_possible(name, sizes, attributes, messag
         ("RmsNorm", "scale", "float32 R D", "scale [D] is [3, 11], not of rank 1"),
         ("WriteSlots", "slots", "int32 B", "slots [B, T] is [4], not of rank 2"),
         ("Transpose", "x", "bfloat16 B R C K", "x [B, R, C] is [4, 3, 17, 2], not of rank 3"),
+        ("TopK", "index", "int32 R", "index [R, K] is [3], not of rank 2"),
+        ("Route", "valid", "int8 R", "valid [R] is S8, not PRED"),
         ("TableDot", "table", "float16 V D", "table is F16, neither F32, BF16 nor S8"),
     ],
 )

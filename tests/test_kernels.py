@@ -594,6 +594,88 @@ def test_rms_norm(dtype):
 
 @native
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_norm_is_added_as_by_itself(dtype):
+    random = np.random.default_rng(0)
+    h, x = (jnp.asarray(random.standard_normal((5, 1003)), dtype) for _ in range(2))
+    scale = jnp.asarray(random.standard_normal(1003), jnp.float32)
+    norm = jax.jit(kernels.rms_norm, static_argnums=2)(x, scale, 1e-5)
+    found = jax.jit(functools.partial(kernels.added_norm, eps=1e-5))(h, x, scale)
+    np.testing.assert_array_equal(found, h + norm)
+
+
+@native
+@pytest.mark.parametrize(
+    "shape, count", [((3, 8), 8), ((2, 3, 100), 8), ((1, 1024), 1), ((2, 9), 2)]
+)
+def test_the_largest(shape, count):
+    random = np.random.default_rng(0)
+    call = jax.jit(functools.partial(kernels.top_k, count=count))
+    some = random.standard_normal(shape)
+    equal, infinite = some.round() + 0.0, np.where(some > 0, -np.inf, some)
+    larger_and_larger = np.sort(some, axis=-1)
+    for x in (some, equal, np.zeros(shape), infinite, larger_and_larger, -larger_and_larger):
+        x = jnp.asarray(x, jnp.float32)
+        for found, expected in zip(call(x), jax.lax.top_k(x, count), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+@native
+def test_the_largest_wherever_it_is():
+    _, index = kernels.top_k(jnp.eye(200), count=1)
+    np.testing.assert_array_equal(index[:, 0], np.arange(200))
+
+
+@native
+@pytest.mark.parametrize("experts", [2, 8, 13, 16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_router(dtype, experts):
+    """Logits, probabilities and choices of plain JAX; of equal probabilities the first."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((6, 1501)), dtype).at[1].set(0)
+    w = jnp.asarray(random.standard_normal((1501, experts)) / 30, jnp.float32)
+    valid = jnp.array([True, True, False, True, True, True])
+    call = jax.jit(functools.partial(kernels.route, selected=2))
+    found = call(x, w, valid)
+    with kernels.disabled():
+        expected = model.routed(x, w, valid, selected=2)
+    for y, plain in zip(found, expected, strict=True):
+        assert y.dtype == plain.dtype
+        np.testing.assert_allclose(y, plain, rtol=0, atol=2e-6)  # float32 sums of 1501
+    assert found[3][1:3].tolist() == [[0, 1], [-1, -1]]
+    for one, all_rows in zip(call(x[3:4], w, valid[3:4]), found, strict=True):
+        np.testing.assert_array_equal(one[0], all_rows[3])  # of a token, whatever others there are
+
+
+@native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_attention_that_rotates_and_writes_is_its_parts(tokens, dtype):
+    random = np.random.default_rng(0)
+
+    def array(*shape):
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    q, k, v = (array(2, tokens, heads, 24) for heads in (6, 3, 3))
+    caches = [array(2, 3, 70, 24) for _ in range(2)]
+    # In the middle of the cache; and with some past its end, whose rows are dropped.
+    positions = jnp.array([[33], [67]]) + jnp.arange(tokens)
+    frequencies = model._frequencies(24, 10000.0)
+    options = {"multiplier": 0.2, "cap": 30.0}
+    found = jax.jit(functools.partial(kernels.attend_and_write, **options))(
+        q, k, v, *caches, positions, frequencies
+    )
+    q, k = (jax.jit(kernels.rotate)(x, positions, frequencies) for x in (q, k))
+    keys, values = (
+        jax.jit(kernels.write_slots)(cache, x, positions)
+        for cache, x in zip(caches, (k, v), strict=True)
+    )
+    y = jax.jit(functools.partial(kernels.attend, **options))(q, keys, values, positions)
+    for one, other in zip(found, (y, keys, values), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_writing_slots_of_a_cache(dtype):
     random = np.random.default_rng(0)
     cache = jnp.asarray(random.standard_normal((2, 3, 7, 4)), dtype)

@@ -1,0 +1,116 @@
+// What is chosen: the likeliest tokens, and the experts of a token. Of equals the first is taken.
+
+#include <cmath>
+
+#include "common.h"
+
+namespace kernels {
+namespace {
+
+// The `count` largest of x [size], largest first, and where they are.
+void Largest(const float* x, int64_t size, int64_t count, float* values, int32_t* index) {
+  int64_t found = 0;
+  auto insert = [&](int64_t i) {
+    if (found == count && !(x[i] > values[count - 1])) return;
+    int64_t at = found < count ? found++ : count - 1;
+    for (; at > 0 && x[i] > values[at - 1]; --at)
+      values[at] = values[at - 1], index[at] = index[at - 1];
+    values[at] = x[i], index[at] = static_cast<int32_t>(i);
+  };
+  int64_t i = 0;
+  for (; i < count; ++i) insert(i);
+  for (constexpr int64_t some = 64; i + some <= size; i += some) {
+    const float least = values[count - 1];
+    int32_t more = 0;
+    for (int64_t j = 0; j < some; ++j) more |= x[i + j] > least;
+    for (int64_t j = 0; more && j < some; ++j) insert(i + j);
+  }
+  for (; i < size; ++i) insert(i);
+}
+
+// x float32 [R, V] -> the K largest of each row, float32, and their places, int32 [R, K]
+void TopK(const Frame& frame) {
+  const auto [x, values, index] = frame.Arrays<1, 2>();
+  Sizes sizes;
+  const auto* rows = sizes.Match<float>("x [R, V]", x);
+  auto* largest = sizes.Match<float>("values [R, K]", values);
+  auto* at = sizes.Match<int32_t>("index [R, K]", index);
+  const int64_t size = sizes["V"], count = sizes["K"];
+  Check(count <= size, "the ", count, " largest of ", size);
+  Parallel(frame, sizes["R"], 4. * sizes["R"] * size, [=](int64_t r) {
+    Largest(rows + r * size, size, count, largest + r * count, at + r * count);
+  });
+}
+
+// --- Experts -------------------------------------------------------------------------------------
+
+typedef float Eight __attribute__((vector_size(32)));
+
+// The logits of one token for `count` experts, eight at most: x [D] times columns of a router whose
+// rows are `stride` apart, in four sums.
+template <class T>
+INLINE void SomeLogits(const T* x, const float* w, int64_t size, int64_t stride, int64_t count,
+                       float* logits) {
+  Eight sums[4] = {};
+  auto add = [&](int64_t d, int i) {
+    Eight some = {};
+    std::memcpy(&some, w + d * stride, count * sizeof(float));
+    sums[i] += ToFloat(x[d]) * some;
+  };
+  int64_t d = 0;
+  for (; d + 4 <= size; d += 4) add(d, 0), add(d + 1, 1), add(d + 2, 2), add(d + 3, 3);
+  for (int i = 0; d < size; ++d, ++i) add(d, i);
+  const Eight all = (sums[0] + sums[2]) + (sums[1] + sums[3]);
+  std::memcpy(logits, &all, count * sizeof(float));
+}
+
+template <class T>
+void Logits(const T* x, const float* w, int64_t size, int64_t experts, float* logits) {
+  int64_t e = 0;
+  for (; e + 8 <= experts; e += 8) SomeLogits(x, w + e, size, experts, 8, logits + e);
+  if (e < experts) SomeLogits(x, w + e, size, experts, experts - e, logits + e);
+}
+
+void Softmax(const float* logits, int64_t count, float* probs) {
+  float largest = logits[0], total = 0;
+  for (int64_t e = 1; e < count; ++e) largest = std::max(largest, logits[e]);
+  for (int64_t e = 0; e < count; ++e) total += probs[e] = std::exp(logits[e] - largest);
+  for (int64_t e = 0; e < count; ++e) probs[e] /= total;
+}
+
+// x [R, D], float32 or bfloat16, a router float32 [D, E] and which tokens are valid, bool [R]
+// -> logits and probabilities, float32 [R, E], and of the A most likely experts probability and
+// index [R, A], -1 where not valid.
+void Route(const Frame& frame) {
+  const auto [x, router, valid, logits, probs, gates, index] = frame.Arrays<3, 4>();
+  Sizes sizes;
+  CheckFloats("x", x);
+  sizes.Match("x [R, D]", x);
+  const auto* w = sizes.Match<float>("router [D, E]", router);
+  const auto* there = sizes.Match<bool>("valid [R]", valid);
+  auto* of_all = sizes.Match<float>("logits [R, E]", logits);
+  auto* likely = sizes.Match<float>("probabilities [R, E]", probs);
+  auto* of_chosen = sizes.Match<float>("gates [R, A]", gates);
+  auto* chosen = sizes.Match<int32_t>("index [R, A]", index);
+  const int64_t rows = sizes["R"], size = sizes["D"], experts = sizes["E"], count = sizes["A"];
+  Check(count <= experts, "the ", count, " most likely of ", experts, " experts");
+  const bool half = x.dtype == BF16;
+  const void* from = x.data;
+  Parallel(frame, rows, 4. * rows * size, [=](int64_t r) {
+    float* own = of_all + r * experts;
+    if (half)
+      Logits(static_cast<const uint16_t*>(from) + r * size, w, size, experts, own);
+    else
+      Logits(static_cast<const float*>(from) + r * size, w, size, experts, own);
+    Softmax(own, experts, likely + r * experts);
+    Largest(likely + r * experts, experts, count, of_chosen + r * count, chosen + r * count);
+    if (!there[r]) std::fill_n(chosen + r * count, count, -1);
+  });
+}
+
+}  // namespace
+
+KERNEL(TopK)
+KERNEL(Route)
+
+}  // namespace kernels
