@@ -404,10 +404,12 @@ def routed(x, w, valid, *, selected):
     """Of tokens x [R, D] and a router w [D, E]: logits and probabilities, float32 [R, E], and
     of the chosen experts [R, A] probability and index, -1 where not valid [R]."""
     logits = quantize.table_dot(x.astype(jnp.float32), w.T)
-    return logits, *_chosen(logits, valid, selected)
+    return logits, *chosen(logits, valid, selected=selected)
 
 
-def _chosen(logits, valid, selected):  # [..., E], [...] -> [..., E], [..., A], [..., A]
+@kernels.accelerated("choose")
+def chosen(logits, valid, *, selected):
+    """What `routed` makes of logits [..., E] and valid [...]."""
     probs = jax.nn.softmax(logits, axis=-1)
     gates, index = lax.top_k(probs, selected)
     return probs, gates, jnp.where(valid[..., None], index, -1)
@@ -620,11 +622,16 @@ class Router(hk.Module):
         logits, probs, gates, index = route(x, w, valid)
         if captures.is_tapped("logits"):
             logits = captures.tap("logits", logits)
-            probs, gates, index = _chosen(logits, valid, selected)
+
+            def choose(*arrays):
+                return list(chosen(*arrays, selected=selected))
+
+            choose = sharding.shard_map(choose, (token, token[:2]), [token] * 3)
+            probs, gates, index = choose(logits, valid)
         if captures.is_tapped("chosen", "gates"):
             index = captures.tap("chosen", index)
-            chosen = jax.nn.one_hot(index, c.num_experts).sum(axis=-2)  # [B, T, E]
-            gates = jnp.take_along_axis(captures.tap("gates", probs * chosen), index, axis=-1)
+            of_chosen = probs * jax.nn.one_hot(index, c.num_experts).sum(axis=-2)  # [B, T, E]
+            gates = jnp.take_along_axis(captures.tap("gates", of_chosen), index, axis=-1)
         return logits, probs, gates, index
 
 

@@ -274,6 +274,29 @@ class SampleOutput(NamedTuple):
     top_k_logprobs: jax.Array
 
 
+def packed(sample: SampleOutput, active: jax.Array) -> jax.Array:
+    """Samples, and which rows are active after them, as one array to be fetched: int32
+    [B, 4 + 3 TOP_K], of floats the bits."""
+    columns = (sample.token_id, sample.prob, sample.logprob, active)
+    lists = (sample.top_k_token_ids, sample.top_k_probs, sample.top_k_logprobs)
+
+    def integers(x):
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        return lax.bitcast_convert_type(x, jnp.int32) if is_float else x.astype(jnp.int32)
+
+    return jnp.concatenate(
+        [*(integers(x)[:, None] for x in columns), *map(integers, lists)], axis=1
+    )
+
+
+def unpacked(found: np.ndarray) -> tuple[SampleOutput, np.ndarray]:
+    """What `packed` was given."""
+    floats, count = found.view(np.float32), found.shape[1] // 3 - 1
+    ids, probs = found[:, 4 : 4 + count], floats[:, 4 + count : -count]
+    sample = SampleOutput(found[:, 0], floats[:, 1], ids, probs, floats[:, 2], floats[:, -count:])
+    return sample, found[:, 3] != 0
+
+
 def top_p_filter(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     """-inf for all but the smallest set of tokens whose probabilities sum to top_p or more.
 
@@ -429,9 +452,9 @@ def prefill_chunk(
 
 def insert_row(
     slots: Slots, memory: Memory, logits: jax.Array, settings: SampleSettings, slot, eos: int
-) -> tuple[Slots, tuple[SampleOutput, jax.Array]]:
-    """Gives a slot to a prefilled prompt, with its cache of one row, and samples its first token;
-    which rows are active comes with it, by itself.
+) -> tuple[Slots, jax.Array]:
+    """Gives a slot to a prefilled prompt, with its cache of one row, and samples its first token,
+    which comes `packed`.
 
     settings: scalars
     """
@@ -443,18 +466,18 @@ def insert_row(
         slots,
         row,
     )
-    return slots, (sample, slots.active)
+    return slots, packed(sample, row.active)
 
 
 def decode_step(
     model: hk.Transformed, params: dict, slots: Slots, eos: int
-) -> tuple[Slots, tuple[SampleOutput, jax.Array]]:
-    """One more token for every active row, and which rows are active then."""
+) -> tuple[Slots, jax.Array]:
+    """One more token for every active row, `packed`."""
     lengths = slots.active.astype(jnp.int32)
     tokens = slots.token[:, None]
     output = model.apply(params, None, tokens, slots.memory, lengths, last_only=True)
     slots, sample = advance(output.logits, slots._replace(memory=output.model_state), eos)
-    return slots, (sample, slots.active)
+    return slots, packed(sample, slots.active)
 
 
 def jit_steps(runner: ModelRunner, in_slots: Slots, in_row: Memory) -> tuple[Callable, Callable]:
@@ -627,11 +650,11 @@ class Begun(NamedTuple):
     """A step of decoding that the device was given, and whose tokens nobody has fetched.
 
     running: the request of each slot that gets one, unless it turns out to have ended before
-    found: samples, and which rows are active after them
+    found: `packed` samples
     """
 
     running: dict[int, Request]
-    found: tuple[SampleOutput, jax.Array]
+    found: jax.Array
 
 
 class InferenceRunner:
@@ -800,7 +823,7 @@ class InferenceRunner:
                 )
             )
         self.timing.prefill_seconds += time.perf_counter() - begin
-        token = make_token(slot, active, *(x[0] for x in sample))
+        token = make_token(slot, active[0], *(x[0] for x in sample))
         # Plain JAX multiplies what is masked by 0, and 0 times NaN is NaN.
         self._row, started.row = None if token.error else row, None
         self._left[slot] = request.max_len - 1
@@ -900,7 +923,7 @@ class InferenceRunner:
             raise RuntimeError("this prompt has a slot, or an error took its cache; start it anew")
         return started.row
 
-    def _exchange(self, call: Callable) -> tuple[SampleOutput, jax.Array]:
+    def _exchange(self, call: Callable) -> jax.Array:
         """All slots for those that a call makes of them; what else it returns, to be fetched.
 
         The call is given the old ones for good. If it fails then, all requests are lost with them.
@@ -918,10 +941,10 @@ class InferenceRunner:
                 raise
             return found
 
-    def _fetch(self, found: tuple[SampleOutput, jax.Array]) -> tuple[SampleOutput, np.ndarray]:
+    def _fetch(self, found: jax.Array) -> tuple[SampleOutput, np.ndarray]:
         """Waits for the device. If it fails, so has the cache, and all requests are lost."""
         try:
-            return jax.device_get(found)
+            return unpacked(jax.device_get(found))
         except BaseException as error:
             self._lose(error)
             raise
@@ -965,7 +988,7 @@ class InferenceRunner:
         running, found = self._begun[0]
         samples, active = self._fetch(found)
         tokens = [
-            make_token(slot, active, *(x[slot] for x in samples))
+            make_token(slot, active[slot], *(x[slot] for x in samples))
             for slot in sorted(self._going_on(running))
         ]
         self.timing.decode_seconds += time.perf_counter() - begin
@@ -1069,14 +1092,12 @@ def sample_from_model(server: Server, prompt: str, max_len: int, temperature: fl
     return server.send(Request(prompt, temperature, max_len=max_len))
 
 
-def make_token(
-    slot: int, active: np.ndarray, token_id, prob, ids, probs, logprob, logprobs
-) -> Token:
-    """The token of a slot, of what it sampled; active: which slots go on."""
+def make_token(slot: int, active, token_id, prob, ids, probs, logprob, logprobs) -> Token:
+    """The token of a slot, of what it sampled; active: whether it goes on."""
     if math.isnan(prob):
         return failed(slot, ValueError(NOT_FINITE))
-    done = not active[slot]
-    return Token(slot, int(token_id), float(prob), ids, probs, float(logprob), logprobs, done)
+    logprob, done = float(logprob), not active
+    return Token(slot, int(token_id), float(prob), ids, probs, logprob, logprobs, done)
 
 
 def chunks(length: int, pad_sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -45,6 +45,7 @@ HANDLERS = (
     "RoundRows",
     "Transpose",
     "TopK",
+    "Choose",
     "Route",
 )
 COUNTS = (  # functions of the library that give a number
@@ -556,6 +557,15 @@ def top_k(x: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
     return tuple(y.reshape(*x.shape[:-1], count) for y in found)
 
 
+def choose(logits: jax.Array, valid: jax.Array, *, selected: int) -> tuple:
+    """`model.chosen` of float32 logits [..., E]. Needs `on_cpu()`."""
+    all_experts, chosen = ((math.prod(valid.shape), n) for n in (logits.shape[-1], selected))
+    outs = [(all_experts, jnp.float32), (chosen, jnp.float32), (chosen, jnp.int32)]
+    call = ffi_call("Choose", [jax.ShapeDtypeStruct(*out) for out in outs])
+    found = call(logits.reshape(all_experts), valid.reshape(-1))
+    return tuple(y.reshape(*valid.shape, -1) for y in found)
+
+
 def route(x: jax.Array, w: jax.Array, valid: jax.Array, *, selected: int) -> tuple:
     """`model.routed` of x [R, D], float32 or bfloat16, and a router float32 [D, E].
 
@@ -759,6 +769,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
         "cpu": (attend_and_write, _takes_cap, _takes_caches),
         "gpu": (_gpu("decode_attention"), _takes_cap, _gpu("takes_attention")),
     },
+    "choose": {"cpu": (choose,)},
     "gated_dot": {
         "cpu": (gated_dot, _takes_gated),
         "gpu": (_gpu("gated_dot"), _takes_gated, _gpu("takes_gated")),

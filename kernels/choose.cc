@@ -71,29 +71,54 @@ void Logits(const T* x, const float* w, int64_t size, int64_t experts, float* lo
   if (e < experts) SomeLogits(x, w + e, size, experts, experts - e, logits + e);
 }
 
-void Softmax(const float* logits, int64_t count, float* probs) {
-  float largest = logits[0], total = 0;
-  for (int64_t e = 1; e < count; ++e) largest = std::max(largest, logits[e]);
-  for (int64_t e = 0; e < count; ++e) total += probs[e] = std::exp(logits[e] - largest);
-  for (int64_t e = 0; e < count; ++e) probs[e] /= total;
+// What a router makes of its logits: probabilities, float32 [R, E], and of the A most likely
+// experts probability and index [R, A], -1 where not valid, bool [R].
+struct Choices {
+  const bool* valid;
+  float *probs, *gates;
+  int32_t* index;
+  int64_t experts, count;
+
+  Choices(Sizes& sizes, const Array& is_valid, const Array& of_all, const Array& of_chosen,
+          const Array& at) {
+    valid = sizes.Match<bool>("valid [R]", is_valid);
+    probs = sizes.Match<float>("probabilities [R, E]", of_all);
+    gates = sizes.Match<float>("gates [R, A]", of_chosen);
+    index = sizes.Match<int32_t>("index [R, A]", at);
+    experts = sizes["E"], count = sizes["A"];
+    Check(count <= experts, "the ", count, " most likely of ", experts, " experts");
+  }
+
+  void Set(int64_t r, const float* logits) const {
+    float *p = probs + r * experts, largest = logits[0], total = 0;
+    for (int64_t e = 1; e < experts; ++e) largest = std::max(largest, logits[e]);
+    for (int64_t e = 0; e < experts; ++e) total += p[e] = std::exp(logits[e] - largest);
+    for (int64_t e = 0; e < experts; ++e) p[e] /= total;
+    Largest(p, experts, count, gates + r * count, index + r * count);
+    if (!valid[r]) std::fill_n(index + r * count, count, -1);
+  }
+};
+
+// logits float32 [R, E] and valid -> `Choices`
+void Choose(const Frame& frame) {
+  const auto [logits, valid, probs, gates, index] = frame.Arrays<2, 3>();
+  Sizes sizes;
+  const auto* of_all = sizes.Match<float>("logits [R, E]", logits);
+  const Choices choices(sizes, valid, probs, gates, index);
+  for (int64_t r = 0; r < sizes["R"]; ++r) choices.Set(r, of_all + r * choices.experts);
 }
 
-// x [R, D], float32 or bfloat16, a router float32 [D, E] and which tokens are valid, bool [R]
-// -> logits and probabilities, float32 [R, E], and of the A most likely experts probability and
-// index [R, A], -1 where not valid.
+// x [R, D], float32 or bfloat16, a router float32 [D, E] and valid -> logits float32 [R, E] and
+// `Choices`
 void Route(const Frame& frame) {
   const auto [x, router, valid, logits, probs, gates, index] = frame.Arrays<3, 4>();
   Sizes sizes;
   CheckFloats("x", x);
   sizes.Match("x [R, D]", x);
   const auto* w = sizes.Match<float>("router [D, E]", router);
-  const auto* there = sizes.Match<bool>("valid [R]", valid);
   auto* of_all = sizes.Match<float>("logits [R, E]", logits);
-  auto* likely = sizes.Match<float>("probabilities [R, E]", probs);
-  auto* of_chosen = sizes.Match<float>("gates [R, A]", gates);
-  auto* chosen = sizes.Match<int32_t>("index [R, A]", index);
-  const int64_t rows = sizes["R"], size = sizes["D"], experts = sizes["E"], count = sizes["A"];
-  Check(count <= experts, "the ", count, " most likely of ", experts, " experts");
+  const Choices choices(sizes, valid, probs, gates, index);
+  const int64_t rows = sizes["R"], size = sizes["D"], experts = sizes["E"];
   const bool half = x.dtype == BF16;
   const void* from = x.data;
   Parallel(frame, rows, 4. * rows * size, [=](int64_t r) {
@@ -102,15 +127,14 @@ void Route(const Frame& frame) {
       Logits(static_cast<const uint16_t*>(from) + r * size, w, size, experts, own);
     else
       Logits(static_cast<const float*>(from) + r * size, w, size, experts, own);
-    Softmax(own, experts, likely + r * experts);
-    Largest(likely + r * experts, experts, count, of_chosen + r * count, chosen + r * count);
-    if (!there[r]) std::fill_n(chosen + r * count, count, -1);
+    choices.Set(r, own);
   });
 }
 
 }  // namespace
 
 KERNEL(TopK)
+KERNEL(Choose)
 KERNEL(Route)
 
 }  // namespace kernels

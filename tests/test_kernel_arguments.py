@@ -93,6 +93,11 @@ CALLS = {
         {"values": "float32 R K", "index": "int32 R K"},
         {},
     ),
+    "Choose": (
+        {"logits": "float32 R E", "valid": "bool R"},
+        {"probabilities": "float32 R E", "gates": "float32 R K", "index": "int32 R K"},
+        {},
+    ),
     "Route": (
         {"x": "float32 R D", "router": "float32 D E", "valid": "bool R"},
         {

@@ -642,6 +642,8 @@ def test_router(dtype, experts):
         assert y.dtype == plain.dtype
         np.testing.assert_allclose(y, plain, rtol=0, atol=2e-6)  # float32 sums of 1501
     assert found[3][1:3].tolist() == [[0, 1], [-1, -1]]
+    for y, again in zip(found[1:], kernels.choose(found[0], valid, selected=2), strict=True):
+        np.testing.assert_array_equal(y, again)
     for one, all_rows in zip(call(x[3:4], w, valid[3:4]), found, strict=True):
         np.testing.assert_array_equal(one[0], all_rows[3])  # of a token, whatever others there are
 

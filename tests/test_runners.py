@@ -1098,9 +1098,24 @@ def test_the_full_decode_step_traces():
     params = abstract_weights(config, "ternary")
     slots = jax.eval_shape(functools.partial(runners.empty_slots, config, 8, 8192))
     step = functools.partial(runners.decode_step, model.make_model(config), eos=config.eos_token)
-    after, (output, active) = jax.eval_shape(step, params, slots)
-    assert active.shape == (8,)
+    after, output = jax.eval_shape(step, params, slots)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), slots
     )
-    assert output.token_id.shape == (8,) and output.top_k_probs.shape == (8, runners.TOP_K)
+    assert output.shape == (8, 4 + 3 * runners.TOP_K)
+
+
+def test_what_a_step_gives_is_fetched_as_one_array():
+    random = np.random.default_rng(0)
+    prob, logprob, *lists = (
+        jnp.asarray(random.standard_normal(shape), jnp.float32)
+        for shape in ((2,), (2,), (2, 3), (2, 3))
+    )
+    token, ids = jnp.array([3, 131071], jnp.int32), jnp.array([[4, 1, 2], [7, 8, 9]], jnp.int32)
+    sample = runners.SampleOutput(token, prob.at[1].set(jnp.nan), ids, lists[0], logprob, lists[1])
+    found = jax.jit(runners.packed)(sample, jnp.array([True, False]))
+    again, active = runners.unpacked(np.asarray(found))
+    assert active.tolist() == [True, False]
+    for one, other in zip(again, sample, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
