@@ -710,6 +710,10 @@ def _is_on_one_device(*_, **__) -> bool:
     return jax.sharding.get_abstract_mesh().size <= 1  # else XLA would gather what a kernel reads
 
 
+def _takes_float32(x, *_, **__) -> bool:
+    return x.dtype == jnp.float32
+
+
 def _takes_router(x, w, *_, **__) -> bool:
     return x.dtype in FLOATS and w.dtype == jnp.float32
 
@@ -769,7 +773,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
         "cpu": (attend_and_write, _takes_cap, _takes_caches),
         "gpu": (_gpu("decode_attention"), _takes_cap, _gpu("takes_attention")),
     },
-    "choose": {"cpu": (choose,)},
+    "choose": {"cpu": (choose, _takes_float32)},
     "gated_dot": {
         "cpu": (gated_dot, _takes_gated),
         "gpu": (_gpu("gated_dot"), _takes_gated, _gpu("takes_gated")),
@@ -798,7 +802,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
         "gpu": (_gpu_sums, _gpu("takes_weight")),
         "tpu": (_tpu_sums, _tpu_takes),
     },
-    "top_k": {"cpu": (top_k, _is_on_one_device)},
+    "top_k": {"cpu": (top_k, _takes_float32, _is_on_one_device)},
     "transposed": {"cpu": (transposed, lambda x: x.dtype == jnp.bfloat16)},
     "write_slots": {"cpu": (write_slots,)},
 }

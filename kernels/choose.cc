@@ -36,7 +36,7 @@ void TopK(const Frame& frame) {
   auto* largest = sizes.Match<float>("values [R, K]", values);
   auto* at = sizes.Match<int32_t>("index [R, K]", index);
   const int64_t size = sizes["V"], count = sizes["K"];
-  Check(count <= size, "the ", count, " largest of ", size);
+  Check(0 < count && count <= size, "the ", count, " largest of ", size);
   Parallel(frame, sizes["R"], 4. * sizes["R"] * size, [=](int64_t r) {
     Largest(rows + r * size, size, count, largest + r * count, at + r * count);
   });
@@ -86,7 +86,7 @@ struct Choices {
     gates = sizes.Match<float>("gates [R, A]", of_chosen);
     index = sizes.Match<int32_t>("index [R, A]", at);
     experts = sizes["E"], count = sizes["A"];
-    Check(count <= experts, "the ", count, " most likely of ", experts, " experts");
+    Check(0 < count && count <= experts, "the ", count, " most likely of ", experts, " experts");
   }
 
   void Set(int64_t r, const float* logits) const {
