@@ -56,7 +56,7 @@ def test_a_compiler_that_fails_is_a_note(tmp_path):
     out, err = run_product(tmp_path / "cache", CXX=str(compiler))
     assert out.startswith("False [[1016.0")
     begun, failed = err.splitlines()
-    assert begun.startswith("note: compiling kernels, some")
+    assert begun.startswith("note: compiling kernels, ")
     assert failed.startswith("note: no native") and failed.endswith("failed: cannot work")
     assert not list((tmp_path / "cache/ternary-grok/kernels").iterdir())
 
