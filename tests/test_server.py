@@ -709,7 +709,7 @@ def test_who_hangs_up_leaves_its_place(inference, monkeypatch, held, stream):
         gate.open()
         until(lambda: not client.engine.running and not client.engine.waiting)
         assert not inference.busy and client.engine.generated <= 2
-        assert client.complete(prompt="A", max_tokens=2)["usage"]["completion_tokens"] == 2
+        assert client.complete(prompt="A", max_tokens=2, seed=0)["usage"]["completion_tokens"] == 2
 
 
 def test_requests_that_take_too_long(inference, monkeypatch):
@@ -739,7 +739,7 @@ def test_requests_that_take_too_long(inference, monkeypatch):
             assert json.loads(events[-2][6:])["error"]["code"] == "timeout"
         assert gate.jobs[0].generated and not any(job.generated for job in gate.jobs[1:])
         until(lambda: not client.engine.running and not client.engine.waiting)
-        assert client.complete(prompt="A", max_tokens=2)["usage"]["completion_tokens"] == 2
+        assert client.complete(prompt="A", max_tokens=2, seed=0)["usage"]["completion_tokens"] == 2
 
 
 # --- Errors of the model --------------------------------------------------------------------------
