@@ -826,7 +826,8 @@ def table_rows(
 def table_dot(x: jax.Array, table: jax.Array | QuantizedWeight) -> jax.Array:
     """Rows x [R, D] times each row of a table [V, D]: float32 [R, V].
 
-    On a CPU the order of the sums does not depend on R or V.
+    On a CPU the order of the sums does not depend on R or V, and of an int8 table they are of
+    integers, exact: each row of x is rounded to int15 (the derivative is that without rounding).
     """
     if isinstance(table, QuantizedWeight):
         return _table_dot(x, table.codes) * table.scales[:, 0]

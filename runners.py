@@ -276,7 +276,7 @@ class SampleOutput(NamedTuple):
 
 def packed(sample: SampleOutput, active: jax.Array) -> jax.Array:
     """Samples, and which rows are active after them, as one array to be fetched: int32
-    [B, 4 + 3 TOP_K], of floats the bits."""
+    [B, 4 + 3 K], of floats the bits."""
     columns = (sample.token_id, sample.prob, sample.logprob, active)
     lists = (sample.top_k_token_ids, sample.top_k_probs, sample.top_k_logprobs)
 

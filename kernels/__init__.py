@@ -3,7 +3,8 @@
 On a CPU they are the C++ beside this file, compiled on first use and kept, see `building.py`. On an
 NVIDIA GPU they are those of `gpu.py`, on a TPU those of `tpu.py`. A function that has kernels is
 plain JAX, and `accelerated` by the name under which `KERNELS` lists them. Without a compiler, or
-for other shapes and devices, it runs as it is written, to the same integers, slower.
+for other shapes and devices, it runs as it is written, to the same integers, slower. (Of an int8
+table, whose products with floats plain JAX does not round, to nearly the same floats.)
 
 The C++ checks all arrays that it is given: what does not fit is an error of JAX that starts with
 INVALID_ARGUMENT and shows the sizes.
@@ -58,6 +59,7 @@ COUNTS = (  # functions of the library that give a number
     "InterleaveGroups",
 )
 _LOADING = threading.Lock()
+LONGEST_ROW = 1 << 16  # of an int8 table: no int32 sum is exceeded
 LARGEST_CAP = 40  # of attention logits: exp(-2 * 40) is still a normal float32
 BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them
 DISABLE = "TERNARY_GROK_NATIVE"  # environment variable; 0: plain JAX
@@ -519,7 +521,7 @@ def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
     x: float32 or bfloat16. table: one of these; or int8, for which each row of x is rounded to
       int15, so that sums are of integers, exact
 
-    The order of the sums depends on D only. Needs `on_cpu()`.
+    The order of the sums depends on D, the dtypes and the processor only. Needs `on_cpu()`.
     """
     out = jax.ShapeDtypeStruct((*x.shape[:1], *table.shape[:1]), jnp.float32)
     return ffi_call("TableDot", out)(x, table)
@@ -549,7 +551,7 @@ def added_norm(h: jax.Array, x: jax.Array, scale: jax.Array, *, eps: float) -> j
 def top_k(x: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
     """The largest of float32 [..., V] and their places, [..., count]; the first of equals first.
 
-    Needs `on_cpu()`.
+    Where there is a NaN, places are those of some numbers. Needs `on_cpu()`.
     """
     rows = (math.prod(x.shape[:-1]), count)
     outs = [jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.float32, jnp.int32)]
@@ -714,12 +716,16 @@ def _takes_float32(x, *_, **__) -> bool:
     return x.dtype == jnp.float32
 
 
+def _takes_choices(logits, valid, **_) -> bool:
+    return valid.dtype == bool and valid.shape == logits.shape[:-1]
+
+
 def _takes_router(x, w, *_, **__) -> bool:
     return x.dtype in FLOATS and w.dtype == jnp.float32
 
 
 def _takes_same(h, x, scale, **_) -> bool:
-    return h.dtype == x.dtype and scale.dtype == jnp.float32
+    return x.dtype in FLOATS and h.dtype == x.dtype and scale.dtype == jnp.float32
 
 
 def _takes_floats(x, *_, **__) -> bool:
@@ -731,7 +737,8 @@ def _takes_activations(*_, activations, **__) -> bool:
 
 
 def _takes_table(x, table) -> bool:
-    return x.dtype in FLOATS and table.dtype in (*FLOATS, jnp.int8)
+    fits = table.dtype in FLOATS or (table.dtype == jnp.int8 and table.shape[1] <= LONGEST_ROW)
+    return x.dtype in FLOATS and fits
 
 
 def _takes_dots(x, weights, experts, *, activations, axis_name=None, **_) -> bool:
@@ -773,7 +780,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
         "cpu": (attend_and_write, _takes_cap, _takes_caches),
         "gpu": (_gpu("decode_attention"), _takes_cap, _gpu("takes_attention")),
     },
-    "choose": {"cpu": (choose, _takes_float32)},
+    "choose": {"cpu": (choose, _takes_float32, _takes_choices)},
     "gated_dot": {
         "cpu": (gated_dot, _takes_gated),
         "gpu": (_gpu("gated_dot"), _takes_gated, _gpu("takes_gated")),
@@ -781,7 +788,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     "gated_rows": {"gpu": (_gpu("gated_rows"), _takes_gated, _gpu("takes_gated"))},
     "gated_sums": {"cpu": (gated_sums,)},
     "quantize_rows": {"gpu": (_gpu("quantize_rows"), lambda x, axis_name=None, **_: not axis_name)},
-    "rms_norm": {"cpu": (rms_norm,), "gpu": (_gpu("rms_norm"),)},
+    "rms_norm": {"cpu": (rms_norm, _takes_floats), "gpu": (_gpu("rms_norm"),)},
     "rotate": {"cpu": (rotate,)},
     "round_rows": {"cpu": (round_rows, _takes_floats)},
     "rounded_norm": {"gpu": (_gpu("rounded_norm"), _takes_activations)},

@@ -7,7 +7,7 @@
 namespace kernels {
 namespace {
 
-// The `count` largest of x [size], largest first, and where they are.
+// The `count` largest of x [size], largest first, and where they are; with NaN, some of them.
 void Largest(const float* x, int64_t size, int64_t count, float* values, int32_t* index) {
   int64_t found = 0;
   auto insert = [&](int64_t i) {

@@ -35,8 +35,8 @@ struct Product {
 //     Add(sum, t, x)         adds their products; Total(sums, row): the whole
 //     kTables                rows of the table that are multiplied at once, where x has many
 //
-// The order of sums depends on the size only; paths differ in whether a product of floats is
-// rounded before it is added.
+// The order of sums depends on the kind and the size only. Processors differ in whether a product
+// of floats is rounded before it is added, and in which have `Pairs`; integers are the same on all.
 
 // float32 x and a table of float32 or bfloat16. Lane i of 64 sums the products i, i + 64, ...; then
 // the lanes are added in halves.

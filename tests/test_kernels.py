@@ -450,6 +450,18 @@ def test_rows_of_a_table_whose_sums_might_exceed_int32_are_refused():
     with pytest.raises(jax.errors.JaxRuntimeError, match="rows of 65537 integers, more than 65536"):
         kernels.table_dot(x, table)
     np.testing.assert_allclose(kernels.table_dot(x[:, 1:], table[:, 1:]), 65536, rtol=1e-6)
+    assert "TableDot" not in str(
+        jax.make_jaxpr(quantize.table_dot)(x, quantize.QuantizedWeight(table, x[:1, :1]))
+    )
+
+
+@native
+def test_what_no_kernel_takes_is_plain_jax():
+    half, scale = jnp.ones((2, 8), jnp.float16), jnp.ones(8)
+    added = model._added_norm(half, half, scale, eps=1e-5)
+    np.testing.assert_array_equal(added, half + model._norm_of_rows(half, scale, eps=1e-5))
+    probs, _, index = model.chosen(jnp.zeros((2, 3, 8)), jnp.array([True, False, True]), selected=2)
+    assert probs.shape == (2, 3, 8) and index[:, 1].tolist() == [[-1, -1]] * 2
 
 
 @native
