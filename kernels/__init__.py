@@ -559,12 +559,18 @@ def top_k(x: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
     return tuple(y.reshape(*x.shape[:-1], count) for y in found)
 
 
+def _choices(rows: int, num_experts: int, selected: int) -> list:
+    """The shapes of probabilities [R, E] and, of the chosen experts [R, A], of these and index."""
+    probs, gates = (
+        jax.ShapeDtypeStruct((rows, count), jnp.float32) for count in (num_experts, selected)
+    )
+    return [probs, gates, gates.update(dtype=jnp.int32)]
+
+
 def choose(logits: jax.Array, valid: jax.Array, *, selected: int) -> tuple:
     """`model.chosen` of float32 logits [..., E]. Needs `on_cpu()`."""
-    all_experts, chosen = ((math.prod(valid.shape), n) for n in (logits.shape[-1], selected))
-    outs = [(all_experts, jnp.float32), (chosen, jnp.float32), (chosen, jnp.int32)]
-    call = ffi_call("Choose", [jax.ShapeDtypeStruct(*out) for out in outs])
-    found = call(logits.reshape(all_experts), valid.reshape(-1))
+    rows = logits.reshape(-1, logits.shape[-1])
+    found = ffi_call("Choose", _choices(*rows.shape, selected))(rows, valid.reshape(-1))
     return tuple(y.reshape(*valid.shape, -1) for y in found)
 
 
@@ -573,15 +579,8 @@ def route(x: jax.Array, w: jax.Array, valid: jax.Array, *, selected: int) -> tup
 
     What a token gets depends on no other one. Needs `on_cpu()`.
     """
-    of_all, chosen = (len(x), w.shape[1]), (len(x), selected)
-    shapes = (
-        (of_all, jnp.float32),
-        (of_all, jnp.float32),
-        (chosen, jnp.float32),
-        (chosen, jnp.int32),
-    )
-    outs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    return tuple(ffi_call("Route", outs)(x, w, valid))
+    choices = _choices(len(x), w.shape[1], selected)
+    return tuple(ffi_call("Route", [choices[0], *choices])(x, w, valid))
 
 
 # --- Rotary embedding and gated sums --------------------------------------------------------------

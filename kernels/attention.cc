@@ -95,20 +95,13 @@ struct Scratch {
 template <int R>
 NOINLINE void Products(const float* q, const float* k, int64_t padded, float* out) {
   constexpr int S = kWidth / R;
-#pragma GCC unroll 1
   for (int64_t s = 0; s < kSlots; s += S) {
-    Lanes sums[kWidth];
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) sums[i] = Lanes{};
-#pragma GCC unroll 1
+    Lanes sums[kWidth] = {};
     for (int64_t h = 0; h < padded; h += kWidth) {
       Lanes x[R];
-#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) x[r] = LoadLanes(q + r * padded + h);
-#pragma GCC unroll 16
       for (int i = 0; i < S; ++i) {
         const Lanes key = LoadLanes(k + (s + i) * padded + h);
-#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) sums[r * S + i] += x[r] * key;
       }
     }

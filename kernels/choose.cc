@@ -47,7 +47,7 @@ void TopK(const Frame& frame) {
 typedef float Eight __attribute__((vector_size(32)));
 
 // The logits of one token for `count` experts, eight at most: x [D] times columns of a router whose
-// rows are `stride` apart, in four sums.
+// rows are `stride` apart, in four sums. (`TableDot` would want it turned, in each step.)
 template <class T>
 INLINE void SomeLogits(const T* x, const float* w, int64_t size, int64_t stride, int64_t count,
                        float* logits) {

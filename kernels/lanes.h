@@ -11,9 +11,11 @@ constexpr int64_t kWidth = 16;  // floats in Lanes
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
 
-typedef float AnyLanes __attribute__((vector_size(64), aligned(4), may_alias));  // in memory
-
-INLINE Lanes LoadLanes(const float* p) { return *reinterpret_cast<const AnyLanes*>(p); }
+INLINE Lanes LoadLanes(const float* p) {
+  Lanes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 
 // exp of numbers from -87 to 0, by 2^n and a polynomial in what is left, to about one unit in the
 // last place.

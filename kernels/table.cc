@@ -25,7 +25,7 @@ struct Product {
   int32_t less[2];  // what each half of them gives too much, with bytes from 0 on
 };
 
-// A kind of product has `Set`, which makes a row x [size] its own, maybe in memory of kBytes for
+// A kind of product has `Set`, which makes a row x [size] its own, in memory of so many `Bytes` for
 // each number; and `Dot`, a product on any processor. Where a processor has vectors for it:
 //
 //     kSums                  vectors of sums that a product has
@@ -43,7 +43,8 @@ struct Product {
 template <class T>
 struct Floats {
   using Number = T;
-  static constexpr int64_t kBytes = sizeof(float);
+  static constexpr int64_t Bytes(const float*) { return 0; }
+  static constexpr int64_t Bytes(const uint16_t*) { return sizeof(float); }
   static void Set(const float* x, int64_t, float, char*, Product& row) { row.x = x; }
   static void Set(const uint16_t* x, int64_t size, float, char* memory, Product& row) {
     auto* wide = reinterpret_cast<float*>(memory);
@@ -90,7 +91,7 @@ struct Floats {
 #if defined(__AVX512BF16__)
 struct Pairs {
   using Number = uint16_t;
-  static constexpr int64_t kBytes = 0;
+  static constexpr int64_t Bytes(const uint16_t*) { return 0; }
   static void Set(const uint16_t* x, int64_t, float, char*, Product& row) { row.x = x; }
   using Own = uint16_t;
   using Vector = __m512;
@@ -116,7 +117,7 @@ using Pairs = Floats<uint16_t>;
 // A table of int8, and x rounded to integers of 15 bits, a high and a low half: exact sums of them.
 struct Integers {
   using Number = int8_t;
-  static constexpr int64_t kBytes = 2;
+  static constexpr int64_t Bytes(const void*) { return 2; }
   template <class T>
   static void Set(const T* x, int64_t size, float largest, char* memory, Product& row) {
     const int64_t width = RoundUp(size, kStep);
@@ -252,7 +253,7 @@ template <class Kind, class T>
 void TableRows(const Frame& frame, const void* table, const T* x, int64_t rows, int64_t size,
                int64_t vocab, float* out) {
   static thread_local Aligned kept(0);
-  const int64_t own = Kind::kBytes * RoundUp(size, kStep);
+  const int64_t own = Kind::Bytes(x) * RoundUp(size, kStep);
   char* memory = Kept(kept, rows * own);
   std::vector<Product> products(rows);
   Parallel(frame, rows, 1. * rows * size * sizeof(T), [&](int64_t m) {
