@@ -259,8 +259,7 @@ class Engine:
                 if self._closed:
                     return
             self._attempt([], self._drop_jobs)
-            job = self._waiting[0] if self._waiting else None
-            if job and (job.only_prompt or self.running < self.inference.num_slots):
+            if job := self._prompt():
                 self._attempt([job], lambda job=job: self._compute_chunk(job))
             if self._running:
                 self._attempt([*self._running.values()], self._step)
@@ -298,6 +297,12 @@ class Engine:
             elif now > job.deadline:
                 self._end(job, TimeoutError(f"it took longer than {self.timeout:g} seconds"))
 
+    def _prompt(self) -> Job | None:
+        """The job of which a chunk can be computed."""
+        job = self._waiting[0] if self._waiting else None
+        fits = job and (job.only_prompt or self.running < self.inference.num_slots)
+        return job if fits else None
+
     def _compute_chunk(self, job: Job) -> None:
         """One chunk of its prompt; after the last one, it takes a slot."""
         if job.started is None:
@@ -323,8 +328,10 @@ class Engine:
         self._give(job, token)
 
     def _step(self) -> None:
-        for token in self.inference.step():
-            self._give(self._running[token.slot], token)
+        """The next tokens; those of one step only, if a chunk of a prompt is to follow."""
+        for token in self.inference.step(0 if self._prompt() else runners.GROUP_SECONDS):
+            if job := self._running.get(token.slot):  # a text to stop at may have ended it
+                self._give(job, token)
 
     def _give(self, job: Job, token: runners.Token) -> None:
         if token.error:

@@ -56,6 +56,8 @@ SCORED_SIZE = 256  # chunks of a prompt all of whose logits are needed, 134 MB o
 EMBEDDINGS = "language_model/in_out_embed"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 LAYER = "transformer/decoder_layer_0"
+GROUP_SECONDS = 0.05  # for which tokens may be held back, to be fetched together
+GROUP_STEPS = 16  # at most
 NOT_FINITE = (
     "the logits of this request are not finite: its weights are damaged, or too large; "
     "verify the checkpoint"
@@ -702,6 +704,7 @@ class InferenceRunner:
         self._begun: list[Begun] = []
         self._undelivered: list[Token] = []  # of steps that Ctrl-C, or `generate`, did not hand out
         self._losses = 0  # how many times an error took all requests
+        self._fetched, self._step_seconds = -math.inf, math.inf  # when the last step was, how long
         self.timing = Timing()
 
         make = functools.partial(empty_slots, config, sequence_len=self.sequence_len)
@@ -817,11 +820,10 @@ class InferenceRunner:
         )
         begin = time.perf_counter()
         with uninterrupted():
-            sample, active = self._fetch(
-                self._exchange(
-                    lambda slots: self._insert(slots, row, started.logits, settings, slot)
-                )
+            found = self._exchange(
+                lambda slots: self._insert(slots, row, started.logits, settings, slot)
             )
+            ((sample, active),) = self._fetch([found])
         self.timing.prefill_seconds += time.perf_counter() - begin
         token = make_token(slot, active[0], *(x[0] for x in sample))
         # Plain JAX multiplies what is masked by 0, and 0 times NaN is NaN.
@@ -832,13 +834,17 @@ class InferenceRunner:
         self.busy = busy
         return token
 
-    def step(self) -> list[Token]:
+    def step(self, seconds: float = 0.0) -> list[Token]:
         """The next token of every request that has a slot, but for one that has just got it: the
         device may already be at a step without it, and the next call has its token.
 
         Those that an interrupted call computed come with the next one, before any others.
+
+        seconds: how long tokens may be held back. They come from as many steps as that is enough
+            for, in order, up to GROUP_STEPS and to the last one of any request: the host wakes up
+            once for all of them. With several processes always from one, for all must make the same
         """
-        return self._deliver(self.busy.keys())
+        return self._deliver(self.busy.keys(), seconds)
 
     def remove(self, slot: int) -> None:
         """Ends a request early; nothing happens to a free slot."""
@@ -867,7 +873,7 @@ class InferenceRunner:
                     raise RuntimeError("an error in another call ended these requests; see there")
                 if not running and item is None:
                     return
-                for token in self._deliver(running.keys()):
+                for token in self._deliver(running.keys(), GROUP_SECONDS):
                     number, _ = running.pop(token.slot) if token.done else running[token.slot]
                     yield number, token
         finally:
@@ -941,10 +947,11 @@ class InferenceRunner:
                 raise
             return found
 
-    def _fetch(self, found: jax.Array) -> tuple[SampleOutput, np.ndarray]:
+    def _fetch(self, found: Sequence[jax.Array]) -> list[tuple[SampleOutput, np.ndarray]]:
         """Waits for the device. If it fails, so has the cache, and all requests are lost."""
         try:
-            return unpacked(jax.device_get(found))
+            jax.block_until_ready(found[-1])  # to wake up once
+            return [unpacked(x) for x in jax.device_get(found)]
         except BaseException as error:
             self._lose(error)
             raise
@@ -974,32 +981,42 @@ class InferenceRunner:
         going_on = self._going_on(self.busy)
         return {slot: request for slot, request in going_on.items() if self._left[slot]}
 
-    def _step(self) -> None:
-        """The next token of every request in the first step that was begun.
+    def _steps_within(self, seconds: float) -> int:
+        """How many steps to fetch together: none after the last one of a request."""
+        if jax.process_count() > 1:
+            return 1
+        ends = [len(self._begun) + self._left[slot] for slot in self._going_on(self.busy)]
+        return max(1, min([int(min(GROUP_STEPS, seconds / self._step_seconds)), *ends]))
 
-        Needs `uninterrupted`. Before it waits for that one, it begins the next one, so that the
-        device can go on at once.
+    def _step(self, seconds: float = 0.0) -> None:
+        """The next token of every request in the first step that was begun; and of those after it
+        that are done within some seconds.
+
+        Needs `uninterrupted`. Before it waits for them, it begins one more, so that the device can
+        go on at once.
         """
         begin = time.perf_counter()
-        if not self._begun:
+        count = self._steps_within(seconds)
+        while not self._begun or len(self._begun) <= count and self._with_steps_left():
             self._begin()
-        if self._with_steps_left():
-            self._begin()
-        running, found = self._begun[0]
-        samples, active = self._fetch(found)
-        tokens = [
-            make_token(slot, active[slot], *(x[slot] for x in samples))
-            for slot in sorted(self._going_on(running))
-        ]
-        self.timing.decode_seconds += time.perf_counter() - begin
-        self.timing.decode_tokens += len(tokens)
-        self._begun, self._undelivered = self._begun[1:], self._undelivered + tokens
+        fetched = self._fetch([step.found for step in self._begun[:count]])
+        for samples, active in fetched:
+            tokens = [
+                make_token(slot, active[slot], *(x[slot] for x in samples))
+                for slot in sorted(self._going_on(self._begun[0].running))
+            ]
+            self.timing.decode_tokens += len(tokens)
+            self._begun, self._undelivered = self._begun[1:], self._undelivered + tokens
+        end = time.perf_counter()
+        self.timing.decode_seconds += end - begin
+        # Whatever came between counts, too: while prompts arrive, no step waits for another one.
+        self._step_seconds, self._fetched = (end - self._fetched) / len(fetched), end
 
-    def _deliver(self, slots: Set[int]) -> list[Token]:
-        """The tokens that are there for these slots; of a new step, if there are none."""
+    def _deliver(self, slots: Set[int], seconds: float) -> list[Token]:
+        """The tokens that are there for these slots; of new steps, if there are none."""
         while not any(token.slot in slots for token in self._undelivered):
             with uninterrupted():
-                self._step()
+                self._step(seconds)
             if not slots & self.busy.keys():
                 break
         tokens, rest, busy = [], [], dict(self.busy)

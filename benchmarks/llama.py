@@ -371,7 +371,7 @@ def our_step_seconds(inference: runners.InferenceRunner) -> float:
         inference.insert(runners.Request(prompt(i), 0.0, max_len=STEPS + 1))
     inference.timing = runners.Timing()
     while inference.busy:
-        inference.step()
+        inference.step(runners.GROUP_SECONDS)
     return inference.timing.decode_seconds * inference.num_slots / inference.timing.decode_tokens
 
 

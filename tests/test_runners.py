@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import signal
 import threading
@@ -576,10 +577,10 @@ def expected(inference):
     return [exact(complete(inference, request)) for request in OTHERS]
 
 
-def drain(inference, steps):
+def drain(inference, steps, seconds=0):
     """Adds the lists of tokens that are still to come."""
     while inference.busy:
-        steps.append(inference.step())  # between the two there is no moment to interrupt
+        steps.append(inference.step(seconds))  # between the two there is no moment to interrupt
 
 
 def of_each(firsts, steps):
@@ -590,37 +591,88 @@ def of_each(firsts, steps):
     ]
 
 
-def finished(inference, firsts):
+def finished(inference, firsts, seconds=0):
     steps = []
-    drain(inference, steps)
+    drain(inference, steps, seconds)
     return of_each(firsts, steps)
 
 
-@pytest.mark.parametrize("others", [[], [Request([7], 0, max_len=2)]])
-def test_a_step_begins_before_the_last_one_is_fetched(inference, monkeypatch, others):
-    """And none begins for nobody: those of a request are as many as its tokens but the first."""
+LAST = Request([7], 0, max_len=2)  # ends with the first step
+
+
+@pytest.mark.parametrize(
+    "others, seconds, expected",
+    [
+        ([], 0, "begin begin fetch_1 begin fetch_1 fetch_1"),
+        ([LAST], 0, "begin begin fetch_1 begin fetch_1 fetch_1"),
+        ([], math.inf, "begin begin begin fetch_3"),
+        ([LAST], math.inf, "begin begin fetch_1 begin fetch_2"),
+    ],
+)
+def test_a_step_begins_before_the_last_one_is_fetched(
+    inference, monkeypatch, others, seconds, expected
+):
+    """And none begins for nobody: those of a request are as many as its tokens but the first.
+
+    With time for many steps, tokens are fetched together up to the last one of any request.
+    """
     requests = [Request([5, 6, 7], 0, max_len=4), *others]
     alone = [exact(complete(inference, request)) for request in requests]
-    done = []
-
-    def noting(name, call):
-        return lambda *args: done.append(name) or call(*args)
-
+    decode, fetch, done = inference._decode, jax.device_get, []
     firsts = [inference.insert(request) for request in requests]
-    monkeypatch.setattr(inference, "_decode", noting("begin", inference._decode))
-    monkeypatch.setattr(jax, "device_get", noting("fetch", jax.device_get))
-    assert finished(inference, firsts) == alone
-    assert done == ["begin", "begin", "fetch", "begin", "fetch", "fetch"]
+    monkeypatch.setattr(inference, "_decode", lambda *x: done.append("begin") or decode(*x))
+    monkeypatch.setattr(jax, "device_get", lambda x: done.append(f"fetch_{len(x)}") or fetch(x))
+    assert finished(inference, firsts, seconds) == alone
+    assert done == expected.split()
 
 
+@pytest.mark.parametrize("step_seconds, steps", [(0.1, 5), (0.3, 1), (0.6, 1), (0.001, 16)])
+def test_tokens_are_fetched_together_that_come_within_some_time(
+    inference, monkeypatch, step_seconds, steps
+):
+    inference.insert(Request([5, 6, 7], 0, max_len=30))
+    monkeypatch.setattr(inference, "_step_seconds", step_seconds)
+    assert len(inference.step(0.5)) == steps
+    assert 0 < inference._step_seconds < math.inf and inference._step_seconds != step_seconds
+    drain(inference, [])
+
+
+def test_a_step_takes_as_long_as_lies_between_two(inference, monkeypatch):
+    now = iter([0, 1, 10, 14, 20, 29.0])
+    inference.insert(Request([5, 6, 7], 0, max_len=30))
+    with monkeypatch.context() as patched:
+        patched.setattr(runners.time, "perf_counter", lambda: next(now))
+        found = []
+        for seconds in (0, 0, 39):  # 13 s from 1 to 14, time for three
+            found.append((len(inference.step(seconds)), inference._step_seconds))
+    assert [x[0] for x in found] == [1, 1, 3] and [x[1] for x in found[1:]] == [13, 5]
+    drain(inference, [])
+
+
+def test_generate_fetches_tokens_together(inference, monkeypatch):
+    monkeypatch.setattr(runners, "GROUP_SECONDS", math.inf)
+    fetch, fetched = jax.device_get, []
+    monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(len(x)) or fetch(x))
+    complete(inference, Request([5, 6, 7], 0, max_len=30))
+    assert fetched == [1, 16, 13]
+
+
+def test_several_processes_fetch_one_step_at_a_time(inference, monkeypatch):
+    """They must give their devices the same steps, and measure different times."""
+    inference.insert(Request([5, 6, 7], 0, max_len=4))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert [len(inference.step(math.inf)) for _ in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("seconds", [0, math.inf])
 @pytest.mark.parametrize("point, when", CALLS[2:])
-def test_an_interrupted_step_loses_no_token(inference, expected, monkeypatch, point, when):
+def test_an_interrupted_step_loses_no_token(inference, expected, monkeypatch, point, when, seconds):
     firsts = [inference.insert(request) for request in OTHERS]
     fail_once(monkeypatch, inference, point, when, ctrl_c)
     with pytest.raises(KeyboardInterrupt):
-        inference.step()
+        inference.step(seconds)
     again = inference.insert(OTHERS[0])
-    assert finished(inference, [*firsts, again]) == [*expected, expected[0]]
+    assert finished(inference, [*firsts, again], seconds) == [*expected, expected[0]]
 
 
 @pytest.mark.parametrize("call", ["insert", "text"])

@@ -647,8 +647,9 @@ def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(inference, processor, 
         function = getattr(inference, name)
 
         def noted(*args, name=name, function=function):
-            calls.append(name)
-            return function(*args)
+            found = function(*args)
+            calls.append(f"step of {len(found)}" if name == "step" else name)
+            return found
 
         monkeypatch.setattr(inference, name, noted)
     short, long, last = [], [], queue.Queue()
@@ -663,8 +664,44 @@ def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(inference, processor, 
     served.start()
     last.get(timeout=120)
     served.close()
-    assert calls[:18] == ["prefill", "step"] * 9  # of the first, and the eight chunks
-    assert calls.count("prefill") == 10 and calls.count("step") == 39
+    assert calls[:18] == ["prefill", "step of 1"] * 9  # of the first, and the eight chunks
+    assert calls.count("prefill") == 10 and jobs[0].generated == 40
+
+
+def test_a_text_to_stop_at_within_tokens_that_come_together(
+    inference, processor, alone, monkeypatch
+):
+    """What the model had sampled after it is dropped, and its slot is free."""
+    monkeypatch.setattr(runners, "GROUP_SECONDS", math.inf)
+    request = runners.Request([5], 0, max_len=40)
+    stop = alone(request)[0][3:6]
+    expected, found, last = alone(request, [stop])[0], [], queue.Queue()
+    step, steps = inference.step, []
+    monkeypatch.setattr(inference, "step", lambda *x: steps.append(found := step(*x)) or found)
+    served = engine.Engine(inference)
+    writer = engine.Writer(processor, CONFIG.eos_token, [stop])
+    jobs = [engine.Job(request, writer, found.append), job(processor, [6], [], max_len=40)]
+    jobs[1].emit = lambda event: event.finish and last.put(event)
+    served.submit(jobs)
+    served.start()
+    last.get(timeout=120)
+    served.close()
+    assert ("".join(delta.text for delta in found), found[-1].finish) == (expected, "stop")
+    assert jobs[0].generated < 40 == jobs[1].generated and served.errors == 0
+    assert len(steps) < 10 and max(map(len, steps)) > 2  # of either more than one
+
+
+def test_a_prompt_alone_needs_no_slot(inference, processor):
+    served, ended = engine.Engine(inference), queue.Queue()
+    jobs = [job(processor, [5 + i], [], max_len=80) for i in range(SLOTS)]
+    jobs.append(job(processor, [9], [], max_len=1))
+    jobs[-1].only_prompt = jobs[-1].writer.echo = True
+    for number, one in enumerate(jobs):
+        one.emit = lambda event, number=number: event.finish and ended.put(number)
+    served.submit(jobs)
+    served.start()
+    assert [ended.get(timeout=120) for _ in jobs][0] == SLOTS
+    served.close()
 
 
 def test_a_full_queue(inference, monkeypatch):
