@@ -242,22 +242,30 @@ class LogProbs(NamedTuple):
     top_k_logprobs: jax.Array
 
 
-def likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest of float32 logits [..., V], and their ids; of equals, the lowest id is first."""
-    return _top_k(logits, count=min(TOP_K, logits.shape[-1]))
+class Likeliest(NamedTuple):
+    """Of logits [..., V]: the largest, float32 [..., TOP_K], and their ids, of equals the lowest id
+    first; and log of the sum of exp(logits), [..., 1], which is not finite if the largest is not,
+    and with any NaN."""
+
+    logits: jax.Array
+    token_ids: jax.Array
+    total: jax.Array
 
 
-@kernels.accelerated("top_k")
-def _top_k(x, *, count):
-    return tuple(lax.top_k(x, count))
+def likeliest(logits: jax.Array) -> Likeliest:
+    """Of float32 logits."""
+    return Likeliest(*_likeliest(logits, count=min(TOP_K, logits.shape[-1])))
 
 
-def log_probs(logits: jax.Array, token_id: jax.Array, top: tuple[jax.Array, jax.Array]) -> LogProbs:
-    """log p of tokens, int32 [...], and of the `likeliest`, from float32 logits [..., V]."""
-    top_k, top_k_ids = top
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+@kernels.accelerated("likeliest")
+def _likeliest(logits, *, count):
+    return *lax.top_k(logits, count), jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def log_probs(logits: jax.Array, token_id: jax.Array, top: Likeliest) -> LogProbs:
+    """log p of tokens, int32 [...], and of the likeliest, from logits [..., V]."""
     chosen = jnp.take_along_axis(logits, token_id[..., None], axis=-1)
-    return LogProbs((chosen - total)[..., 0], top_k_ids, top_k - total)
+    return LogProbs((chosen - top.total)[..., 0], top.token_ids, top.logits - top.total)
 
 
 class SampleOutput(NamedTuple):
@@ -338,32 +346,42 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     likely token is taken (of equals, the lowest id), and probabilities are those of temperature 1.
     Token 0, Grok-1's padding, is a token like any other.
     """
+    random = settings.temperature > 0
+    asked = random | (settings.nucleus_p < 1)
+    top = likeliest(logits)
+    largest = jnp.max(top.logits, axis=-1, keepdims=True)
+    # Their first one: XLA would search again for `token_ids[:, 0]`, and makes argmax slow.
+    is_first, none = top.logits == largest, logits.shape[-1] - 1
+    greedy = jnp.min(top.token_ids, axis=-1, where=is_first, initial=none)
+    unfiltered = log_probs(logits, greedy, top)
 
     def draw(seed, number, logits):
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), number), logits)
 
-    random = settings.temperature > 0
-    temperature = jnp.where(random, settings.temperature, 1)[:, None]
-    # The largest becomes 0 first, which no small temperature can make infinite.
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    shifted = logits - largest
-    allowed = top_p_filter(shifted / temperature, settings.nucleus_p)
-    total = jax.nn.logsumexp(allowed, axis=-1, keepdims=True)
-    top = likeliest(logits)
-    # Their first one: XLA would search again for `ids[:, 0]`, and makes argmax slow.
-    greedy = jnp.min(top[1], axis=-1, where=top[0] == largest, initial=logits.shape[-1] - 1)
-    # Random numbers for every token of the vocabulary: not when nobody asks for them.
-    drawn = lax.cond(
-        jnp.any(random),
-        lambda: jax.vmap(draw)(settings.rng_seed, count, allowed),
-        lambda: greedy,
+    def filtered():
+        temperature = jnp.where(random, settings.temperature, 1)[:, None]
+        # The largest becomes 0 first, which no small temperature can make infinite.
+        allowed = top_p_filter((logits - largest) / temperature, settings.nucleus_p)
+        drawn = lax.cond(
+            jnp.any(random),
+            lambda: jax.vmap(draw)(settings.rng_seed, count, allowed),
+            lambda: greedy,
+        )
+        token = jnp.where(random, drawn, greedy).astype(jnp.int32)
+        logits_of_top = jnp.take_along_axis(allowed, top.token_ids, axis=-1)
+        total = jax.nn.logsumexp(allowed, axis=-1, keepdims=True)
+        probs = log_probs(allowed, token, Likeliest(logits_of_top, top.token_ids, total))
+        # The others get what they would get by themselves, to the bit.
+        return token, jax.tree.map(functools.partial(jax.vmap(jnp.where), asked), probs, unfiltered)
+
+    # Sums over the vocabulary, and random numbers for all of it: not when nobody asks for them.
+    token, probs = lax.cond(jnp.any(asked), filtered, lambda: (greedy, unfiltered))
+    of_model = log_probs(logits, token, top)
+    prob = jnp.where(jnp.isfinite(of_model.logprob), jnp.exp(probs.logprob), jnp.nan)
+    top_k_probs = jnp.exp(probs.top_k_logprobs)
+    return SampleOutput(
+        token, prob, top.token_ids, top_k_probs, of_model.logprob, of_model.top_k_logprobs
     )
-    token = jnp.where(random, drawn, greedy).astype(jnp.int32)
-    chosen = jnp.take_along_axis(allowed, token[:, None], axis=-1)
-    prob = jnp.where(jnp.isfinite(largest), jnp.exp(chosen - total), jnp.nan)[:, 0]
-    logprob, top_k_ids, top_k_logprobs = log_probs(logits, token, top)
-    top_k = jnp.take_along_axis(allowed, top_k_ids, axis=-1)
-    return SampleOutput(token, prob, top_k_ids, jnp.exp(top_k - total), logprob, top_k_logprobs)
 
 
 # --- Slots: all that decoding keeps between two steps ---------------------------------------------
@@ -1183,7 +1201,7 @@ def device_memory(
     """Bytes that serving takes on each device, by purpose; nothing is allocated.
 
     params: as from `abstract_weights`
-    scored: whether prompts will be: three times the logits of SCORED_SIZE tokens
+    scored: whether prompts will be: two or three times the logits of SCORED_SIZE tokens
 
     "activations" is an estimate: what the larger of a prefill chunk and a decode step needs besides
     its arguments, and the logits of all slots, five times, to sort and to sample them.
@@ -1198,7 +1216,11 @@ def device_memory(
     step = functools.partial(step_bytes, config, local, sequence_len)
     prefill = step(1, min(PAD_SIZES[-1], sequence_len))
     decode = step(-(-slots // mesh.shape["data"]), 1)
-    scores = 3 * 4 * min(SCORED_SIZE, sequence_len) * config.vocab_size if scored else 0
+    logits = jax.ShapeDtypeStruct(
+        (1, min(SCORED_SIZE, sequence_len), config.vocab_size), jnp.float32
+    )
+    copies = 2 if _likeliest.kernel(logits) else 3  # the log of their sums needs one
+    scores = copies * 4 * logits.size if scored else 0
     return {
         "weights": sharding.device_bytes(params, shardings) - table,
         "embeddings": table,

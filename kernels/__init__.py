@@ -45,7 +45,7 @@ HANDLERS = (
     "RowMaxima",
     "RoundRows",
     "Transpose",
-    "TopK",
+    "Likeliest",
     "Choose",
     "Route",
 )
@@ -548,15 +548,21 @@ def added_norm(h: jax.Array, x: jax.Array, scale: jax.Array, *, eps: float) -> j
 # --- Choices --------------------------------------------------------------------------------------
 
 
-def top_k(x: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
-    """The largest of float32 [..., V] and their places, [..., count]; the first of equals first.
+def likeliest(logits: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest of float32 [..., V] and their places, [..., count], the first of equals first;
+    and log of the sum of exp(logits), [..., 1].
 
-    Where there is a NaN, places are those of some numbers. Needs `on_cpu()`.
+    Where there is a NaN, places are those of some numbers, and the sum is NaN. Needs `on_cpu()`.
     """
-    rows = (math.prod(x.shape[:-1]), count)
-    outs = [jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.float32, jnp.int32)]
-    found = ffi_call("TopK", outs)(x.reshape(-1, x.shape[-1]))
-    return tuple(y.reshape(*x.shape[:-1], count) for y in found)
+    *leading, size = logits.shape
+    rows = math.prod(leading)
+    outs = [
+        jax.ShapeDtypeStruct((rows, count), jnp.float32),
+        jax.ShapeDtypeStruct((rows, count), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    ]
+    found = ffi_call("Likeliest", outs)(logits.reshape(rows, size))
+    return tuple(x.reshape(*leading, -1) for x in found)
 
 
 def _choices(rows: int, num_experts: int, selected: int) -> list:
@@ -786,6 +792,7 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     },
     "gated_rows": {"gpu": (_gpu("gated_rows"), _takes_gated, _gpu("takes_gated"))},
     "gated_sums": {"cpu": (gated_sums,)},
+    "likeliest": {"cpu": (likeliest, _takes_float32, _is_on_one_device)},
     "quantize_rows": {"gpu": (_gpu("quantize_rows"), lambda x, axis_name=None, **_: not axis_name)},
     "rms_norm": {"cpu": (rms_norm, _takes_floats), "gpu": (_gpu("rms_norm"),)},
     "rotate": {"cpu": (rotate,)},
@@ -808,7 +815,6 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
         "gpu": (_gpu_sums, _gpu("takes_weight")),
         "tpu": (_tpu_sums, _tpu_takes),
     },
-    "top_k": {"cpu": (top_k, _takes_float32, _is_on_one_device)},
     "transposed": {"cpu": (transposed, lambda x: x.dtype == jnp.bfloat16)},
     "write_slots": {"cpu": (write_slots,)},
 }

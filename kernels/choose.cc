@@ -1,8 +1,10 @@
 // What is chosen: the likeliest tokens, and the experts of a token. Of equals the first is taken.
 
 #include <cmath>
+#include <limits>
 
 #include "common.h"
+#include "lanes.h"
 
 namespace kernels {
 namespace {
@@ -28,17 +30,45 @@ void Largest(const float* x, int64_t size, int64_t count, float* values, int32_t
   for (; i < size; ++i) insert(i);
 }
 
-// x float32 [R, V] -> the K largest of each row, float32, and their places, int32 [R, K]
-void TopK(const Frame& frame) {
-  const auto [x, values, index] = frame.Arrays<1, 2>();
+// log of the sum of exp(x) [size], of which this is the largest. Not finite if that is not, and
+// with any NaN: where the largest is not known then, nothing becomes of NaN but NaN.
+float LogTotal(const float* x, int64_t size, float largest) {
+  constexpr float least = -87;  // what is smaller adds nothing to the largest, which adds 1
+  Lanes sums[4] = {};
+  int64_t i = 0;
+  auto add = [&](Lanes v, Lanes& sum) {
+    v -= largest;
+    sum += Exp(v < least ? Lanes{} + least : v);
+  };
+  for (; i + 4 * kWidth <= size; i += 4 * kWidth)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) add(LoadLanes(x + i + k * kWidth), sums[k]);
+  for (; i < size; i += kWidth) {
+    Lanes v = Lanes{} - std::numeric_limits<float>::infinity();
+    std::memcpy(&v, x + i, std::min(kWidth, size - i) * sizeof(float));
+    add(v, sums[0]);
+  }
+  const Lanes sum = (sums[0] + sums[2]) + (sums[1] + sums[3]);
+  float total = 0;
+  for (int k = 0; k < kWidth; ++k) total += sum[k];
+  return largest + std::log(total);
+}
+
+// x float32 [R, V] -> the K largest of each row, float32, and their places, int32 [R, K]; and the
+// log of the sum of exp of all, float32 [R]
+void Likeliest(const Frame& frame) {
+  const auto [x, values, index, totals] = frame.Arrays<1, 3>();
   Sizes sizes;
   const auto* rows = sizes.Match<float>("x [R, V]", x);
   auto* largest = sizes.Match<float>("values [R, K]", values);
   auto* at = sizes.Match<int32_t>("index [R, K]", index);
+  auto* total = sizes.Match<float>("total [R]", totals);
   const int64_t size = sizes["V"], count = sizes["K"];
   Check(0 < count && count <= size, "the ", count, " largest of ", size);
-  Parallel(frame, sizes["R"], 4. * sizes["R"] * size, [=](int64_t r) {
-    Largest(rows + r * size, size, count, largest + r * count, at + r * count);
+  Parallel(frame, sizes["R"], 16. * sizes["R"] * size, [=](int64_t r) {
+    const float* row = rows + r * size;
+    Largest(row, size, count, largest + r * count, at + r * count);
+    total[r] = LogTotal(row, size, largest[r * count]);
   });
 }
 
@@ -133,7 +163,7 @@ void Route(const Frame& frame) {
 
 }  // namespace
 
-KERNEL(TopK)
+KERNEL(Likeliest)
 KERNEL(Choose)
 KERNEL(Route)
 

@@ -88,9 +88,9 @@ CALLS = {
         {"cache": CACHE},
         {},
     ),
-    "TopK": (
+    "Likeliest": (
         {"x": "float32 R V"},
-        {"values": "float32 R K", "index": "int32 R K"},
+        {"values": "float32 R K", "index": "int32 R K", "total": "float32 R"},
         {},
     ),
     "Choose": (
@@ -117,7 +117,7 @@ CALLS = {
 FREE = {
     "TernaryDots": {("I", 12), ("G", 1)},
     "TernaryDots interleaved": {("I", 12), ("G", 1)},
-    "TopK": {("V", 8), ("V", 576)},
+    "Likeliest": {("V", 8), ("V", 576)},
     "WriteSlots": {("S", 3), ("S", 256)},
 }
 OTHER_DTYPES = {
@@ -231,7 +231,7 @@ def test_every_array_in_turn_is_another(name):
         ("AttendAndWrite", {"S": 0}, {}, "a cache without slots"),
         ("AttendAndWrite", {"H2": 5}, {}, "heads of 8 numbers, but 5 frequencies"),
         ("AttendAndWrite", {}, {"cap": 44}, "cap 44 is not above 0"),
-        ("TopK", {"K": 10}, {}, "the 10 largest of 9"),
+        ("Likeliest", {"K": 10}, {}, "the 10 largest of 9"),
         ("Choose", {"K": 6}, {}, "the 6 most likely of 5 experts"),
         ("Route", {"K": 6}, {}, "the 6 most likely of 5 experts"),
         ("Route", {"K": 0}, {}, "the 0 most likely of 5 experts"),
@@ -259,7 +259,7 @@ def test_sizes_and_numbers_that_are_not_possible(name, sizes, attributes, messag
         ("RmsNorm", "scale", "float32 R D", "scale [D] is [3, 11], not of rank 1"),
         ("WriteSlots", "slots", "int32 B", "slots [B, T] is [4], not of rank 2"),
         ("Transpose", "x", "bfloat16 B R C K", "x [B, R, C] is [4, 3, 17, 2], not of rank 3"),
-        ("TopK", "index", "int32 R", "index [R, K] is [3], not of rank 2"),
+        ("Likeliest", "index", "int32 R", "index [R, K] is [3], not of rank 2"),
         ("Route", "valid", "int8 R", "valid [R] is S8, not PRED"),
         ("TableDot", "table", "float16 V D", "table is F16, neither F32, BF16 nor S8"),
     ],

@@ -621,19 +621,44 @@ def test_a_norm_is_added_as_by_itself(dtype):
 )
 def test_the_largest(shape, count):
     random = np.random.default_rng(0)
-    call = jax.jit(functools.partial(kernels.top_k, count=count))
+    call = jax.jit(functools.partial(kernels.likeliest, count=count))
     some = random.standard_normal(shape)
     equal, infinite = some.round() + 0.0, np.where(some > 0, -np.inf, some)
     larger_and_larger = np.sort(some, axis=-1)
     for x in (some, equal, np.zeros(shape), infinite, larger_and_larger, -larger_and_larger):
         x = jnp.asarray(x, jnp.float32)
-        for found, expected in zip(call(x), jax.lax.top_k(x, count), strict=True):
+        for found, expected in zip(call(x), jax.lax.top_k(x, count), strict=False):
             np.testing.assert_array_equal(found, expected)
 
 
 @native
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 64, 1000, 131072])
+@pytest.mark.parametrize("spread, at", [(1, 0), (30, -500), (1000, 1e4)])
+def test_log_of_the_sum_of_exp(size, spread, at):
+    random = np.random.default_rng(0)
+    x = (spread * random.standard_normal((3, size)) + at).astype(np.float32)
+    x[0, 1:] = -np.inf
+    exact = np.logaddexp.reduce(x.astype(np.float64), axis=-1, keepdims=True)
+    *_, total = jax.jit(functools.partial(kernels.likeliest, count=1))(x)
+    assert total.shape == (3, 1) and total[0, 0] == x[0, 0]
+    # One unit in the last place of the largest, and of exp in a sum.
+    np.testing.assert_allclose(total, exact, rtol=2.0**-23, atol=2.0**-22)
+    *_, alone = kernels.likeliest(x[2], count=1)
+    np.testing.assert_array_equal(alone, total[2])
+
+
+@native
+@pytest.mark.parametrize("size", [1, 16, 100])
+def test_the_log_of_a_sum_with_what_is_not_finite(size):
+    x = np.zeros((4, size), np.float32)
+    x[0, -1], x[1, 0], x[2, size // 2], x[3] = np.nan, np.nan, np.inf, -np.inf
+    *_, total = kernels.likeliest(jnp.asarray(x), count=1)
+    assert not np.isfinite(total).any() and np.isnan(total[:2]).all()
+
+
+@native
 def test_the_largest_wherever_it_is():
-    _, index = kernels.top_k(jnp.eye(200), count=1)
+    _, index, _ = kernels.likeliest(jnp.eye(200), count=1)
     np.testing.assert_array_equal(index[:, 0], np.arange(200))
 
 
