@@ -219,7 +219,7 @@ void AttendAll(const Frame& frame, const Attention& a) {
   float* sums = reinterpret_cast<float*>(memory.data);
   double seen = 0;
   for (int64_t b = 0; b < a.batch; ++b) seen += a.last(b, 0, rows) + 1;
-  const double bytes = seen * a.kv_heads * a.size * (a.half ? 4 : 8) * tiles;
+  const double work = 4 * seen * a.kv_heads * rows * a.size;  // takes as long as to read so much
   struct Task {
     int64_t b, g, first, rows, parts;
   };
@@ -229,7 +229,7 @@ void AttendAll(const Frame& frame, const Attention& a) {
     const int64_t count = std::min(kQueries, rows - first);
     return Task{b, g, first, count, a.last(b, first, count) / kPart + 1};
   };
-  Parallel(frame, tasks * splits, bytes, [=](int64_t i) {
+  Parallel(frame, tasks * splits, work, [=](int64_t i) {
     static thread_local Aligned kept(0);
     const Task t = task(i / splits);
     const int64_t part = i % splits;
