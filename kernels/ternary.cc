@@ -28,6 +28,7 @@ namespace {
 constexpr int64_t kWidest = 1 << 20;     // bytes of an output: no int32 sum of any path is exceeded
 constexpr int64_t kTaskBytes = 1 << 17;  // that a thread reads at a time, where there are many
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kFewRows = 8;  // of so many groups together, sums are kept
 
 // --- Paths ---------------------------------------------------------------------------------------
 
@@ -301,9 +302,10 @@ struct Call {
   bool gated;
 };
 
-// Calls f(weight, block, first) for each 64 outputs of each block, of one weight of two gated ones.
+// Calls f(weight, block, first, groups) for groups of 64 outputs side by side, up to so many, of
+// all of each block; of one weight of two gated ones.
 template <class F>
-void ForGroups(const Frame& frame, const Call& call, F f) {
+void ForGroups(const Frame& frame, const Call& call, int64_t most, F f) {
   const int64_t weights = call.gated ? 1 : call.weights.size(), all = call.weights[0].packing.all;
   std::vector<int64_t> ends(weights);  // of the groups of each, all blocks
   int64_t count = 0;
@@ -313,11 +315,12 @@ void ForGroups(const Frame& frame, const Call& call, F f) {
   const int64_t task = std::min(wanted, 1 + kTaskBytes / (1 + kLanes * all));
   const double bytes = 1. * count * kLanes * all * (1 + call.gated);
   Parallel(frame, RoundUp(count, task) / task, bytes, [=, &call](int64_t i) {
-    for (int64_t g = i * task; g < std::min(count, (i + 1) * task); ++g) {
+    for (int64_t g = i * task, some; g < std::min(count, (i + 1) * task); g += some) {
       const int64_t w = std::upper_bound(ends.begin(), ends.end(), g) - ends.begin();
       const int64_t own = g - (w ? ends[w - 1] : 0);
       const int64_t groups = RoundUp(call.weights[w].outputs, kLanes) / kLanes;
-      f(w, own / groups, own % groups * kLanes);
+      some = std::min({most, std::min(count, (i + 1) * task) - g, groups - own % groups});
+      f(w, own / groups, own % groups * kLanes, some);
     }
   });
 }
@@ -329,7 +332,7 @@ void Sums(const Frame& frame, const Call& call, const int8_t* x) {
   Parallel(frame, all, 1. * all * call.inputs, [&](int64_t row) {
     if (rows.Set(row, x + row * call.inputs, call.inputs)) rows.Use(row);
   });
-  ForGroups(frame, call, [&](int64_t w, int64_t b, int64_t first) {
+  ForGroups(frame, call, 1, [&](int64_t w, int64_t b, int64_t first, int64_t) {
     const Weight& weight = call.weights[w];
     const int64_t outputs = weight.outputs, expert = call.experts[b];
     const int64_t there = std::min(kLanes, outputs - first);
@@ -342,6 +345,41 @@ void Sums(const Frame& frame, const Call& call, const int8_t* x) {
     for (int64_t m = 0; m < call.rows; ++m, to += outputs)
       m < p.rows ? std::copy_n(sums + m * kLanes, there, to) : std::fill_n(to, there, 0);
   });
+}
+
+// What becomes of the sums of 64 outputs from `first` on, of weight w, and the next one if gated.
+//
+// sums: [weights, rows, 64], rows: those up to the last that is used, of each block a multiple of
+// halves; steps: of the rows of block b
+template <class T>
+void WriteProducts(const Call& call, int64_t w, int64_t b, int64_t first, const int32_t* sums,
+                   int64_t rows, int64_t halves, const float* steps) {
+  const int64_t outputs = call.weights[w].outputs, there = std::min(kLanes, outputs - first);
+  T* to = static_cast<T*>(call.out[w]) + b * call.rows * outputs + first;
+  float scales[2][kLanes] = {};
+  for (int i = 0; rows && i < 1 + call.gated; ++i) {
+    const Weight& weight = call.weights[w + i];
+    const float* own = weight.scales + call.experts[b] * weight.columns;
+    for (int64_t o = 0; o < there; ++o) scales[i][o] = weight.columns > 1 ? own[first + o] : *own;
+  }
+  const bool trits = !call.problem.groups;
+  for (int64_t m = 0; m < call.rows; ++m, to += outputs) {
+    if (halves * m >= rows) {
+      std::fill_n(to, there, T{});
+      continue;
+    }
+    float y[kLanes];
+    for (int64_t o = 0; o < kLanes; o += kWidth) {
+      auto scaled = [&](int i) {
+        const int32_t* own = sums + (i * rows + halves * m) * kLanes + o;
+        return Scaled<T>(own, halves > 1, trits, scales[i] + o, steps[m]);
+      };
+      Lanes v = scaled(0);
+      if (call.gated) v = RoundedTo(Gelu(v), to) * scaled(1);
+      std::memcpy(y + o, &v, sizeof v);
+    }
+    for (int64_t o = 0; o < there; ++o) FromFloat(y[o], to + o);
+  }
 }
 
 // Products of rows of floats that are rounded first; or two, the first of which is a gate.
@@ -366,41 +404,22 @@ void Dots(const Frame& frame, const Call& call, const void* x) {
     if (low) any |= rows.Set(halves * row + 1, low, call.inputs);
     if (any || !std::isfinite(steps[row])) rows.Use(halves * row + halves - 1);
   });
-  ForGroups(frame, call, [&](int64_t w, int64_t b, int64_t first) {
-    const int64_t outputs = call.weights[w].outputs, expert = call.experts[b];
-    const int64_t there = std::min(kLanes, outputs - first);
-    T* to = static_cast<T*>(call.out[w]) + b * call.rows * outputs + first;
+  // Of two matrices some groups at a time: few rows read each of them on and on.
+  const int64_t most = call.gated ? std::max<int64_t>(1, kFewRows / (halves * call.rows)) : 1;
+  ForGroups(frame, call, most, [&](int64_t w, int64_t b, int64_t first, int64_t groups) {
+    const int64_t expert = call.experts[b], weights = 1 + call.gated;
     Group p = rows.Of(b);
     if (expert < 0 || expert >= call.weights[w].experts) p.rows = 0;
     static thread_local Aligned kept(0);
     const int64_t size = p.rows * kLanes;
-    auto* sums = reinterpret_cast<int32_t*>(Kept(kept, (1 + call.gated) * size * sizeof(int32_t)));
-    float scales[2][kLanes] = {};
-    for (int i = 0; p.rows && i < 1 + call.gated; ++i) {
-      const Weight& weight = call.weights[w + i];
-      Multiply(*call.path, p, weight, expert, first, sums + i * size);
-      const float* own = weight.scales + expert * weight.columns;
-      for (int64_t o = 0; o < there; ++o) scales[i][o] = weight.columns > 1 ? own[first + o] : *own;
-    }
-    const bool trits = !call.problem.groups;
-    for (int64_t m = 0; m < call.rows; ++m, to += outputs) {
-      if (halves * m >= p.rows) {
-        std::fill_n(to, there, T{});
-        continue;
-      }
-      float y[kLanes];
-      for (int64_t o = 0; o < kLanes; o += kWidth) {
-        const float step = steps[b * call.rows + m];
-        auto scaled = [&](int i) {
-          const int32_t* own = sums + i * size + halves * m * kLanes + o;
-          return Scaled<T>(own, halves > 1, trits, scales[i] + o, step);
-        };
-        Lanes v = scaled(0);
-        if (call.gated) v = RoundedTo(Gelu(v), to) * scaled(1);
-        std::memcpy(y + o, &v, sizeof v);
-      }
-      for (int64_t o = 0; o < there; ++o) FromFloat(y[o], to + o);
-    }
+    auto* sums = reinterpret_cast<int32_t*>(Kept(kept, groups * weights * size * sizeof(int32_t)));
+    for (int64_t i = 0; p.rows && i < weights; ++i)
+      for (int64_t g = 0; g < groups; ++g)
+        Multiply(*call.path, p, call.weights[w + i], expert, first + g * kLanes,
+                 sums + (g * weights + i) * size);
+    for (int64_t g = 0; g < groups; ++g)
+      WriteProducts<T>(call, w, b, first + g * kLanes, sums + g * weights * size, p.rows, halves,
+                       steps.data() + b * call.rows);
   });
 }
 
