@@ -52,12 +52,14 @@ class Device(NamedTuple):
     memory: bytes that a program can have; bandwidth: bytes a second that it reads of them
     description: of a GPU, what fills GPU_DESCRIPTION; of a TPU, the shapes of slices with so many
         chips, of which the smallest one that is large enough is taken
+    packs: whether its compiler packs large programs, so that all layers take less than few of them
     """
 
     platform: str
     memory: int
     bandwidth: float
     description: Mapping
+    packs: bool = False
 
 
 def _gpu(name, memory, bandwidth, capability, cores, shared, l2, clock) -> Device:
@@ -87,7 +89,7 @@ DEVICES = {
     "h100": _gpu("NVIDIA H100 80GB HBM3", 85_017_493_504, 3.352e12, (9, 0), 132, 228, 50, 1.98),
     "h200": _gpu("NVIDIA H200 141GB HBM3e", 150_754_820_096, 4.8e12, (9, 0), 132, 228, 50, 1.98),
     "b200": _gpu("NVIDIA B200", 191_506_677_760, 7.7e12, (10, 0), 148, 228, 126, 1.965),
-    "v5e": Device("tpu", round(15.75 * GiB), 0.819e12, SLICES),
+    "v5e": Device("tpu", round(15.75 * GiB), 0.819e12, SLICES, packs=True),  # from 30 MB on
     "v5p": Device("tpu", round(95.74 * GiB), 2.765e12, CUBES),
     "v6e": Device("tpu", round(31.25 * GiB), 1.64e12, SLICES),
 }
@@ -386,23 +388,24 @@ def _nothing_kept():
 FEW_LAYERS = (3, 4)  # not 2: on TPUs that one's memory is up to 0.1 GB off the others' line
 
 
-def extrapolated_steps(
+def steps_of_all_layers(
     config: model.LanguageModelConfig,
     formats: Mapping[str, str],
     mesh: Mesh,
     slots: int,
+    packed: bool = False,
     progress: bool = False,
 ) -> dict[str, Compiled]:
     """What both steps take with all layers, of what is compiled with few.
 
-    From three layers on, each adds the same. (But programs for v5e: of many layers their compiler
-    makes smaller ones than planned.)
+    From three layers on, each adds the same.
 
     formats: {path: format} of all parameters; those of the first layers stand for all others
+    packed: compile all layers, for programs of few are not like theirs; this takes some minutes
     progress: says on stderr what is compiled
     """
-    few = []
-    for layers in sorted({min(layers, config.num_layers) for layers in FEW_LAYERS}):
+    few, some = [], (config.num_layers,) if packed else FEW_LAYERS
+    for layers in sorted({min(layers, config.num_layers) for layers in some}):
         part = dataclasses.replace(config, num_layers=layers)
         template = model.abstract_params(part)
         paths = [f"{module}/{name}" for module in template for name in template[module]]
@@ -413,7 +416,7 @@ def extrapolated_steps(
         steps = compiled_steps(part, chosen, mesh, slots)
         few.append({name: Compiled.of(step) for name, step in steps.items()})
     more = config.num_layers - FEW_LAYERS[-1]
-    if more <= 0:
+    if packed or more <= 0:
         return few[-1]
     return {name: few[1][name].extended(few[0][name], more) for name in few[0]}
 
@@ -490,7 +493,8 @@ def make_plan(
         config, mesh = runner.config, runner.mesh
         params = runners.abstract_weights(config, formats)
         needed = runners.device_memory(runner, params, slots, config.sequence_len)
-        steps = extrapolated_steps(config, formats, mesh, slots, progress)
+        packs = DEVICES[name].packs
+        steps = steps_of_all_layers(config, formats, mesh, slots, packs, progress)
         shapes = needed["weights"] + needed["embeddings"] + needed["cache"]
         row = jax.eval_shape(functools.partial(runners.empty_slots, config, 1, config.sequence_len))
         row_bytes = sharding.device_bytes(row, runners.slots_shardings(mesh, row))

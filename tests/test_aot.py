@@ -14,6 +14,7 @@ import aot
 import kernels
 import model
 import runners
+import sharding
 
 LAYER = dataclasses.replace(model.PRESETS["grok-1"], num_layers=1)
 
@@ -109,6 +110,31 @@ def test_more_layers_add_what_one_adds():
     assert three.extended(two, 10) == aot.Compiled(
         540, 7, 14, 130, counter(a=13, b=1, c=11), 26, counter(x=1, y=11), 19
     )
+
+
+@pytest.mark.parametrize(
+    "device, layers, expected",
+    [("v6e", 64, [3, 4]), ("v5e", 64, [64]), ("v6e", 3, [3]), ("v5e", 3, [3]), ("v6e", 4, [3, 4])],
+)
+def test_a_plan_compiles_few_layers_where_these_tell_of_all(device, layers, expected, monkeypatch):
+    """Programs of 64 layers for v5e are packed, those of four are not."""
+    compiled = []
+
+    def steps(config, *_):
+        compiled.append(config.num_layers)
+        return {name: 100 * config.num_layers + 7 for name in ("prefill", "decode")}
+
+    def taken(size):
+        return aot.Compiled(size, 0, size, 0, aot.Counter(), 0, aot.Counter(), 0)
+
+    monkeypatch.setattr(aot, "compiled_steps", steps)
+    monkeypatch.setattr(aot.Compiled, "of", taken)
+    config = dataclasses.replace(LAYER, num_layers=layers)
+    runner = runners.ModelRunner(config, sharding.make_mesh(1, 1))
+    formats = model.formats_of(model.abstract_params(config), model.PRECISIONS["ternary"])
+    plan = aot.make_plan(runner, formats, device, 1)
+    assert compiled == expected
+    assert plan.memory["programs"] == 2 * (100 * layers + 7)
 
 
 @pytest.mark.parametrize("n, rounded", [(1944, 1900), (1960, 2000), (48, 48), (7, 7), (0, 0)])
