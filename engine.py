@@ -190,7 +190,7 @@ class Job:
 class Engine:
     """Serves jobs, first come first served, in a thread of its own, from `start` to `close`.
 
-    generated: tokens sampled so far, of all jobs
+    generated: tokens of all jobs so far, but for those sampled after a stop
     errors: how often the model failed
     error: of its last call, if that failed; then no job can be expected to succeed
     """

@@ -243,13 +243,18 @@ class LogProbs(NamedTuple):
 
 
 class Likeliest(NamedTuple):
-    """Of logits [..., V]: the largest, float32 [..., TOP_K], and their ids, of equals the lowest id
-    first; and log of the sum of exp(logits), [..., 1], which is not finite if the largest is not,
-    and with any NaN."""
+    """Of logits [..., V] the TOP_K largest, or all if V is less, float32 [..., K], and their ids,
+    of equals the lowest id first; and what probabilities need of the others: log of the sum of
+    exp(logits - largest), [..., 1]. It is not finite if the largest is not, and with any NaN."""
 
     logits: jax.Array
     token_ids: jax.Array
     total: jax.Array
+
+    @property
+    def largest(self) -> jax.Array:
+        """[..., 1]; XLA would search again for `logits[..., :1]`."""
+        return jnp.max(self.logits, axis=-1, keepdims=True)
 
 
 def likeliest(logits: jax.Array) -> Likeliest:
@@ -259,13 +264,16 @@ def likeliest(logits: jax.Array) -> Likeliest:
 
 @kernels.accelerated("likeliest")
 def _likeliest(logits, *, count):
-    return *lax.top_k(logits, count), jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top, ids = lax.top_k(logits, count)
+    largest = jnp.max(top, axis=-1, keepdims=True)
+    return top, ids, jax.nn.logsumexp(logits - largest, axis=-1, keepdims=True)
 
 
 def log_probs(logits: jax.Array, token_id: jax.Array, top: Likeliest) -> LogProbs:
     """log p of tokens, int32 [...], and of the likeliest, from logits [..., V]."""
     chosen = jnp.take_along_axis(logits, token_id[..., None], axis=-1)
-    return LogProbs((chosen - top.total)[..., 0], top.token_ids, top.logits - top.total)
+    of_token, of_top = (x - top.largest - top.total for x in (chosen, top.logits))
+    return LogProbs(of_token[..., 0], top.token_ids, of_top)
 
 
 class SampleOutput(NamedTuple):
@@ -349,9 +357,8 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     random = settings.temperature > 0
     asked = random | (settings.nucleus_p < 1)
     top = likeliest(logits)
-    largest = jnp.max(top.logits, axis=-1, keepdims=True)
     # Their first one: XLA would search again for `token_ids[:, 0]`, and makes argmax slow.
-    is_first, none = top.logits == largest, logits.shape[-1] - 1
+    is_first, none = top.logits == top.largest, logits.shape[-1] - 1
     greedy = jnp.min(top.token_ids, axis=-1, where=is_first, initial=none)
     unfiltered = log_probs(logits, greedy, top)
 
@@ -361,7 +368,7 @@ def sample_token(logits: jax.Array, settings: SampleSettings, count: jax.Array) 
     def filtered():
         temperature = jnp.where(random, settings.temperature, 1)[:, None]
         # The largest becomes 0 first, which no small temperature can make infinite.
-        allowed = top_p_filter((logits - largest) / temperature, settings.nucleus_p)
+        allowed = top_p_filter((logits - top.largest) / temperature, settings.nucleus_p)
         drawn = lax.cond(
             jnp.any(random),
             lambda: jax.vmap(draw)(settings.rng_seed, count, allowed),
@@ -563,8 +570,8 @@ def uninterrupted() -> Iterator[None]:
     one is not held back, for a block may compile for minutes, or wait for another host for ever.
 
     What a donated cache became must not get lost between the call and its assignment. So it waits
-    for a step or a chunk of a prompt, and for what the first of these compile. Python runs signal
-    handlers in the main thread alone: in another one there is nothing to hold back.
+    for some steps or a chunk of a prompt, and for what the first of these compile. Python runs
+    signal handlers in the main thread alone: in another one there is nothing to hold back.
     """
     handler = _signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -858,9 +865,9 @@ class InferenceRunner:
 
         Those that an interrupted call computed come with the next one, before any others.
 
-        seconds: how long tokens may be held back. They come from as many steps as that is enough
-            for, in order, up to GROUP_STEPS and to the last one of any request: the host wakes up
-            once for all of them. With several processes always from one, for all must make the same
+        seconds: how long tokens may be held back. Then the next ones come, too, in order, of as
+            many steps as last so long, up to GROUP_STEPS and to the end of any request: the host
+            wakes up once for all of them. Not with several processes, whose clocks differ
         """
         return self._deliver(self.busy.keys(), seconds)
 
@@ -876,7 +883,7 @@ class InferenceRunner:
         Closing the iterator ends them, but none that others inserted.
         """
         waiting, losses = enumerate(requests), self._losses
-        running: dict[int, tuple[int, Request]] = {}  # slot: number, and the request as in `busy`
+        running: dict[int, tuple[int, Request]] = {}  # number: slot, and the request as in `busy`
         try:
             while True:
                 while len(self.busy) < self.num_slots or not running:
@@ -884,18 +891,20 @@ class InferenceRunner:
                         break
                     number, token = item[0], self._try(item[1])
                     if not token.done:
-                        running[token.slot] = number, self.busy[token.slot]
+                        running[number] = token.slot, self.busy[token.slot]
                     yield number, token
                 before, running = running, self._own(running)
                 if len(running) < len(before) and self._losses > losses:
                     raise RuntimeError("an error in another call ended these requests; see there")
                 if not running and item is None:
                     return
-                for token in self._deliver(running.keys(), GROUP_SECONDS):
-                    number, _ = running.pop(token.slot) if token.done else running[token.slot]
-                    yield number, token
+                numbers = {slot: number for number, (slot, _) in running.items()}
+                for token in self._deliver(numbers.keys(), GROUP_SECONDS):
+                    if token.done:
+                        del running[numbers[token.slot]]
+                    yield numbers[token.slot], token
         finally:
-            self._release(self._own(running).keys())
+            self._release({slot for slot, _ in self._own(running).values()})
 
     # What follows is what Ctrl-C must not break. Python handles signals when a function is called
     # or returns from C, and when it loops: lines without these are never left halfway.
@@ -913,7 +922,7 @@ class InferenceRunner:
 
     def _own(self, running: dict[int, tuple[int, Request]]) -> dict[int, tuple[int, Request]]:
         """Those of `generate`'s requests that still have their slot."""
-        return {slot: own for slot, own in running.items() if self.busy.get(slot) is own[1]}
+        return {n: own for n, own in running.items() if self.busy.get(own[0]) is own[1]}
 
     def _insert_all(self, request: Request) -> Token:
         """`insert`, of a prompt of tokens."""
@@ -1004,7 +1013,8 @@ class InferenceRunner:
         if jax.process_count() > 1:
             return 1
         ends = [len(self._begun) + self._left[slot] for slot in self._going_on(self.busy)]
-        return max(1, min([int(min(GROUP_STEPS, seconds / self._step_seconds)), *ends]))
+        within = max(1, min(GROUP_STEPS, seconds / self._step_seconds))
+        return max(1, min([int(within), *ends]))
 
     def _step(self, seconds: float = 0.0) -> None:
         """The next token of every request in the first step that was begun; and of those after it
@@ -1027,7 +1037,7 @@ class InferenceRunner:
             self._begun, self._undelivered = self._begun[1:], self._undelivered + tokens
         end = time.perf_counter()
         self.timing.decode_seconds += end - begin
-        # Whatever came between counts, too: while prompts arrive, no step waits for another one.
+        # Whatever came between counts, too, such as a prompt: then fewer are held back.
         self._step_seconds, self._fetched = (end - self._fetched) / len(fetched), end
 
     def _deliver(self, slots: Set[int], seconds: float) -> list[Token]:
@@ -1050,9 +1060,9 @@ class InferenceRunner:
     def _release(self, slots: Set[int]) -> None:
         """Frees slots that are busy."""
         with uninterrupted(), jax.set_mesh(self.runner.mesh):
+            self.busy = {slot: r for slot, r in self.busy.items() if slot not in slots}
+            self._undelivered = [token for token in self._undelivered if token.slot not in slots]
             for slot in slots:
-                self.busy = {other: r for other, r in self.busy.items() if other != slot}
-                self._undelivered = [token for token in self._undelivered if token.slot != slot]
                 active = self._free(self._slots.active, slot)
                 self._slots = self._slots._replace(active=active)
 
@@ -1201,7 +1211,7 @@ def device_memory(
     """Bytes that serving takes on each device, by purpose; nothing is allocated.
 
     params: as from `abstract_weights`
-    scored: whether prompts will be: two or three times the logits of SCORED_SIZE tokens
+    scored: whether prompts will be: two or four times the logits of SCORED_SIZE tokens
 
     "activations" is an estimate: what the larger of a prefill chunk and a decode step needs besides
     its arguments, and the logits of all slots, five times, to sort and to sample them.
@@ -1216,11 +1226,8 @@ def device_memory(
     step = functools.partial(step_bytes, config, local, sequence_len)
     prefill = step(1, min(PAD_SIZES[-1], sequence_len))
     decode = step(-(-slots // mesh.shape["data"]), 1)
-    logits = jax.ShapeDtypeStruct(
-        (1, min(SCORED_SIZE, sequence_len), config.vocab_size), jnp.float32
-    )
-    copies = 2 if _likeliest.kernel(logits) else 3  # the log of their sums needs one
-    scores = copies * 4 * logits.size if scored else 0
+    copies = 4 if kernels.platform() == "tpu" else 2  # as compiled
+    scores = copies * 4 * min(SCORED_SIZE, sequence_len) * config.vocab_size if scored else 0
     return {
         "weights": sharding.device_bytes(params, shardings) - table,
         "embeddings": table,

@@ -550,7 +550,7 @@ def added_norm(h: jax.Array, x: jax.Array, scale: jax.Array, *, eps: float) -> j
 
 def likeliest(logits: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The largest of float32 [..., V] and their places, [..., count], the first of equals first;
-    and log of the sum of exp(logits), [..., 1].
+    and log of the sum of exp(logits - largest), [..., 1].
 
     Where there is a NaN, places are those of some numbers, and the sum is NaN. Needs `on_cpu()`.
     """
@@ -562,7 +562,8 @@ def likeliest(logits: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array, j
         jax.ShapeDtypeStruct((rows,), jnp.float32),
     ]
     found = ffi_call("Likeliest", outs)(logits.reshape(rows, size))
-    return tuple(x.reshape(*leading, -1) for x in found)
+    sizes = count, count, 1
+    return tuple(x.reshape(*leading, n) for x, n in zip(found, sizes, strict=True))
 
 
 def _choices(rows: int, num_experts: int, selected: int) -> list:

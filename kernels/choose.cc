@@ -30,8 +30,8 @@ void Largest(const float* x, int64_t size, int64_t count, float* values, int32_t
   for (; i < size; ++i) insert(i);
 }
 
-// log of the sum of exp(x) [size], of which this is the largest. Not finite if that is not, and
-// with any NaN: where the largest is not known then, nothing becomes of NaN but NaN.
+// log of the sum of exp(x - largest), x [size]. Not finite if the largest is not, and with any NaN:
+// where the largest is not known then, nothing becomes of NaN but NaN.
 float LogTotal(const float* x, int64_t size, float largest) {
   constexpr float least = -87;  // what is smaller adds nothing to the largest, which adds 1
   Lanes sums[4] = {};
@@ -51,11 +51,11 @@ float LogTotal(const float* x, int64_t size, float largest) {
   const Lanes sum = (sums[0] + sums[2]) + (sums[1] + sums[3]);
   float total = 0;
   for (int k = 0; k < kWidth; ++k) total += sum[k];
-  return largest + std::log(total);
+  return std::log(total);
 }
 
 // x float32 [R, V] -> the K largest of each row, float32, and their places, int32 [R, K]; and the
-// log of the sum of exp of all, float32 [R]
+// log of the sum of exp(x - largest), float32 [R]
 void Likeliest(const Frame& frame) {
   const auto [x, values, index, totals] = frame.Arrays<1, 3>();
   Sizes sizes;

@@ -28,7 +28,7 @@ namespace {
 constexpr int64_t kWidest = 1 << 20;     // bytes of an output: no int32 sum of any path is exceeded
 constexpr int64_t kTaskBytes = 1 << 17;  // that a thread reads at a time, where there are many
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kFewRows = 8;  // of so many groups together, sums are kept
+constexpr int64_t kFewRows = 8;  // in all groups that are multiplied before the other matrix is
 
 // --- Paths ---------------------------------------------------------------------------------------
 
@@ -302,8 +302,9 @@ struct Call {
   bool gated;
 };
 
-// Calls f(weight, block, first, groups) for groups of 64 outputs side by side, up to so many, of
-// all of each block; of one weight of two gated ones.
+// Calls f(weight, block, first, groups) until all groups of 64 outputs were given out, of each block
+// and each weight, or of the first of two gated ones: `most` of them at a time, from the output
+// `first` on, or fewer where a block or a task ends.
 template <class F>
 void ForGroups(const Frame& frame, const Call& call, int64_t most, F f) {
   const int64_t weights = call.gated ? 1 : call.weights.size(), all = call.weights[0].packing.all;
@@ -404,7 +405,8 @@ void Dots(const Frame& frame, const Call& call, const void* x) {
     if (low) any |= rows.Set(halves * row + 1, low, call.inputs);
     if (any || !std::isfinite(steps[row])) rows.Use(halves * row + halves - 1);
   });
-  // Of two matrices some groups at a time: few rows read each of them on and on.
+  // Of two matrices, each is multiplied for some groups before the other: memory is read fastest
+  // where it is read on. Many rows take longer than reading, and their sums more of the cache.
   const int64_t most = call.gated ? std::max<int64_t>(1, kFewRows / (halves * call.rows)) : 1;
   ForGroups(frame, call, most, [&](int64_t w, int64_t b, int64_t first, int64_t groups) {
     const int64_t expert = call.experts[b], weights = 1 + call.gated;

@@ -129,6 +129,18 @@ def test_temperature_0_takes_the_likeliest_token_and_tells_its_own_probability()
     np.testing.assert_allclose(output.top_k_probs, [[0.3, 0.3, 0.2, 0.1, 0.1]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("top_p", [1, 0.9999999])
+@pytest.mark.parametrize("largest", [0, 200, -3e4, 1e6])
+def test_probabilities_do_not_lose_digits_to_the_size_of_logits(largest, top_p):
+    logits = jnp.array([[largest, largest - 1, largest, -1e9]], jnp.float32)
+    greedy = settings(1, temperature=0, nucleus_p=top_p)
+    output = sample(logits, greedy, jnp.zeros(1, jnp.int32))
+    expected = np.exp([0, 0, -1]) / np.exp([0, 0, -1]).sum()
+    np.testing.assert_allclose(output.top_k_probs[0, :3], expected, rtol=1e-6)
+    np.testing.assert_allclose(output.top_k_logprobs[0, :3], np.log(expected), rtol=1e-6)
+    np.testing.assert_array_equal(output.prob, output.top_k_probs[:, 0])
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-3])
 def test_a_small_temperature_is_greedy_and_finite(temperature):
     logits = 50 * jax.random.normal(jax.random.key(0), (5, 97))
@@ -764,6 +776,28 @@ def test_after_an_error_it_goes_on(inference, expected, monkeypatch, point, when
     assert exact(complete(inference, OTHERS[1])) == expected[1]
 
 
+def test_a_lost_request_is_told_of_where_the_next_one_has_its_slot(inference, monkeypatch):
+    generated = inference.generate(OTHERS)
+    number, token = next(generated)
+    fail_once(monkeypatch, inference, "_insert", "after", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        inference.insert(OTHERS[0])
+    assert next(generated)[1].slot == token.slot == number == 0
+    with pytest.raises(RuntimeError, match="an error in another call ended these requests"):
+        list(generated)
+    assert not inference.busy
+
+
+def test_all_slots_are_free_where_the_device_refuses_to_free_them(inference, monkeypatch):
+    generated = inference.generate(OTHERS)
+    tokens = [next(generated)[1], next(generated)[1]]
+    assert inference.busy.keys() == {token.slot for token in tokens} == {0, 1}
+    fail_once(monkeypatch, inference, "_free", "before", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generated.close()
+    assert not inference.busy
+
+
 def test_who_waits_is_told_of_the_loss(inference, monkeypatch):
     generated = inference.generate(OTHERS)
     next(generated)
@@ -1086,11 +1120,12 @@ def test_planned_memory_is_at_least_what_is_compiled(changes, weights, mesh, slo
     assert compiled <= planned <= 1.2 * compiled
 
 
-def test_planned_memory_of_scored_prompts_is_at_least_what_is_compiled():
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 2)])  # with a kernel for the likeliest, and without
+def test_planned_memory_of_scored_prompts_is_at_least_what_is_compiled(mesh):
     config = dataclasses.replace(
         model.PRESETS["bench"], emb_size=256, key_size=64, num_q_heads=4, num_layers=2
     )
-    runner = runners.ModelRunner(config, sharding.make_mesh(1, 1))
+    runner = runners.ModelRunner(config, sharding.make_mesh(*mesh))
     planned = device_memory(runner, "ternary", 1, 1024, scored=True)
     compiled = compiled_bytes(runner, "ternary", 1, 1024, scored=True)
     assert compiled <= sum(planned.values()) <= 1.2 * compiled
