@@ -302,9 +302,9 @@ struct Call {
   bool gated;
 };
 
-// Calls f(weight, block, first, groups) until all groups of 64 outputs were given out, of each block
-// and each weight, or of the first of two gated ones: `most` of them at a time, from the output
-// `first` on, or fewer where a block or a task ends.
+// Calls f(weight, block, first, groups) until all groups of 64 outputs were given out, of each
+// block and each weight, or of the first of two gated ones: `most` of them at a time, from the
+// output `first` on, or fewer where a block or a task ends.
 template <class F>
 void ForGroups(const Frame& frame, const Call& call, int64_t most, F f) {
   const int64_t weights = call.gated ? 1 : call.weights.size(), all = call.weights[0].packing.all;
