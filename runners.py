@@ -869,7 +869,9 @@ class InferenceRunner:
             many steps as last so long, up to GROUP_STEPS and to the end of any request: the host
             wakes up once for all of them. Not with several processes, whose clocks differ
         """
-        return self._deliver(self.busy.keys(), seconds)
+        slots = self.busy.keys()
+        self._wait_for(slots, seconds)
+        return self._take(slots)
 
     def remove(self, slot: int) -> None:
         """Ends a request early; nothing happens to a free slot."""
@@ -893,18 +895,21 @@ class InferenceRunner:
                     if not token.done:
                         running[number] = token.slot, self.busy[token.slot]
                     yield number, token
-                before, running = running, self._own(running)
-                if len(running) < len(before) and self._losses > losses:
+                own = self._own(running)
+                if len(own) < len(running) and self._losses > losses:
                     raise RuntimeError("an error in another call ended these requests; see there")
+                running = {number: running[number] for number in own.values()}
                 if not running and item is None:
                     return
-                numbers = {slot: number for number, (slot, _) in running.items()}
-                for token in self._deliver(numbers.keys(), GROUP_SECONDS):
-                    if token.done:
-                        del running[numbers[token.slot]]
-                    yield numbers[token.slot], token
+                self._wait_for(own.keys(), GROUP_SECONDS)
+                while tokens := self._take(own.keys(), most=1):  # between two, one may be removed
+                    number = own[tokens[0].slot]
+                    if tokens[0].done:
+                        del running[number]
+                    yield number, tokens[0]
+                    own = self._own(running)
         finally:
-            self._release({slot for slot, _ in self._own(running).values()})
+            self._release(self._own(running).keys())
 
     # What follows is what Ctrl-C must not break. Python handles signals when a function is called
     # or returns from C, and when it loops: lines without these are never left halfway.
@@ -920,9 +925,9 @@ class InferenceRunner:
             return failed(-1, error)
         return self._insert_all(request)
 
-    def _own(self, running: dict[int, tuple[int, Request]]) -> dict[int, tuple[int, Request]]:
-        """Those of `generate`'s requests that still have their slot."""
-        return {n: own for n, own in running.items() if self.busy.get(own[0]) is own[1]}
+    def _own(self, running: dict[int, tuple[int, Request]]) -> dict[int, int]:
+        """{slot: number} of those of `generate`'s requests that still have their slot."""
+        return {slot: n for n, (slot, own) in running.items() if self.busy.get(slot) is own}
 
     def _insert_all(self, request: Request) -> Token:
         """`insert`, of a prompt of tokens."""
@@ -1040,16 +1045,19 @@ class InferenceRunner:
         # Whatever came between counts, too, such as a prompt: then fewer are held back.
         self._step_seconds, self._fetched = (end - self._fetched) / len(fetched), end
 
-    def _deliver(self, slots: Set[int], seconds: float) -> list[Token]:
-        """The tokens that are there for these slots; of new steps, if there are none."""
+    def _wait_for(self, slots: Set[int], seconds: float) -> None:
+        """Makes steps until there are tokens for these slots, if there are none."""
         while not any(token.slot in slots for token in self._undelivered):
             with uninterrupted():
                 self._step(seconds)
             if not slots & self.busy.keys():
                 break
+
+    def _take(self, slots: Set[int], most: float = math.inf) -> list[Token]:
+        """The first tokens that are there for these slots."""
         tokens, rest, busy = [], [], dict(self.busy)
         for token in self._undelivered:
-            mine = token.slot in slots
+            mine = token.slot in slots and len(tokens) < most
             (tokens if mine else rest).append(token)
             if mine and token.done:
                 del busy[token.slot]

@@ -669,6 +669,21 @@ def test_generate_fetches_tokens_together(inference, monkeypatch):
     assert fetched == [1, 16, 13]
 
 
+def test_a_request_that_is_removed_gets_no_token_more(inference, monkeypatch):
+    """Also of those that were fetched together with the last one that it got."""
+    monkeypatch.setattr(runners, "GROUP_SECONDS", math.inf)
+    requests = [Request([5, 6, 7], 0, max_len=30), Request([9], 0, max_len=20)]
+    alone = [ids(complete(inference, request)) for request in requests]
+    found, other = [[], []], None
+    for number, token in inference.generate(requests):
+        found[number].append(token.token_id)
+        if number == 0 and len(found[0]) == 3:
+            inference.remove(token.slot)
+            other = inference.insert(Request([5], 0, max_len=9))  # in the same slot
+    assert other.slot == 0 and found == [alone[0][:3], alone[1]]
+    assert len(finished(inference, [other])[0]) == 9
+
+
 def test_several_processes_fetch_one_step_at_a_time(inference, monkeypatch):
     """They must give their devices the same steps, and measure different times."""
     inference.insert(Request([5, 6, 7], 0, max_len=4))
