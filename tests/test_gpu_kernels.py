@@ -108,16 +108,18 @@ def test_largest_sums():
 
 @interpreted_or_not
 @pytest.mark.parametrize(
-    "weights, inputs, rows, activations",
+    "weights, inputs, outputs, rows, activations",
     [
-        ("ternary", 1024, 2, "int15"),
-        slow("ternary", 256, 24, "int8"),
-        ("ternary-fit", 256, 136, "int15"),  # whose rows are two tiles, with their halves
-        slow("ternary-fit-128", 2048, 2, "int15"),
-        ("ternary2-64", 2048, 36, "int8"),
+        ("ternary", 1024, 192, 2, "int15"),  # whose outputs are three tiles
+        slow("ternary", 256, 16, 24, "int8"),
+        ("ternary-fit", 256, 16, 136, "int15"),  # whose rows are two tiles, with their halves
+        slow("ternary-fit-128", 2048, 128, 2, "int15"),
+        ("ternary2-64", 2048, 16, 36, "int8"),
     ],
 )
-def test_products_that_share_a_launch(weights, inputs, rows, activations, interpret, monkeypatch):
+def test_products_that_share_a_launch(
+    weights, inputs, outputs, rows, activations, interpret, monkeypatch
+):
     """Three weights, and a gated product: blocks of rows of two experts, one of which is skipped.
 
     A step's blocks of 64 bytes are 1 packing block for 2048 inputs, 2 for 1024 and 8 for 256. Rows
@@ -132,9 +134,9 @@ def test_products_that_share_a_launch(weights, inputs, rows, activations, interp
     monkeypatch.setattr(quantize, "quantize_rows", rounded)
     ws = [
         formats.FORMATS[weights].quantize(
-            jnp.asarray(random.standard_normal((2, inputs, outputs)), jnp.float32)
+            jnp.asarray(random.standard_normal((2, inputs, size)), jnp.float32)
         )
-        for outputs in (32, 16, 16)
+        for size in (32, outputs, outputs)
     ]
     x = jnp.asarray(random.standard_normal((rows, inputs)), jnp.float32)
     experts = jnp.array([0, -1])
