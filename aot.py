@@ -52,7 +52,7 @@ class Device(NamedTuple):
     memory: bytes that a program can have; bandwidth: bytes a second that it reads of them
     description: of a GPU, what fills GPU_DESCRIPTION; of a TPU, the shapes of slices with so many
         chips, of which the smallest one that is large enough is taken
-    packs: whether its compiler packs large programs, so that all layers take less than few of them
+    packs: whether its compiler packs large programs, so that those of few layers tell nothing
     """
 
     platform: str

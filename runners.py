@@ -1018,8 +1018,8 @@ class InferenceRunner:
         if jax.process_count() > 1:
             return 1
         ends = [len(self._begun) + self._left[slot] for slot in self._going_on(self.busy)]
-        within = max(1, min(GROUP_STEPS, seconds / self._step_seconds))
-        return max(1, min([int(within), *ends]))
+        within = int(min(GROUP_STEPS, seconds / self._step_seconds))
+        return max(1, min([within, *ends]))
 
     def _step(self, seconds: float = 0.0) -> None:
         """The next token of every request in the first step that was begun; and of those after it
@@ -1055,14 +1055,17 @@ class InferenceRunner:
 
     def _take(self, slots: Set[int], most: float = math.inf) -> list[Token]:
         """The first tokens that are there for these slots."""
-        tokens, rest, busy = [], [], dict(self.busy)
+        tokens, others, busy = [], [], dict(self.busy)
         for token in self._undelivered:
-            mine = token.slot in slots and len(tokens) < most
-            (tokens if mine else rest).append(token)
+            if len(tokens) == most:
+                break
+            mine = token.slot in slots
+            (tokens if mine else others).append(token)
             if mine and token.done:
                 del busy[token.slot]
+        rest = self._undelivered[len(tokens) + len(others) :]
         # The caller has them as soon as they are gone from here.
-        self._undelivered, self.busy = rest, busy
+        self._undelivered, self.busy = others + rest, busy
         return tokens
 
     def _release(self, slots: Set[int]) -> None:
