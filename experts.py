@@ -27,15 +27,17 @@ class ExpertBlocks(NamedTuple):
     expert_of_block: jax.Array
 
 
-def group_by_expert(index: jax.Array, num_experts: int) -> ExpertBlocks:
+def group_by_expert(index: jax.Array, num_experts: int, joined: bool = False) -> ExpertBlocks:
     """Sorts the experts that T tokens chose, index [T, A], into blocks; skips those that are -1.
+
+    joined: as `expert_block` has it
 
     With two experts, blocks of two rows, and tokens that chose 1, 0, 1 and 1 (A = 1):
     row_of_pair is [2, 0, 3, 4], token_of_row [1, -, 0, 2, 3, -], expert_of_block [0, 1, 1].
     """
     tokens, selected = index.shape
     pairs = tokens * selected
-    block = expert_block(pairs, num_experts)
+    block = expert_block(pairs, num_experts, joined)
     blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
     rows = blocks * block
     flat = index.reshape(pairs)
@@ -59,18 +61,33 @@ def group_by_expert(index: jax.Array, num_experts: int) -> ExpertBlocks:
     return ExpertBlocks(row_of_pair.reshape(tokens, selected), token_of_row, expert_of_block)
 
 
-def expert_block(pairs: int, num_experts: int) -> int:
+def expert_block(pairs: int, num_experts: int, joined: bool = False) -> int:
     """Rows in a block: an expert's fair share, or four times as many, up to 16, so that with few
     tokens few experts need two blocks; at most 128, as many as are worth unpacking a matrix for, or
     half of the share: training reads a copy of the matrix for each block.
 
     Two of eight experts: 1 for one token, 8 for eight, 16 for 64, 32 for 128, 128 for 512 and 1024,
     512 for 4096, 2048 for 16384.
+
+    joined: whether an expert's blocks are multiplied together, see `joins_blocks`. Then 16 at most,
+      which leaves fewer rows of padding
     """
     share = pairs / num_experts
     rows = max(share, min(4 * share, 16))
-    rows = min(rows, max(128, share / 2))
+    rows = min(rows, 16 if joined else max(128, share / 2))
     return 1 << max(0, math.ceil(math.log2(rows)))
+
+
+def joins_blocks(weights, activations: str) -> bool:
+    """Whether a kernel multiplies blocks of one expert that follow each other together, with each
+    of these weights, perhaps abstract: that of a CPU does."""
+
+    def joins(w):
+        rows = jax.ShapeDtypeStruct((1, 1, w.shape[-2]), jnp.int8)
+        packed = isinstance(w, quantize.PackedWeight) and activations != "float"
+        return packed and quantize.packed_products.kernel(rows, w) is not None
+
+    return kernels.platform() == "cpu" and all(joins(w) for w in weights)
 
 
 def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
@@ -186,7 +203,8 @@ def mixture(
     def flat(x):
         return x.reshape(batch * queries, -1)
 
-    blocks = group_by_expert(flat(index), num_experts)
+    joined = joins_blocks((linear, linear_v, linear_1), activations)
+    blocks = group_by_expert(flat(index), num_experts, joined)
     hidden = gated_rows(flat(x), linear, linear_v, blocks, activations=activations)  # [R, F]
     options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)

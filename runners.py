@@ -1288,7 +1288,7 @@ def step_bytes(
     and TPUs, small models on CPUs.
     """
     count, size, sums = batch * tokens, jnp.dtype(config.fprop_dtype).itemsize, sum_bytes(config)
-    up, rows = expert_weight(config, local), expert_rows(config, count)[0]
+    up, rows = expert_weight(config, local), expert_rows(config, local, count)[0]
     width, x = up.shape[-1], jax.ShapeDtypeStruct((rows, config.emb_size), config.fprop_dtype)
     if quantize.gated_dot.kernel(x, up, up, None, activations=config.activations):
         on_cpu = kernels.platform() == "cpu"  # elsewhere sums are scaled after the kernel
@@ -1332,7 +1332,7 @@ def logit_bytes(
 
 def plain_bytes(config: LanguageModelConfig, local: dict, count: int) -> int:
     """What products without a kernel add to `step_bytes`, for so many tokens."""
-    up, (rows, blocks) = expert_weight(config, local), expert_rows(config, count)
+    up, (rows, blocks) = expert_weight(config, local), expert_rows(config, local, count)
     platform, total = kernels.platform(), 0
     if platform == "cpu" and not kernels.on_cpu():  # the table in float32
         total += 4 * math.prod(local[EMBEDDINGS]["embeddings"].shape)
@@ -1389,13 +1389,15 @@ def expert_weight(config: LanguageModelConfig, params: dict):
     return params[f"{LAYER}/moe/linear" if config.num_experts > 1 else f"{LAYER}/linear"]["w"]
 
 
-def expert_rows(config: LanguageModelConfig, count: int) -> tuple[int, int]:
+def expert_rows(config: LanguageModelConfig, params: dict, count: int) -> tuple[int, int]:
     """Rows, padding included, and blocks that the experts make of so many tokens."""
     if config.num_experts == 1:
         return count, 1
     index = jax.ShapeDtypeStruct((count, config.num_selected_experts), jnp.int32)
+    weights = [params[f"{LAYER}/moe/{name}"]["w"] for name in ("linear", "linear_v", "linear_1")]
+    joined = experts.joins_blocks(weights, config.activations)
     group = functools.partial(experts.group_by_expert, num_experts=config.num_experts)
-    blocks = jax.eval_shape(group, index)
+    blocks = jax.eval_shape(functools.partial(group, joined=joined), index)
     return blocks.token_of_row.size, blocks.expert_of_block.size
 
 

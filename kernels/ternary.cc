@@ -28,7 +28,8 @@ namespace {
 constexpr int64_t kWidest = 1 << 20;     // bytes of an output: no int32 sum of any path is exceeded
 constexpr int64_t kTaskBytes = 1 << 17;  // that a thread reads at a time, where there are many
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kFewRows = 8;  // in all groups that are multiplied before the other matrix is
+constexpr int64_t kFewRows = 8;     // in all groups that are multiplied before the other matrix is
+constexpr int64_t kMostRows = 128;  // that stay in a cache while all groups are multiplied
 
 // --- Paths ---------------------------------------------------------------------------------------
 
@@ -176,21 +177,19 @@ Group ProblemOf(const Packing& packing, int64_t block) {
   return p;
 }
 
-// Rows of activations in blocks, int8, as `Group` has them. Each is set by itself.
+// Rows of activations, int8, as `Group` has them. Each is set by itself.
 class Rows {
  public:
-  Rows(const Group& problem, int64_t blocks, int64_t rows)
+  Rows(const Group& problem, int64_t rows)
       : problem_(problem),
-        rows_(rows),
-        tiled_(RoundUp(rows, kRowTile)),
-        memory_(Kept(kept_, blocks * tiled_ * problem.width)),
-        sums_(blocks * rows),
-        part_sums_(blocks * rows * problem.parts),
-        used_(blocks * rows) {}
+        memory_(Kept(kept_, (rows + kRowTile) * problem.width)),
+        sums_(rows),
+        part_sums_(rows * problem.parts),
+        used_(rows) {}
 
   // Whether there is anything but zeros.
   bool Set(int64_t row, const int8_t* from, int64_t inputs) {
-    int8_t* to = At(row / rows_, row % rows_);
+    int8_t* to = At(row);
     if (inputs < problem_.quads * kInputs) std::memset(to, 0, problem_.width);
     Arrange(from, inputs, problem_.block_bytes, to);
     int32_t sum = 0;
@@ -205,25 +204,27 @@ class Rows {
     }
     return any;
   }
-  void SetZeros(int64_t row) { std::memset(At(row / rows_, row % rows_), 0, problem_.width); }
+  void SetZeros(int64_t row) { std::memset(At(row), 0, problem_.width); }
   void Use(int64_t row) { used_[row] = 1; }
 
-  // Those of a block up to the last that is used: padding costs nothing.
-  Group Of(int64_t block) const {
+  // Of so many from `begin` on, those up to the last that is used: padding costs nothing.
+  int64_t Used(int64_t begin, int64_t count) const {
+    while (count > 0 && !used_[begin + count - 1]) --count;
+    return count;
+  }
+  Group Of(int64_t begin, int64_t count) const {
     Group p = problem_;
-    p.x = At(block, 0);
-    p.sums = sums_.data() + block * rows_;
-    p.part_sums = part_sums_.data() + block * rows_ * problem_.parts;
-    for (p.rows = rows_; p.rows > 0 && !used_[block * rows_ + p.rows - 1];) --p.rows;
+    p.x = At(begin), p.rows = count;
+    p.sums = sums_.data() + begin;
+    p.part_sums = part_sums_.data() + begin * problem_.parts;
     return p;
   }
 
  private:
-  int8_t* At(int64_t block, int64_t m) const {
-    return reinterpret_cast<int8_t*>(memory_) + (block * tiled_ + m) * problem_.width;
+  int8_t* At(int64_t row) const {
+    return reinterpret_cast<int8_t*>(memory_) + row * problem_.width;
   }
   Group problem_;
-  int64_t rows_, tiled_;
   char* memory_;  // of this thread, which waits for the others
   static thread_local Aligned kept_;
   std::vector<int32_t> sums_, part_sums_;
@@ -302,78 +303,105 @@ struct Call {
   bool gated;
 };
 
-// Calls f(weight, block, first, groups) until all groups of 64 outputs were given out, of each
-// block and each weight, or of the first of two gated ones: `most` of them at a time, from the
-// output `first` on, or fewer where a block or a task ends.
+// Rows side by side that are multiplied at once, with one expert's matrix: those that are used, and
+// with padding.
+struct Stretch {
+  int64_t expert, begin, used, rows;
+};
+
+// All rows of a call: blocks that follow each other and have one expert are joined, then divided
+// into equal parts of up to `kMostRows` that are used. rows: `halves` of them for each of the call
+std::vector<Stretch> StretchesOf(const Call& call, const Rows& rows, int64_t halves) {
+  std::vector<Stretch> stretches;
+  for (int64_t b = 0, end; b < call.blocks; b = end) {
+    const int64_t expert = call.experts[b], begin = b * call.rows;
+    for (end = b; end < call.blocks && call.experts[end] == expert;) ++end;
+    const int64_t all = (end - b) * call.rows;
+    const bool there = 0 <= expert && expert < call.weights[0].experts;
+    const int64_t used = there ? rows.Used(halves * begin, halves * all) / halves : 0;
+    const int64_t parts = std::max<int64_t>(1, (used + kMostRows - 1) / kMostRows);
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t first = i * used / parts, last = (i + 1) * used / parts;
+      const int64_t next = i + 1 < parts ? last : all;
+      stretches.push_back({expert, begin + first, last - first, next - first});
+    }
+  }
+  return stretches;
+}
+
+// Calls f(weight, stretch, first, groups) until all groups of 64 outputs were given out, of each
+// stretch and each weight, or of the first of two gated ones: as many at a time, from the output
+// `first` on, as have `few` rows in all, or one, or fewer where a stretch or a task ends.
 template <class F>
-void ForGroups(const Frame& frame, const Call& call, int64_t most, F f) {
+void ForGroups(const Frame& frame, const Call& call, const std::vector<Stretch>& stretches,
+               int64_t few, F f) {
   const int64_t weights = call.gated ? 1 : call.weights.size(), all = call.weights[0].packing.all;
-  std::vector<int64_t> ends(weights);  // of the groups of each, all blocks
+  std::vector<int64_t> ends(weights);  // of the groups of each, all stretches
   int64_t count = 0;
   for (int64_t i = 0; i < weights; ++i)
-    ends[i] = count += call.blocks * (RoundUp(call.weights[i].outputs, kLanes) / kLanes);
+    ends[i] = count += stretches.size() * (RoundUp(call.weights[i].outputs, kLanes) / kLanes);
   const int64_t wanted = std::max<int64_t>(1, count / (4 * frame.threads()));
   const int64_t task = std::min(wanted, 1 + kTaskBytes / (1 + kLanes * all));
   const double bytes = 1. * count * kLanes * all * (1 + call.gated);
-  Parallel(frame, RoundUp(count, task) / task, bytes, [=, &call](int64_t i) {
+  Parallel(frame, RoundUp(count, task) / task, bytes, [=, &call, &stretches](int64_t i) {
     for (int64_t g = i * task, some; g < std::min(count, (i + 1) * task); g += some) {
       const int64_t w = std::upper_bound(ends.begin(), ends.end(), g) - ends.begin();
       const int64_t own = g - (w ? ends[w - 1] : 0);
       const int64_t groups = RoundUp(call.weights[w].outputs, kLanes) / kLanes;
+      const Stretch& part = stretches[own / groups];
+      const int64_t most = std::max<int64_t>(1, few / std::max<int64_t>(1, part.used));
       some = std::min({most, std::min(count, (i + 1) * task) - g, groups - own % groups});
-      f(w, own / groups, own % groups * kLanes, some);
+      f(w, part, own % groups * kLanes, some);
     }
   });
 }
 
 // The sums themselves, of int8 rows.
 void Sums(const Frame& frame, const Call& call, const int8_t* x) {
-  Rows rows(call.problem, call.blocks, call.rows);
   const int64_t all = call.blocks * call.rows;
+  Rows rows(call.problem, all);
   Parallel(frame, all, 1. * all * call.inputs, [&](int64_t row) {
     if (rows.Set(row, x + row * call.inputs, call.inputs)) rows.Use(row);
   });
-  ForGroups(frame, call, 1, [&](int64_t w, int64_t b, int64_t first, int64_t) {
+  const std::vector<Stretch> stretches = StretchesOf(call, rows, 1);
+  ForGroups(frame, call, stretches, 1, [&](int64_t w, const Stretch& part, int64_t first, int64_t) {
     const Weight& weight = call.weights[w];
-    const int64_t outputs = weight.outputs, expert = call.experts[b];
-    const int64_t there = std::min(kLanes, outputs - first);
-    int32_t* to = static_cast<int32_t*>(call.out[w]) + b * call.rows * outputs + first;
-    Group p = rows.Of(b);
-    if (expert < 0 || expert >= weight.experts) p.rows = 0;
+    const int64_t outputs = weight.outputs, there = std::min(kLanes, outputs - first);
+    int32_t* to = static_cast<int32_t*>(call.out[w]) + part.begin * outputs + first;
+    const Group p = rows.Of(part.begin, part.used);
     static thread_local Aligned kept(0);
     auto* sums = reinterpret_cast<int32_t*>(Kept(kept, p.rows * kLanes * sizeof(int32_t)));
-    if (p.rows) Multiply(*call.path, p, weight, expert, first, sums);
-    for (int64_t m = 0; m < call.rows; ++m, to += outputs)
+    if (p.rows) Multiply(*call.path, p, weight, part.expert, first, sums);
+    for (int64_t m = 0; m < part.rows; ++m, to += outputs)
       m < p.rows ? std::copy_n(sums + m * kLanes, there, to) : std::fill_n(to, there, 0);
   });
 }
 
 // What becomes of the sums of 64 outputs from `first` on, of weight w, and the next one if gated.
 //
-// sums: [weights, rows, 64], rows: those up to the last that is used, of each block a multiple of
-// halves; steps: of the rows of block b
+// sums: [weights, halves of used rows, 64]; steps: of all rows
 template <class T>
-void WriteProducts(const Call& call, int64_t w, int64_t b, int64_t first, const int32_t* sums,
-                   int64_t rows, int64_t halves, const float* steps) {
+void WriteProducts(const Call& call, int64_t w, const Stretch& part, int64_t first,
+                   const int32_t* sums, int64_t halves, const float* steps) {
   const int64_t outputs = call.weights[w].outputs, there = std::min(kLanes, outputs - first);
-  T* to = static_cast<T*>(call.out[w]) + b * call.rows * outputs + first;
+  T* to = static_cast<T*>(call.out[w]) + part.begin * outputs + first;
   float scales[2][kLanes] = {};
-  for (int i = 0; rows && i < 1 + call.gated; ++i) {
+  for (int i = 0; part.used && i < 1 + call.gated; ++i) {
     const Weight& weight = call.weights[w + i];
-    const float* own = weight.scales + call.experts[b] * weight.columns;
+    const float* own = weight.scales + part.expert * weight.columns;
     for (int64_t o = 0; o < there; ++o) scales[i][o] = weight.columns > 1 ? own[first + o] : *own;
   }
   const bool trits = !call.problem.groups;
-  for (int64_t m = 0; m < call.rows; ++m, to += outputs) {
-    if (halves * m >= rows) {
+  for (int64_t m = 0; m < part.rows; ++m, to += outputs) {
+    if (m >= part.used) {
       std::fill_n(to, there, T{});
       continue;
     }
     float y[kLanes];
     for (int64_t o = 0; o < kLanes; o += kWidth) {
       auto scaled = [&](int i) {
-        const int32_t* own = sums + (i * rows + halves * m) * kLanes + o;
-        return Scaled<T>(own, halves > 1, trits, scales[i] + o, steps[m]);
+        const int32_t* own = sums + (i * part.used + m) * halves * kLanes + o;
+        return Scaled<T>(own, halves > 1, trits, scales[i] + o, steps[part.begin + m]);
       };
       Lanes v = scaled(0);
       if (call.gated) v = RoundedTo(Gelu(v), to) * scaled(1);
@@ -386,8 +414,9 @@ void WriteProducts(const Call& call, int64_t w, int64_t b, int64_t first, const 
 // Products of rows of floats that are rounded first; or two, the first of which is a gate.
 template <class T>
 void Dots(const Frame& frame, const Call& call, const void* x) {
-  const int64_t halves = call.levels > 127 ? 2 : 1, all = call.blocks * call.rows;
-  Rows rows(call.problem, call.blocks, halves * call.rows);
+  const int64_t halves = call.levels > 127 ? 2 : 1;
+  const int64_t all = call.blocks * call.rows;
+  Rows rows(call.problem, halves * all);
   std::vector<float> steps(all);
   Parallel(frame, all, 1. * all * call.inputs * sizeof(T), [&](int64_t row) {
     const T* from = static_cast<const T*>(x) + row * call.inputs;
@@ -407,22 +436,23 @@ void Dots(const Frame& frame, const Call& call, const void* x) {
   });
   // Of two matrices, each is multiplied for some groups before the other: memory is read fastest
   // where it is read on. Many rows take longer than reading, and their sums more of the cache.
-  const int64_t most = call.gated ? std::max<int64_t>(1, kFewRows / (halves * call.rows)) : 1;
-  ForGroups(frame, call, most, [&](int64_t w, int64_t b, int64_t first, int64_t groups) {
-    const int64_t expert = call.experts[b], weights = 1 + call.gated;
-    Group p = rows.Of(b);
-    if (expert < 0 || expert >= call.weights[w].experts) p.rows = 0;
+  const int64_t few = call.gated ? kFewRows / halves : 1;
+  const std::vector<Stretch> stretches = StretchesOf(call, rows, halves);
+  auto multiply = [&](int64_t w, const Stretch& part, int64_t first, int64_t groups) {
+    const int64_t weights = 1 + call.gated;
+    const Group p = rows.Of(halves * part.begin, halves * part.used);
     static thread_local Aligned kept(0);
     const int64_t size = p.rows * kLanes;
     auto* sums = reinterpret_cast<int32_t*>(Kept(kept, groups * weights * size * sizeof(int32_t)));
     for (int64_t i = 0; p.rows && i < weights; ++i)
       for (int64_t g = 0; g < groups; ++g)
-        Multiply(*call.path, p, call.weights[w + i], expert, first + g * kLanes,
+        Multiply(*call.path, p, call.weights[w + i], part.expert, first + g * kLanes,
                  sums + (g * weights + i) * size);
     for (int64_t g = 0; g < groups; ++g)
-      WriteProducts<T>(call, w, b, first + g * kLanes, sums + g * weights * size, p.rows, halves,
-                       steps.data() + b * call.rows);
-  });
+      WriteProducts<T>(call, w, part, first + g * kLanes, sums + g * weights * size, halves,
+                       steps.data());
+  };
+  ForGroups(frame, call, stretches, few, multiply);
 }
 
 // x [blocks, R, I], experts int32 [blocks], and of each weight: packed uint8 [E, O, B], multipliers
@@ -458,6 +488,8 @@ void TernaryDots(const Frame& frame) {
     call.weights.push_back(WeightOf(own, frame.Argument(3 * i + 2), frame.Argument(3 * i + 3),
                                     frame.Argument(3 * i + 4), block));
     Check(call.weights[i].packing == call.weights[0].packing, "weights are packed differently");
+    Check(call.weights[i].experts == call.weights[0].experts, "weights of ",
+          call.weights[i].experts, " and ", call.weights[0].experts, " experts");
     call.out.push_back(result.data);
   }
   const bool plain = call.weights[0].packing.groups && (block % 4 || block > kCacheLine);

@@ -182,42 +182,68 @@ class Tile {
     if constexpr (M > 1) FewUpTo<C, M - 1>(p);
   }
 
-  // Rows from m0 on times a chunk of codes, M of them and G vectors at a time. The first rows fetch
-  // the next chunk meanwhile.
-  template <int M, int G>
-  static void Rows(const Group& p, const uint8_t* codes, int64_t begin, int64_t count, int64_t m0) {
+  // The codes of slab r: from packed bytes w, and kept at c, or those that are there.
+  template <int r, bool kUnpacks, int G>
+  static INLINE void Slab(const uint8_t* w, uint8_t* c, Type (&codes)[G]) {
+#pragma GCC unroll 16
+    for (int g = 0; g < G; ++g) {
+      uint8_t* own = c + r * kSlab + g * V::kLanes * 4;
+      codes[g] = kUnpacks ? V::template Codes<r>(V::Load(w + g * V::kLanes * 4)) : V::Load(own);
+      if (kUnpacks) V::Store(own, codes[g]);
+    }
+  }
+
+  // Rows from m0 on times a chunk of codes, M of them and G vectors at a time. The first ones fetch
+  // the next chunk meanwhile and, of codes without multipliers, unpack this one: beside products
+  // that takes next to no time.
+  template <int M, int G, bool kFirst, bool kUnpacks>
+  static void Rows(const Group& p, uint8_t* codes, int64_t begin, int64_t count, int64_t m0) {
     const int64_t bytes = p.planes * kQuad;
-    const uint8_t* next = p.packed + (begin + kChunk) * bytes;
     for (int first = 0; first < kVectors; first += G) {
-      Type sums[M][G];
+      Type sums[M][G], some[G];
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
         for (int g = 0; g < G; ++g)
           sums[m][g] = V::Load(p.out + (m0 + m) * p.stride + (first + g) * V::kLanes);
-      const uint8_t* c = codes + first * V::kLanes * 4;
+      const uint8_t* w = p.packed + begin * bytes + first * V::kLanes * 4;
+      uint8_t* c = codes + first * V::kLanes * 4;
       const int8_t* x = p.x + m0 * p.width + begin * kInputs;
 #pragma GCC unroll 1
-      for (int64_t q = 0; q < count; ++q, c += 4 * kSlab, x += kInputs) {
-        for (int64_t i = 0; m0 + first == 0 && i < bytes; i += 64)
-          __builtin_prefetch(next + q * bytes + i);
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-          Type some[G];
-#pragma GCC unroll 16
-          for (int g = 0; g < G; ++g) some[g] = V::Load(c + r * kSlab + g * V::kLanes * 4);
-          Add(some, x + 4 * r, p.width, sums);
-        }
+      for (int64_t q = 1; q < count; ++q, w += bytes, c += 4 * kSlab, x += kInputs) {
+        for (int64_t i = 0; kFirst && first == 0 && i < bytes; i += 64)
+          __builtin_prefetch(w + kChunk * bytes + i);
+        Slab<0, kUnpacks>(w, c, some), Add(some, x, p.width, sums);
+        Slab<1, kUnpacks>(w, c, some), Add(some, x + 4, p.width, sums);
+        Slab<2, kUnpacks>(w, c, some), Add(some, x + 8, p.width, sums);
+        Slab<3, kUnpacks>(w, c, some), Add(some, x + 12, p.width, sums);
       }
-      Store(p, m0, first, sums);
+      // The last quad row by row: products would wait while all sums are stored at once.
+      if (kUnpacks) {
+        Slab<0, true>(w, c, some), Slab<1, true>(w, c, some);
+        Slab<2, true>(w, c, some), Slab<3, true>(w, c, some);
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 16
+          for (int g = 0; g < G; ++g)
+            V::AddDots(sums[m][g], V::Load(c + r * kSlab + g * V::kLanes * 4),
+                       x + m * p.width + 4 * r);
+#pragma GCC unroll 16
+        for (int g = 0; g < G; ++g)
+          V::Store(p.out + (m0 + m) * p.stride + (first + g) * V::kLanes, sums[m][g]);
+      }
     }
   }
 
-  template <int M>
-  static INLINE void RowsUpTo(const Group& p, const uint8_t* codes, int64_t begin, int64_t count,
+  template <int M, bool kFirst, bool kUnpacks>
+  static INLINE void RowsUpTo(const Group& p, uint8_t* codes, int64_t begin, int64_t count,
                               int64_t m0, int64_t rows) {
-    if (rows == M) return Rows<M, V::kRowVectors>(p, codes, begin, count, m0);
-    if constexpr (2 * M > V::kRows) RowsUpTo<M - 1>(p, codes, begin, count, m0, rows);
+    if (rows == M) return Rows<M, V::kRowVectors, kFirst, kUnpacks>(p, codes, begin, count, m0);
+    if constexpr (2 * M > V::kRows)
+      RowsUpTo<M - 1, kFirst, kUnpacks>(p, codes, begin, count, m0, rows);
   }
 
  public:
@@ -257,12 +283,13 @@ class Tile {
       std::fill_n(p.out + m * p.stride, kLanes, -offset * static_cast<uint32_t>(p.sums[m]));
     for (int64_t begin = 0; begin < p.quads; begin += kChunk) {
       const int64_t count = std::min(kChunk, p.quads - begin);
-      Unpack<P>(p, begin, count, codes);
+      if (P) Unpack<P>(p, begin, count, codes);
       // As many rows in each tile as in the others, or one more: none is left with few.
       const int64_t tiles = (p.rows + V::kRows - 1) / V::kRows;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t m0 = t * p.rows / tiles, rows = (t + 1) * p.rows / tiles - m0;
-        RowsUpTo<V::kRows>(p, codes, begin, count, m0, rows);
+        t ? RowsUpTo<V::kRows, false, false>(p, codes, begin, count, m0, rows)
+          : RowsUpTo<V::kRows, true, P == 0>(p, codes, begin, count, m0, rows);
       }
     }
   }

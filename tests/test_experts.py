@@ -13,7 +13,7 @@ import experts
 
 
 def test_grouping_is_that_of_the_docstring(monkeypatch):
-    monkeypatch.setattr(experts, "expert_block", lambda pairs, num_experts: 2)
+    monkeypatch.setattr(experts, "expert_block", lambda *_: 2)
     index = jnp.array([[1], [0], [1], [1]])
     blocks = experts.group_by_expert(index, 2)
     assert blocks.row_of_pair.ravel().tolist() == [2, 0, 3, 4]
