@@ -13,6 +13,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <string_view>
+#include <type_traits>
 
 #include "memory.h"
 #include "xla/ffi/api/c_api.h"
@@ -179,16 +180,16 @@ inline int32_t Rounded(float value) {
 // Infinity if there is one, and NaN above all.
 template <class T>
 float LargestMagnitude(const T* x, int64_t size) {
-  uint32_t bits = 0;  // those of a NaN are last
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  Bits bits = 0;  // those of a NaN are last
   for (int64_t i = 0; i < size; ++i) {
-    const float value = ToFloat(x[i]);
-    uint32_t own;
-    std::memcpy(&own, &value, 4);
-    bits = std::max(bits, own & 0x7fffffff);
+    Bits own;
+    std::memcpy(&own, x + i, sizeof own);
+    bits = std::max<Bits>(bits, own & (static_cast<Bits>(-1) >> 1));
   }
-  float largest;
-  std::memcpy(&largest, &bits, 4);
-  return largest;
+  T largest;
+  std::memcpy(&largest, &bits, sizeof bits);
+  return ToFloat(largest);
 }
 
 // A row x [I] as integers, quantize.quantize_rows; int15 as high and low half.

@@ -10,11 +10,33 @@ namespace kernels {
 constexpr int64_t kWidth = 16;  // floats in Lanes
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
+typedef uint32_t BitLanes __attribute__((vector_size(64)));
 
 INLINE Lanes LoadLanes(const float* p) {
   Lanes v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+INLINE Lanes LoadLanes(const uint16_t* p) {  // bfloat16
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  Halves half;
+  std::memcpy(&half, p, sizeof half);
+  const IntLanes bits = __builtin_convertvector(half, IntLanes) << 16;
+  Lanes v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+// To nearest, halves to even, of numbers up to 2^22.
+INLINE IntLanes Rounded(Lanes v) {
+  constexpr float large = 3 << 22;  // added, what is too large for a fraction beside it rounds
+  return __builtin_convertvector(v + large - large, IntLanes);
+}
+
+INLINE uint32_t Total(BitLanes v) {
+  uint32_t total = 0;
+  for (int k = 0; k < kWidth; ++k) total += v[k];
+  return total;
 }
 
 // exp of numbers from -87 to 0, by 2^n and a polynomial in what is left, to about one unit in the

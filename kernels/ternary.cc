@@ -66,29 +66,6 @@ const std::vector<Path>& Paths() {
 
 // --- Groups --------------------------------------------------------------------------------------
 
-// The activations of a row in the order of `Group`. to: zeros where a packed byte has no input
-void Arrange(const int8_t* from, int64_t inputs, int64_t block_bytes, int8_t* to) {
-  typedef int32_t Fours __attribute__((vector_size(16)));  // of one slab; or of one quad, turned
-  for (int64_t begin = 0, byte = 0; begin < inputs; begin += 4 * block_bytes, byte += block_bytes) {
-    if (block_bytes % 16 == 0 && inputs - begin >= 4 * block_bytes) {
-      for (int64_t i = 0; i < block_bytes; i += 16) {
-        Fours v[4];
-        for (int r = 0; r < 4; ++r) std::memcpy(&v[r], from + begin + r * block_bytes + i, 16);
-        for (int j = 0; j < 4; ++j) {
-          const Fours quad = {v[0][j], v[1][j], v[2][j], v[3][j]};
-          std::memcpy(to + (byte + i) * 4 + kInputs * j, &quad, 16);
-        }
-      }
-      continue;
-    }
-    for (int64_t r = 0; r < 4; ++r) {
-      const int64_t at = begin + r * block_bytes, end = std::min(inputs - at, block_bytes);
-      for (int64_t i = 0; i < end; ++i)
-        to[(byte + i) / 4 * kInputs + 4 * r + (byte + i) % 4] = from[at + i];
-    }
-  }
-}
-
 // Rows of `bytes` each as a group: [quads, 64, 4], zeros where there are no such rows.
 void Interleave(const uint8_t* rows, int64_t count, int64_t bytes, uint8_t* to) {
   const int64_t whole = bytes / kCacheLine * kCacheLine;
@@ -177,7 +154,38 @@ Group ProblemOf(const Packing& packing, int64_t block) {
   return p;
 }
 
+// A row of integers, as `Rows::Set` takes it: one, or as many as there are lanes.
+struct GivenRow {
+  const int8_t* x;
+  int32_t One(int64_t i) const { return x[i]; }
+  INLINE IntLanes Some(int64_t i) const {
+    typedef int8_t Narrow __attribute__((vector_size(kWidth)));
+    Narrow some;
+    std::memcpy(&some, x + i, sizeof some);
+    return __builtin_convertvector(some, IntLanes);
+  }
+};
+
+// One of floats, rounded as `RoundRow` does it: int8, or a half of int15.
+enum Half { kWhole, kHigh, kLow };
+template <class T, Half half>
+struct RoundedRow {
+  const T* x;
+  float step;
+  int32_t One(int64_t i) const { return Own(Rounded(ToFloat(x[i]) / step)); }
+  INLINE IntLanes Some(int64_t i) const { return Own(Rounded(LoadLanes(x + i) / step)); }
+
+ private:
+  template <class Integer>
+  static INLINE Integer Own(Integer v) {
+    const Integer high = (v + 64) >> 7;
+    return half == kWhole ? v : half == kHigh ? high : v - 128 * high;
+  }
+};
+
 // Rows of activations, int8, as `Group` has them. Each is set by itself.
+//
+// Their sums wrap: of infinity and NaN, which become some integers, they are of no use.
 class Rows {
  public:
   Rows(const Group& problem, int64_t rows)
@@ -187,25 +195,41 @@ class Rows {
         part_sums_(rows * problem.parts),
         used_(rows) {}
 
-  // Whether there is anything but zeros.
-  bool Set(int64_t row, const int8_t* from, int64_t inputs) {
+  template <class Integers>
+  void Set(int64_t row, const Integers& integers, int64_t inputs) {
+    const int64_t size = problem_.block_bytes, of_block = problem_.of_block;
+    int32_t* part_sums = part_sums_.data() + row * problem_.parts;
     int8_t* to = At(row);
     if (inputs < problem_.quads * kInputs) std::memset(to, 0, problem_.width);
-    Arrange(from, inputs, problem_.block_bytes, to);
-    int32_t sum = 0;
-    int8_t any = 0;
-    for (int64_t j = 0; j < inputs; ++j) sum += from[j], any |= from[j];
-    sums_[row] = sum;
-    const int64_t size = problem_.parts ? 4 * problem_.bytes / problem_.parts : 0;
-    for (int64_t part = 0; part * size < (size ? inputs : 0); ++part) {
-      int32_t some = 0;
-      for (int64_t j = part * size; j < std::min(inputs, (part + 1) * size); ++j) some += from[j];
-      part_sums_[row * problem_.parts + part] = some;
+    BitLanes sum = {};
+    for (int64_t begin = 0; begin < inputs; begin += 4 * size) {
+      BitLanes of_slab[4] = {};
+      if (size % kWidth == 0 && inputs - begin >= 4 * size) {
+        for (int64_t i = 0; i < size; i += kWidth) {
+          BitLanes bytes = {};  // of an input of each slab
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r) {
+            const auto some = (BitLanes)integers.Some(begin + r * size + i);
+            of_slab[r] += some, bytes |= (some & 255) << 8 * r;
+          }
+          Turn(bytes, to + begin + 4 * i);
+        }
+      } else {
+        for (int64_t i = 0; i < std::min(4 * size, inputs - begin); ++i) {
+          const int64_t r = i / size, byte = begin / 4 + i % size;
+          const int32_t one = integers.One(begin + i);
+          to[byte / 4 * kInputs + 4 * r + byte % 4] = one, of_slab[r][0] += one;
+        }
+      }
+      for (int r = 0; r < 4; ++r) {
+        sum += of_slab[r];
+        if (!problem_.parts) continue;
+        part_sums[begin / (4 * size) * of_block + r * of_block / 4] += Total(of_slab[r]);
+      }
     }
-    return any;
+    sums_[row] = Total(sum), used_[row] = 1;
   }
   void SetZeros(int64_t row) { std::memset(At(row), 0, problem_.width); }
-  void Use(int64_t row) { used_[row] = 1; }
 
   // Of so many from `begin` on, those up to the last that is used: padding costs nothing.
   int64_t Used(int64_t begin, int64_t count) const {
@@ -221,6 +245,17 @@ class Rows {
   }
 
  private:
+  // In each quad, the bytes of four lanes: those of a slab side by side.
+  static INLINE void Turn(BitLanes lanes, int8_t* to) {
+    typedef int8_t Quad __attribute__((vector_size(kInputs)));
+#pragma GCC unroll 4
+    for (int j = 0; j < kWidth / 4; ++j) {
+      Quad v;
+      std::memcpy(&v, reinterpret_cast<const char*>(&lanes) + j * sizeof v, sizeof v);
+      v = __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      std::memcpy(to + j * sizeof v, &v, sizeof v);
+    }
+  }
   int8_t* At(int64_t row) const {
     return reinterpret_cast<int8_t*>(memory_) + row * problem_.width;
   }
@@ -361,7 +396,9 @@ void Sums(const Frame& frame, const Call& call, const int8_t* x) {
   const int64_t all = call.blocks * call.rows;
   Rows rows(call.problem, all);
   Parallel(frame, all, 1. * all * call.inputs, [&](int64_t row) {
-    if (rows.Set(row, x + row * call.inputs, call.inputs)) rows.Use(row);
+    const int8_t* from = x + row * call.inputs;
+    const bool used = std::any_of(from, from + call.inputs, [](int8_t v) { return v != 0; });
+    used ? rows.Set(row, GivenRow{from}, call.inputs) : rows.SetZeros(row);
   });
   const std::vector<Stretch> stretches = StretchesOf(call, rows, 1);
   ForGroups(frame, call, stretches, 1, [&](int64_t w, const Stretch& part, int64_t first, int64_t) {
@@ -426,13 +463,9 @@ void Dots(const Frame& frame, const Call& call, const void* x) {
       for (int64_t half = 0; half < halves; ++half) rows.SetZeros(halves * row + half);
       return;
     }
-    static thread_local Aligned kept(0);
-    auto* high = reinterpret_cast<int8_t*>(Kept(kept, 2 * call.inputs));
-    int8_t* low = halves > 1 ? high + call.inputs : nullptr;
-    RoundRow(from, call.inputs, steps[row], high, low);
-    bool any = rows.Set(halves * row, high, call.inputs);
-    if (low) any |= rows.Set(halves * row + 1, low, call.inputs);
-    if (any || !std::isfinite(steps[row])) rows.Use(halves * row + halves - 1);
+    if (halves == 1) return rows.Set(row, RoundedRow<T, kWhole>{from, steps[row]}, call.inputs);
+    rows.Set(2 * row, RoundedRow<T, kHigh>{from, steps[row]}, call.inputs);
+    rows.Set(2 * row + 1, RoundedRow<T, kLow>{from, steps[row]}, call.inputs);
   });
   // Of two matrices, each is multiplied for some groups before the other: memory is read fastest
   // where it is read on. Many rows take longer than reading, and their sums more of the cache.
