@@ -11,6 +11,7 @@ constexpr int64_t kWidth = 16;  // floats in Lanes
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
 typedef uint32_t BitLanes __attribute__((vector_size(64)));
+typedef uint16_t HalfLanes __attribute__((vector_size(32)));
 
 INLINE Lanes LoadLanes(const float* p) {
   Lanes v;
@@ -18,13 +19,20 @@ INLINE Lanes LoadLanes(const float* p) {
   return v;
 }
 INLINE Lanes LoadLanes(const uint16_t* p) {  // bfloat16
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  Halves half;
+  HalfLanes half;
   std::memcpy(&half, p, sizeof half);
   const IntLanes bits = __builtin_convertvector(half, IntLanes) << 16;
   Lanes v;
   std::memcpy(&v, &bits, sizeof v);
   return v;
+}
+
+INLINE void StoreLanes(Lanes v, float* p) { std::memcpy(p, &v, sizeof v); }
+INLINE void StoreLanes(Lanes v, uint16_t* p) {  // as `FromFloat`
+  BitLanes bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const auto half = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, HalfLanes);
+  std::memcpy(p, &half, sizeof half);
 }
 
 // To nearest, halves to even, of numbers up to 2^22.
@@ -39,7 +47,7 @@ INLINE uint32_t Total(BitLanes v) {
   return total;
 }
 
-// exp of numbers from -87 to 0, by 2^n and a polynomial in what is left, to about one unit in the
+// exp of numbers from -87 to 87, by 2^n and a polynomial in what is left, to about one unit in the
 // last place.
 INLINE Lanes Exp(Lanes x) {
   const Lanes shifted = x * 1.44269504f + 12582912.f;  // rounds: no fraction fits beside 1.5 * 2^23
@@ -51,7 +59,9 @@ INLINE Lanes Exp(Lanes x) {
   p = p * r + 1.66666667e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.f;
-  const IntLanes bits = (__builtin_convertvector(n, IntLanes) + 127) << 23;
+  BitLanes bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000;  // n, which ends it, as an exponent
   Lanes power;
   std::memcpy(&power, &bits, sizeof power);
   return p * power;

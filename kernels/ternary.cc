@@ -298,11 +298,10 @@ void Multiply(const Path& path, Group p, const Weight& weight, int64_t expert, i
 // Floats as the dtype of the activations holds them.
 INLINE Lanes RoundedTo(Lanes x, const float*) { return x; }
 INLINE Lanes RoundedTo(Lanes x, const uint16_t*) {
-  for (int i = 0; i < kWidth; ++i) {
-    uint16_t half;
-    FromFloat(x[i], &half);
-    x[i] = ToFloat(half);
-  }
+  BitLanes bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  std::memcpy(&x, &bits, sizeof bits);
   return x;
 }
 
@@ -318,12 +317,12 @@ INLINE Lanes Scaled(const int32_t* sums, bool halves, bool trits, const float* s
   return RoundedTo(sum * (LoadLanes(scales) * step), static_cast<T*>(nullptr));
 }
 
-// jax.nn.gelu, which has tanh(y) where this has 1 - 2 / (1 + exp(2 y)).
+// jax.nn.gelu, x (1 + tanh(y)) / 2, which is x / (1 + exp(-2 y)).
 INLINE Lanes Gelu(Lanes x) {
-  const Lanes y = 1.59576912f * (x + 0.044715f * (x * x * x)), zero = {};
-  const Lanes magnitude = y < 0 ? -y : y;
-  const Lanes e = Exp(-(magnitude > 80.f ? zero + 80.f : magnitude));
-  return x * ((y < 0 ? e : zero + 1.f) / (1.f + e));
+  const Lanes limit = Lanes{} + 80.f;  // of what has an exponential, and the other way around
+  Lanes z = -1.59576912f * x * (0.044715f * x * x + 1.f);
+  z = z > limit ? limit : z < -limit ? -limit : z;
+  return x / (1.f + Exp(z));
 }
 
 // --- The products --------------------------------------------------------------------------------
@@ -434,7 +433,7 @@ void WriteProducts(const Call& call, int64_t w, const Stretch& part, int64_t fir
       std::fill_n(to, there, T{});
       continue;
     }
-    float y[kLanes];
+    T y[kLanes];
     for (int64_t o = 0; o < kLanes; o += kWidth) {
       auto scaled = [&](int i) {
         const int32_t* own = sums + (i * part.used + m) * halves * kLanes + o;
@@ -442,9 +441,9 @@ void WriteProducts(const Call& call, int64_t w, const Stretch& part, int64_t fir
       };
       Lanes v = scaled(0);
       if (call.gated) v = RoundedTo(Gelu(v), to) * scaled(1);
-      std::memcpy(y + o, &v, sizeof v);
+      StoreLanes(v, there == kLanes ? to + o : y + o);
     }
-    for (int64_t o = 0; o < there; ++o) FromFloat(y[o], to + o);
+    if (there < kLanes) std::copy_n(y, there, to);
   }
 }
 
