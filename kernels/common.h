@@ -192,17 +192,6 @@ float LargestMagnitude(const T* x, int64_t size) {
   return ToFloat(largest);
 }
 
-// A row x [I] as integers, quantize.quantize_rows; int15 as high and low half.
-template <class T>
-void RoundRow(const T* x, int64_t size, float step, int8_t* high, int8_t* low) {
-  for (int64_t i = 0; i < size; ++i) {
-    const int32_t integer = Rounded(ToFloat(x[i]) / step);
-    const int32_t upper = low ? (integer + 64) >> 7 : integer;
-    high[i] = static_cast<int8_t>(upper);
-    if (low) low[i] = static_cast<int8_t>(integer - 128 * upper);
-  }
-}
-
 }  // namespace kernels
 
 #endif  // KERNELS_COMMON_H_

@@ -114,7 +114,8 @@ struct Pairs {
 using Pairs = Floats<uint16_t>;
 #endif
 
-// A table of int8, and x rounded to integers of 15 bits, a high and a low half: exact sums of them.
+// A table of int8, and x rounded to integers of 15 bits, a high and a low half as
+// quantize.high_and_low has them: exact sums of them.
 struct Integers {
   using Number = int8_t;
   static constexpr int64_t Bytes(const void*) { return 2; }
@@ -125,7 +126,12 @@ struct Integers {
     std::memset(half, 0, 2 * width);
     row.x = half;
     row.step = std::max(largest, 1e-30f) * (1 / kLevels);
-    RoundRow(x, size, row.step, half, half + width);
+    const float step = row.step;
+    for (int64_t i = 0; i < size; ++i) {
+      const int32_t integer = Rounded(ToFloat(x[i]) / step), high = (integer + 64) >> 7;
+      half[i] = static_cast<int8_t>(high);
+      half[width + i] = static_cast<int8_t>(integer - 128 * high);
+    }
     for (int k = 0; k < 2; ++k) {
       int32_t sum = 0;
       for (int64_t i = 0; i < size; ++i) sum += half[k * width + i];

@@ -166,7 +166,7 @@ struct GivenRow {
   }
 };
 
-// One of floats, rounded as `RoundRow` does it: int8, or a half of int15.
+// One of floats, rounded as quantize.quantize_rows does it: int8, or a half of int15.
 enum Half { kWhole, kHigh, kLow };
 template <class T, Half half>
 struct RoundedRow {
