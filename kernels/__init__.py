@@ -36,6 +36,7 @@ HANDLERS = (
     "TableDot",
     "RmsNorm",
     "AddedNorm",
+    "RmsNormGradient",
     "Attend",
     "AttendAndWrite",
     "AttendGradient",
@@ -537,6 +538,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """
     call = ffi_call("RmsNorm", jax.ShapeDtypeStruct(x.shape, x.dtype))
     return call(x, scale, eps=np.float32(eps))
+
+
+@gradient_of(rms_norm)
+def rms_norm_gradient(x, scale, y, dy, eps: float) -> list:
+    """Cotangents of x and scale."""
+    outs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, scale)]
+    return ffi_call("RmsNormGradient", outs)(x, scale, dy, eps=np.float32(eps))
 
 
 def added_norm(h: jax.Array, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:

@@ -41,9 +41,10 @@ INLINE IntLanes Rounded(Lanes v) {
   return __builtin_convertvector(v + large - large, IntLanes);
 }
 
-INLINE uint32_t Total(BitLanes v) {
-  uint32_t total = 0;
-  for (int k = 0; k < kWidth; ++k) total += v[k];
+template <class Vector>
+INLINE auto Total(Vector v) {
+  auto total = v[0];
+  for (int k = 1; k < kWidth; ++k) total += v[k];
   return total;
 }
 

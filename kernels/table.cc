@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common.h"
+#include "lanes.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -359,10 +360,71 @@ void AddedNorm(const Frame& frame) {
   Norm(frame, &h, x, scale, out);
 }
 
+// Of n rows, the gradients of x, and added up, in their order, those of scale [D].
+template <class T>
+void NormGradients(const T* x, const float* scale, const T* dy, int64_t n, int64_t size, float eps,
+                   T* dx, float* d_scale) {
+  static thread_local Aligned kept(0);
+  const int64_t width = RoundUp(size, kWidth);
+  float* row = reinterpret_cast<float*>(Kept(kept, 3 * width * sizeof(float)));
+  float *change = row + width, *factors = change + width;
+  std::memset(row, 0, 3 * width * sizeof(float));
+  std::copy_n(scale, size, factors);
+  std::fill_n(d_scale, size, 0.f);
+  for (int64_t m = 0; m < n; ++m, x += size, dy += size, dx += size) {
+    for (int64_t i = 0; i < size; ++i) row[i] = ToFloat(x[i]), change[i] = ToFloat(dy[i]);
+    Lanes squares = {}, products = {};
+    for (int64_t i = 0; i < width; i += kWidth) {
+      const Lanes v = LoadLanes(row + i);
+      squares += v * v;
+      products += v * (LoadLanes(factors + i) * LoadLanes(change + i));
+    }
+    const float inverse = 1 / std::sqrt(Total(squares) / size + eps);
+    const float less = inverse * inverse * inverse / size * Total(products);
+    for (int64_t i = 0; i < size; ++i) {
+      d_scale[i] += change[i] * row[i] * inverse;
+      FromFloat(factors[i] * change[i] * inverse - row[i] * less, dx + i);
+    }
+  }
+}
+
+template <class T>
+void AllNormGradients(const Frame& frame, const void* x, const float* scale, const void* dy,
+                      int64_t rows, int64_t size, float eps, void* dx, float* d_scale) {
+  const int64_t parts = RoundUp(rows, kSome) / kSome;
+  static thread_local Aligned kept(0);
+  float* sums = reinterpret_cast<float*>(Kept(kept, parts * size * sizeof(float)));
+  Parallel(frame, parts, 3. * rows * size * sizeof(T), [=](int64_t i) {
+    const int64_t first = i * kSome, at = first * size;
+    NormGradients(static_cast<const T*>(x) + at, scale, static_cast<const T*>(dy) + at,
+                  std::min(kSome, rows - first), size, eps, static_cast<T*>(dx) + at,
+                  sums + i * size);
+  });
+  std::fill_n(d_scale, size, 0.f);
+  for (int64_t i = 0; i < parts; ++i)
+    for (int64_t d = 0; d < size; ++d) d_scale[d] += sums[i * size + d];
+}
+
+// What RmsNorm takes, and the gradient dy of its output -> those of x and scale.
+void RmsNormGradient(const Frame& frame) {
+  const auto [x, scale, dy, dx, d_scale] = frame.Arrays<3, 2>();
+  Sizes sizes;
+  CheckFloats("x", x);
+  sizes.Match("x [R, D]", x);
+  const auto* factors = sizes.Match<float>("scale [D]", scale);
+  sizes.Match("dy [R, D]", dy, x.dtype);
+  sizes.Match("dx [R, D]", dx, x.dtype);
+  auto* sums = sizes.Match<float>("dscale [D]", d_scale);
+  auto gradients = x.dtype == BF16 ? AllNormGradients<uint16_t> : AllNormGradients<float>;
+  gradients(frame, x.data, factors, dy.data, sizes["R"], sizes["D"], frame.Float("eps"), dx.data,
+            sums);
+}
+
 }  // namespace
 
 KERNEL(TableDot)
 KERNEL(RmsNorm)
 KERNEL(AddedNorm)
+KERNEL(RmsNormGradient)
 
 }  // namespace kernels

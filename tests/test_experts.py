@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import experts
+import kernels
 
 
 def test_grouping_is_that_of_the_docstring(monkeypatch):
@@ -39,6 +40,37 @@ def test_grouping_is_that_of_the_docstring(monkeypatch):
 )
 def test_expert_block(pairs, block):
     assert experts.expert_block(pairs, 8) == block
+
+
+@pytest.mark.parametrize("pairs, block", [(2, 1), (16, 8), (129, 16), (1024, 16), (8192, 16)])
+def test_joined_blocks_are_small(pairs, block):
+    assert experts.expert_block(pairs, 8, joined=True) == block
+
+
+@pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels")
+@pytest.mark.parametrize("activations", ["int8", "int15"])
+def test_a_token_gets_the_same_from_blocks_that_are_joined(activations, monkeypatch):
+    tokens, size, ffn, count = 333, 64, 128, 5
+    config = dataclasses.replace(
+        factories.ODD, emb_size=size, widening_factor=3, num_experts=count, num_layers=1
+    )
+    assert config.ffn_size == ffn
+    moe = factories.random_params(config, "ternary")
+    names = ("linear", "linear_v", "linear_1")
+    moe = [moe[f"transformer/decoder_layer_0/moe/{name}"]["w"] for name in names]
+    assert experts.joins_blocks(moe, activations) and not experts.joins_blocks(moe, "float")
+    random = np.random.default_rng(0)
+    x = random.standard_normal((1, tokens, size)).astype(np.float32)
+    index = np.argsort(random.random((1, tokens, count)) - [0.9, 0, 0, 0, 0.4])[..., :2]
+    gates = random.random(index.shape).astype(np.float32)
+
+    def mixture():
+        f = functools.partial(experts.mixture, activations=activations)
+        return jax.jit(f)(x, gates, index.astype(np.int32), *moe)
+
+    joined = mixture()
+    monkeypatch.setattr(experts, "joins_blocks", lambda *_: False)
+    np.testing.assert_array_equal(joined, mixture())
 
 
 @pytest.mark.parametrize(

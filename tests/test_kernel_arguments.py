@@ -66,6 +66,11 @@ CALLS = {
         {"y": "float32 R D"},
         {"eps": np.float32(1e-5)},
     ),
+    "RmsNormGradient": (
+        {"x": "float32 R D", "scale": "float32 D", "dy": "float32 R D"},
+        {"dx": "float32 R D", "dscale": "float32 D"},
+        {"eps": np.float32(1e-5)},
+    ),
     "AddedNorm": (
         {"h": "float32 R D", "x": "float32 R D", "scale": "float32 D"},
         {"y": "float32 R D"},

@@ -241,6 +241,37 @@ def test_rows_of_zeros_anywhere(rows):
 
 
 @native
+@pytest.mark.parametrize("rows", [1, 3, 16, 50])
+def test_blocks_of_one_expert_side_by_side(rows, path):
+    """Joined, and divided again where they are many; with rows of zeros, and blocks of them."""
+    chosen = np.array([2, 2, 2, 2, 0, -1, -1, 0, 0, 1, 1, 3, -1, -1], np.int32)
+    x, weight, _ = problem(len(chosen), rows, 256, 70, 3)
+    x[2, rows // 2 :], x[4, 1:], x[8], x[10, rows - 1 :], x[9] = 0, 0, 0, 0, 0
+    wanted = expected(x, weight, np.where(chosen == 3, -1, chosen))
+    np.testing.assert_array_equal(sums(x, weight, chosen, path), wanted)
+
+
+@native
+@pytest.mark.parametrize("activations", ["int8", "int15"])
+def test_products_of_blocks_do_not_depend_on_those_beside_them(activations):
+    chosen = np.array([1, 1, 1, 0, 0, -1, 2, 2], np.int32)
+    scales = jnp.asarray(np.random.default_rng(1).uniform(0.01, 0.02, (3, 1, 130)), jnp.float32)
+    gate, up = (
+        dataclasses.replace(problem(1, 1, 256, 130, 3, seed)[1], scales=scales) for seed in range(2)
+    )
+    x = np.random.default_rng(0).standard_normal((len(chosen) * 48, 256)).astype(np.float32)
+    x[2 * 48 + 7 : 3 * 48], x[4 * 48 :: 48] = 0, 0
+
+    @jax.jit
+    def call(x, chosen):
+        return quantize.gated_dot(x, gate, up, chosen, activations=activations)
+
+    together, blocks = call(x, chosen), np.split(x, len(chosen))
+    apart = [call(block, one[None]) for block, one in zip(blocks, chosen, strict=True)]
+    np.testing.assert_array_equal(together, np.concatenate(apart))
+
+
+@native
 def test_activations_that_do_not_fit_are_an_error():
     x, _, chosen = problem(1, 1, 256, 8, 1)
     _, weight, _ = problem(1, 1, 128, 8, 1)
@@ -408,7 +439,7 @@ def test_table_dot(vocab, size, of_x, of_table):
 def test_processors_without_long_vectors_have_the_same_products(tmp_path, monkeypatch):
     source = tmp_path / "kernels"
     source.mkdir()
-    for name in ("table.cc", "common.cc", "common.h", "memory.h"):
+    for name in ("table.cc", "common.cc", "common.h", "lanes.h", "memory.h"):
         shutil.copy(building.SOURCE / name, source)
     monkeypatch.setenv("CXX", f"{shlex.join(building.compiler())} -mno-avx512f -mno-avx2")
     library = ctypes.CDLL(str(building.build(source, tmp_path / "library")))
@@ -602,6 +633,27 @@ def test_rms_norm(dtype):
     np.testing.assert_allclose(found.astype(np.float64), exact, rtol=rounding)
     np.testing.assert_array_equal(call(x[3:4], scale, 1e-5), found[3:4])
     assert np.isnan(np.asarray(call(x.at[0, 0].set(jnp.nan), scale, 1e-5), np.float32)[0]).all()
+
+
+@native
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 1003), (130, 64)])
+def test_the_gradient_of_the_norm(shape, dtype, error):
+    """Relative to its norm; that of a bfloat16 x is rounded, that of the scale not."""
+    random = np.random.default_rng(0)
+    x, dy = (jnp.asarray(random.standard_normal(shape), dtype) for _ in range(2))
+    scale = jnp.asarray(random.standard_normal(shape[1]), jnp.float32)
+
+    def gradients(x, scale, dy):
+        return jax.vjp(functools.partial(model.rms_norm, eps=1e-3), x, scale)[1](dy)
+
+    assert "RmsNormGradient" in str(jax.make_jaxpr(gradients)(x, scale, dy))
+    found = jax.jit(gradients)(x, scale, dy)
+    with kernels.disabled():
+        wanted = gradients(*(array.astype(jnp.float32) for array in (x, scale, dy)))
+    for one, other, like in zip(found, wanted, (x, scale), strict=True):
+        assert one.dtype == like.dtype
+        assert np.linalg.norm(one.astype(jnp.float32) - other) < error * np.linalg.norm(other)
 
 
 @native
