@@ -40,14 +40,20 @@ struct Attention {
   }
 };
 
-// Lane i of the result is the sum of the lanes of v[i].
-INLINE Lanes Sums(Lanes v[kWidth]) {
-  for (int n = kWidth / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i)
-      v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20,
-                                     22, 24, 26, 28, 30) +
-             __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21,
-                                     23, 25, 27, 29, 31);
+// Lane i of the result is the sum of the lanes of v[i], where there are as many as lanes: two
+// neighbours are added in each of four rounds.
+template <int N>
+INLINE Lanes Sums(const Lanes (&v)[N]) {
+  if constexpr (N > 1) {
+    Lanes pairs[N / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i)
+      pairs[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18,
+                                         20, 22, 24, 26, 28, 30) +
+                 __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19,
+                                         21, 23, 25, 27, 29, 31);
+    return Sums(pairs);
+  }
   return v[0];
 }
 
@@ -279,9 +285,9 @@ void Attend(const Frame& frame) {
 
 // --- The gradient --------------------------------------------------------------------------------
 
-constexpr int kGradientRows = 4;
+constexpr int kGradientRows = 8;
 
-// The gradient of one key/value head: four rows at a time, whose weights over all slots are made
+// The gradient of one key/value head: eight rows at a time, whose weights over all slots are made
 // again and kept. All arrays are float32, and rows of H numbers are filled up to whole lanes.
 struct GradientTask {
   const Attention& a;
@@ -322,7 +328,7 @@ INLINE void ProductsWithColumns(const float* rows, int64_t padded, const float* 
 }
 
 void Gradient(const GradientTask& t) {
-  constexpr int R = kGradientRows;
+  constexpr int R = kGradientRows, V = 16 / R;  // of sums that stay in registers
   constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Attention& a = t.a;
   const int64_t padded = a.padded(), tile = R * kSlots;
@@ -369,10 +375,10 @@ void Gradient(const GradientTask& t) {
         }
       const int64_t there = s * padded;
       int64_t h = 0;
-      for (; h + 4 * kWidth <= padded; h += 4 * kWidth) {
-        AddValues<R, 4>(change, t.k + there + h, padded, t.dq + at + h);
-        AddOuter<R, 4>(change, t.q + at + h, padded, t.dk + there + h);
-        AddOuter<R, 4>(weights, t.dy + at + h, padded, t.dv + there + h);
+      for (; h + V * kWidth <= padded; h += V * kWidth) {
+        AddValues<R, V>(change, t.k + there + h, padded, t.dq + at + h);
+        AddOuter<R, V>(change, t.q + at + h, padded, t.dk + there + h);
+        AddOuter<R, V>(weights, t.dy + at + h, padded, t.dv + there + h);
       }
       for (; h < padded; h += kWidth) {
         AddValues<R, 1>(change, t.k + there + h, padded, t.dq + at + h);
