@@ -59,6 +59,7 @@ def test_a_token_gets_the_same_from_blocks_that_are_joined(activations, monkeypa
     names = ("linear", "linear_v", "linear_1")
     moe = [moe[f"transformer/decoder_layer_0/moe/{name}"]["w"] for name in names]
     assert experts.joins_blocks(moe, activations) and not experts.joins_blocks(moe, "float")
+    assert not experts.joins_blocks([*moe[:2], jnp.zeros((count, ffn, size))], activations)
     random = np.random.default_rng(0)
     x = random.standard_normal((1, tokens, size)).astype(np.float32)
     index = np.argsort(random.random((1, tokens, count)) - [0.9, 0, 0, 0, 0.4])[..., :2]

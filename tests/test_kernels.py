@@ -247,6 +247,7 @@ def test_blocks_of_one_expert_side_by_side(rows, path):
     chosen = np.array([2, 2, 2, 2, 0, -1, -1, 0, 0, 1, 1, 3, -1, -1], np.int32)
     x, weight, _ = problem(len(chosen), rows, 256, 70, 3)
     x[2, rows // 2 :], x[4, 1:], x[8], x[10, rows - 1 :], x[9] = 0, 0, 0, 0, 0
+    x[3], x[3, -1, 5] = 0, 1  # the last row of all of expert 2
     wanted = expected(x, weight, np.where(chosen == 3, -1, chosen))
     np.testing.assert_array_equal(sums(x, weight, chosen, path), wanted)
 
