@@ -3,6 +3,7 @@
 Shape letters as in `model.py`. Kernels of `kernels/` do the work where there are any.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -197,16 +198,23 @@ def mixture(
     axis_name: inside `shard_map`, the mesh axis that F is split over, if any
     scale_last: of the whole linear_1, see `quantize.dot`
     """
+    options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
+    mix = functools.partial(_mixture, **options)
+    if joins_blocks((linear, linear_v, linear_1), activations):
+        # The derivative is one of plain JAX, to which small blocks are many matrices.
+        mix = kernels.with_derivative(functools.partial(mix, joined=True), mix)
+    return mix(x, gates, index, linear, linear_v, linear_1)
+
+
+def _mixture(x, gates, index, linear, linear_v, linear_1, joined=False, **options):
     batch, queries, size = x.shape
-    num_experts = linear.shape[0]
 
     def flat(x):
         return x.reshape(batch * queries, -1)
 
-    joined = joins_blocks((linear, linear_v, linear_1), activations)
-    blocks = group_by_expert(flat(index), num_experts, joined)
+    blocks = group_by_expert(flat(index), linear.shape[0], joined)
+    activations, axis_name = options["activations"], options["axis_name"]
     hidden = gated_rows(flat(x), linear, linear_v, blocks, activations=activations)  # [R, F]
-    options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     if is_scattered(linear_1, batch * queries, devices):
         y = _scattered_sums(hidden, linear_1, flat(gates), blocks, **options)

@@ -177,18 +177,23 @@ def accelerated(name: str) -> Callable:
             if kernel is None:
                 return plain(*arrays, **options)
             fast, slow = (functools.partial(f, **options) for f in (kernel, plain))
-            fast = jax.custom_jvp(fast)
             if gradient := getattr(kernel, "gradient", None):
-                gradient = functools.partial(gradient, **options)
+                fast, gradient = jax.custom_jvp(fast), functools.partial(gradient, **options)
                 fast.defjvp(functools.partial(_jvp_with_gradient, fast, slow, gradient))
-            else:
-                fast.defjvp(lambda primals, tangents: jax.jvp(slow, primals, tangents))
-            return fast(*arrays)
+                return fast(*arrays)
+            return with_derivative(fast, slow)(*arrays)
 
         function.kernel = functools.partial(_kernel, name)
         return function
 
     return decorate
+
+
+def with_derivative(fast: Callable, slow: Callable) -> Callable:
+    """fast, of arrays; slow, which gives the same, where a derivative is taken."""
+    function = jax.custom_jvp(fast)
+    function.defjvp(lambda primals, tangents: jax.jvp(slow, primals, tangents))
+    return function
 
 
 def gradient_of(kernel: Callable) -> Callable:

@@ -184,8 +184,6 @@ struct RoundedRow {
 };
 
 // Rows of activations, int8, as `Group` has them. Each is set by itself.
-//
-// Their sums wrap: of infinity and NaN, which become some integers, they are of no use.
 class Rows {
  public:
   Rows(const Group& problem, int64_t rows)
@@ -201,16 +199,16 @@ class Rows {
     int32_t* part_sums = part_sums_.data() + row * problem_.parts;
     int8_t* to = At(row);
     if (inputs < problem_.quads * kInputs) std::memset(to, 0, problem_.width);
-    BitLanes sum = {};
+    IntLanes sum = {};
     for (int64_t begin = 0; begin < inputs; begin += 4 * size) {
-      BitLanes of_slab[4] = {};
+      IntLanes of_slab[4] = {};
       if (size % kWidth == 0 && inputs - begin >= 4 * size) {
         for (int64_t i = 0; i < size; i += kWidth) {
           BitLanes bytes = {};  // of an input of each slab
 #pragma GCC unroll 4
           for (int r = 0; r < 4; ++r) {
-            const auto some = (BitLanes)integers.Some(begin + r * size + i);
-            of_slab[r] += some, bytes |= (some & 255) << 8 * r;
+            const IntLanes some = integers.Some(begin + r * size + i);
+            of_slab[r] += some, bytes |= ((BitLanes)some & 255) << 8 * r;
           }
           Turn(bytes, to + begin + 4 * i);
         }
@@ -229,7 +227,10 @@ class Rows {
     }
     sums_[row] = Total(sum), used_[row] = 1;
   }
-  void SetZeros(int64_t row) { std::memset(At(row), 0, problem_.width); }
+  void SetZeros(int64_t row, bool used) {
+    std::memset(At(row), 0, problem_.width);
+    used_[row] = used;
+  }
 
   // Of so many from `begin` on, those up to the last that is used: padding costs nothing.
   int64_t Used(int64_t begin, int64_t count) const {
@@ -397,7 +398,7 @@ void Sums(const Frame& frame, const Call& call, const int8_t* x) {
   Parallel(frame, all, 1. * all * call.inputs, [&](int64_t row) {
     const int8_t* from = x + row * call.inputs;
     const bool used = std::any_of(from, from + call.inputs, [](int8_t v) { return v != 0; });
-    used ? rows.Set(row, GivenRow{from}, call.inputs) : rows.SetZeros(row);
+    used ? rows.Set(row, GivenRow{from}, call.inputs) : rows.SetZeros(row, false);
   });
   const std::vector<Stretch> stretches = StretchesOf(call, rows, 1);
   ForGroups(frame, call, stretches, 1, [&](int64_t w, const Stretch& part, int64_t first, int64_t) {
@@ -458,8 +459,11 @@ void Dots(const Frame& frame, const Call& call, const void* x) {
     const T* from = static_cast<const T*>(x) + row * call.inputs;
     const float largest = LargestMagnitude(from, call.inputs);
     steps[row] = std::max(largest, 1e-30f) * (1 / static_cast<float>(call.levels));
-    if (largest == 0) {  // a row that pads a block, or of a slot without a request
-      for (int64_t half = 0; half < halves; ++half) rows.SetZeros(halves * row + half);
+    // Zeros: a row that pads a block, or of a slot without a request. Or one that is not finite,
+    // and becomes NaN by its step.
+    if (largest == 0 || !std::isfinite(largest)) {
+      for (int64_t half = 0; half < halves; ++half)
+        rows.SetZeros(halves * row + half, largest != 0);
       return;
     }
     if (halves == 1) return rows.Set(row, RoundedRow<T, kWhole>{from, steps[row]}, call.inputs);

@@ -14,8 +14,8 @@
 //     V::kRows, kRowVectors  rows and vectors of a tile of many rows
 //
 // Few rows are multiplied as codes are unpacked, with all sums in registers; those of inputs with
-// one multiplier are multiplied by it. For more rows, a chunk of codes, with their multipliers, is
-// unpacked to L1 first.
+// one multiplier are multiplied by it. For more rows, a chunk of codes is unpacked to L1: with
+// their multipliers first, without by the first of these rows.
 
 #ifndef KERNELS_TERNARY_TILE_H_
 #define KERNELS_TERNARY_TILE_H_
@@ -283,7 +283,7 @@ class Tile {
       std::fill_n(p.out + m * p.stride, kLanes, -offset * static_cast<uint32_t>(p.sums[m]));
     for (int64_t begin = 0; begin < p.quads; begin += kChunk) {
       const int64_t count = std::min(kChunk, p.quads - begin);
-      if (P) Unpack<P>(p, begin, count, codes);
+      if constexpr (P > 0) Unpack<P>(p, begin, count, codes);
       // As many rows in each tile as in the others, or one more: none is left with few.
       const int64_t tiles = (p.rows + V::kRows - 1) / V::kRows;
       for (int64_t t = 0; t < tiles; ++t) {

@@ -74,6 +74,30 @@ def test_a_token_gets_the_same_from_blocks_that_are_joined(activations, monkeypa
     np.testing.assert_array_equal(joined, mixture())
 
 
+@pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels")
+def test_a_gradient_has_blocks_that_are_not_joined():
+    """It is that of plain JAX, which unpacks a matrix for each of them."""
+    tokens, count = 333, 5
+    config = dataclasses.replace(factories.ODD, emb_size=64, num_experts=count, num_layers=1)
+    moe = factories.random_params(config, "ternary")
+    names = ("linear", "linear_v", "linear_1")
+    moe = [moe[f"transformer/decoder_layer_0/moe/{name}"]["w"] for name in names]
+    index = jnp.zeros((1, tokens, 2), jnp.int32)
+    f = functools.partial(experts.mixture, activations="int8")
+
+    def total(x):
+        return jnp.sum(f(x, jnp.ones(index.shape), index, *moe))
+
+    def rows(joined):
+        group = functools.partial(experts.group_by_expert, num_experts=count, joined=joined)
+        return f"<{jax.eval_shape(group, index[0]).token_of_row.size}x"
+
+    x = jnp.ones((1, tokens, 64))
+    texts = [jax.jit(g).lower(x).as_text() for g in (total, jax.grad(total))]
+    assert [rows(True) in text for text in texts] == [True, False]
+    assert [rows(False) in text for text in texts] == [False, True]
+
+
 @pytest.mark.parametrize(
     "tokens, selected, num_experts",
     [(1, 1, 3), (2, 5, 5), (13, 1, 2), (31, 3, 11), (300, 2, 8)],

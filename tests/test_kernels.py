@@ -253,6 +253,20 @@ def test_blocks_of_one_expert_side_by_side(rows, path):
 
 
 @native
+@pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("inputs", [255, 256])
+@pytest.mark.parametrize("activations", ["int8", "int15"])
+def test_a_row_that_is_not_finite_becomes_nan(activations, inputs, wrong):
+    x = np.ones((3, inputs), np.float32)
+    x[1, 0] = wrong
+    scales = jnp.full((1, 1, 70), 0.01, jnp.float32)
+    w = dataclasses.replace(problem(1, 1, inputs, 70, 1)[1], scales=scales)
+    call = jax.jit(functools.partial(quantize.grouped_dot, activations=activations))
+    found = np.asarray(call(x, w, np.zeros(1, np.int32)))
+    assert np.isnan(found[1]).all() and np.isfinite(found[[0, 2]]).all()
+
+
+@native
 @pytest.mark.parametrize("activations", ["int8", "int15"])
 def test_products_of_blocks_do_not_depend_on_those_beside_them(activations):
     chosen = np.array([1, 1, 1, 0, 0, -1, 2, 2], np.int32)
