@@ -82,13 +82,8 @@ def expert_block(pairs: int, num_experts: int, joined: bool = False) -> int:
 def joins_blocks(weights, activations: str) -> bool:
     """Whether a kernel multiplies blocks of one expert that follow each other together, with each
     of these weights, perhaps abstract: that of a CPU does."""
-
-    def joins(w):
-        rows = jax.ShapeDtypeStruct((1, 1, w.shape[-2]), jnp.int8)
-        packed = isinstance(w, quantize.PackedWeight) and activations != "float"
-        return packed and quantize.packed_products.kernel(rows, w) is not None
-
-    return kernels.platform() == "cpu" and all(joins(w) for w in weights)
+    on_cpu = kernels.platform() == "cpu"
+    return on_cpu and all(quantize.has_kernel(w, activations) for w in weights)
 
 
 def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:

@@ -551,6 +551,17 @@ def gated_dot(x, gate, up, experts, *, activations):  # [R, I] -> [R, O]
     return jax.nn.gelu(gates) * ups
 
 
+def has_kernel(w: Weight, activations: str, rows: int = 1) -> bool:
+    """Whether a kernel multiplies so many rows with a weight, perhaps abstract, of [I, O] or
+    [E, I, O]."""
+    if activations == "float" or not isinstance(w, PackedWeight):
+        return False
+    if len(w.shape) == 2:
+        w = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), w)
+    x = jax.ShapeDtypeStruct((1, rows, w.shape[-2]), jnp.int8)
+    return packed_products.kernel(x, w) is not None
+
+
 def in_training(w: Weight) -> bool:
     """Whether the codes are floats that a gradient passes through."""
     return isinstance(w, QuantizedWeight) and w.codes.dtype == jnp.float32

@@ -1421,9 +1421,4 @@ def products_by_path(runner: ModelRunner, params: dict) -> dict[str, list[str]]:
 
 def _has_kernel(w, activations: str) -> bool:
     """Whether a weight, in abstract form, has a kernel for such activations."""
-    if activations == "float" or not isinstance(w, quantize.PackedWeight):
-        return False
-    if len(w.shape) == 2:
-        w = jax.tree.map(lambda x: x.update(shape=(1, *x.shape)), w)
-    rows = (jax.ShapeDtypeStruct((1, n, w.shape[-2]), jnp.int8) for n in (1, PAD_SIZES[-1]))
-    return all(quantize.packed_products.kernel(x, w) for x in rows)
+    return all(quantize.has_kernel(w, activations, rows) for rows in (1, PAD_SIZES[-1]))

@@ -207,8 +207,7 @@ void PartsSums(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t 
 void Finish(const Attention& a, int64_t b, int64_t g, int64_t first, int64_t rows, float* sums) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* weights = sums + rows * a.padded() + r * kWidth;
-    float total = 0;
-    for (int i = 0; i < kWidth; ++i) total += weights[i];
+    float total = Total(LoadLanes(weights));
     if (total == 0) total = 1;
     float* row = sums + r * a.padded();
     for (int64_t h = 0; h < a.size; ++h) row[h] /= total;
@@ -354,8 +353,8 @@ void Gradient(const GradientTask& t) {
       }
     }
     for (int64_t r = 0; r < R; ++r) {
-      float total = 0, product = 0;
-      for (int i = 0; i < kWidth; ++i) total += totals[r][i];
+      const float total = Total(totals[r]);
+      float product = 0;
       for (int64_t h = 0; h < padded; ++h)
         product += t.y[at + r * padded + h] * t.dy[at + r * padded + h];
       totals[r] = Lanes{} + (total > 0 ? 1 / total : 0);

@@ -48,10 +48,7 @@ float LogTotal(const float* x, int64_t size, float largest) {
     std::memcpy(&v, x + i, std::min(kWidth, size - i) * sizeof(float));
     add(v, sums[0]);
   }
-  const Lanes sum = (sums[0] + sums[2]) + (sums[1] + sums[3]);
-  float total = 0;
-  for (int k = 0; k < kWidth; ++k) total += sum[k];
-  return std::log(total);
+  return std::log(Total((sums[0] + sums[2]) + (sums[1] + sums[3])));
 }
 
 // x float32 [R, V] -> the K largest of each row, float32, and their places, int32 [R, K]; and the

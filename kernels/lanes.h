@@ -27,11 +27,16 @@ INLINE Lanes LoadLanes(const uint16_t* p) {  // bfloat16
   return v;
 }
 
-INLINE void StoreLanes(Lanes v, float* p) { std::memcpy(p, &v, sizeof v); }
-INLINE void StoreLanes(Lanes v, uint16_t* p) {  // as `FromFloat`
+// Floats of which the upper half, a bfloat16, is what `FromFloat` makes of them.
+INLINE BitLanes HalvesAbove(Lanes v) {
   BitLanes bits;
   std::memcpy(&bits, &v, sizeof bits);
-  const auto half = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, HalfLanes);
+  return bits + 0x7fff + (bits >> 16 & 1);
+}
+
+INLINE void StoreLanes(Lanes v, float* p) { std::memcpy(p, &v, sizeof v); }
+INLINE void StoreLanes(Lanes v, uint16_t* p) {
+  const auto half = __builtin_convertvector(HalvesAbove(v) >> 16, HalfLanes);
   std::memcpy(p, &half, sizeof half);
 }
 

@@ -299,9 +299,7 @@ void Multiply(const Path& path, Group p, const Weight& weight, int64_t expert, i
 // Floats as the dtype of the activations holds them.
 INLINE Lanes RoundedTo(Lanes x, const float*) { return x; }
 INLINE Lanes RoundedTo(Lanes x, const uint16_t*) {
-  BitLanes bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  const BitLanes bits = HalvesAbove(x) & 0xffff0000u;
   std::memcpy(&x, &bits, sizeof bits);
   return x;
 }
