@@ -275,29 +275,29 @@ class Tile {
     }
   }
 
-  template <int P>
+  template <bool kMultiplied>
   static void Many(const Group& p) {
     alignas(64) uint8_t codes[kChunk * 4 * kSlab];
-    constexpr uint32_t offset = P ? V::kOffset : 1;
+    constexpr uint32_t offset = kMultiplied ? V::kOffset : 1;
     for (int64_t m = 0; m < p.rows; ++m)
       std::fill_n(p.out + m * p.stride, kLanes, -offset * static_cast<uint32_t>(p.sums[m]));
     for (int64_t begin = 0; begin < p.quads; begin += kChunk) {
       const int64_t count = std::min(kChunk, p.quads - begin);
-      if constexpr (P > 0) Unpack<P>(p, begin, count, codes);
+      if constexpr (kMultiplied)
+        p.planes == 1 ? Unpack<1>(p, begin, count, codes) : Unpack<2>(p, begin, count, codes);
       // As many rows in each tile as in the others, or one more: none is left with few.
       const int64_t tiles = (p.rows + V::kRows - 1) / V::kRows;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t m0 = t * p.rows / tiles, rows = (t + 1) * p.rows / tiles - m0;
         t ? RowsUpTo<V::kRows, false, false>(p, codes, begin, count, m0, rows)
-          : RowsUpTo<V::kRows, true, P == 0>(p, codes, begin, count, m0, rows);
+          : RowsUpTo<V::kRows, true, !kMultiplied>(p, codes, begin, count, m0, rows);
       }
     }
   }
 
   static void Multiply(const Group& p) {
     const int64_t parts = p.multipliers ? p.of_block : 0;
-    if (p.rows > (parts ? V::kFewOfGroups : V::kFew))
-      return parts == 0 ? Many<0>(p) : p.planes == 1 ? Many<1>(p) : Many<2>(p);
+    if (p.rows > (parts ? V::kFewOfGroups : V::kFew)) return parts ? Many<true>(p) : Many<false>(p);
     parts == 0   ? FewUpTo<0, V::kFew>(p)
     : parts == 1 ? FewUpTo<1, V::kFewOfGroups>(p)
     : parts == 2 ? FewUpTo<2, V::kFewOfGroups>(p)
