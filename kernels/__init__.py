@@ -60,7 +60,7 @@ COUNTS = (  # functions of the library that give a number
     "InterleaveGroups",
 )
 _LOADING = threading.Lock()
-LONGEST_ROW = 1 << 16  # of an int8 table: no int32 sum is exceeded
+LONGEST_ROW = 1 << 14  # of an int8 table: no int32 sum is exceeded
 LARGEST_CAP = 40  # of attention logits: exp(-2 * 40) is still a normal float32
 BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them
 DISABLE = "TERNARY_GROK_NATIVE"  # environment variable; 0: plain JAX

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "common.h"
 #include "lanes.h"
@@ -40,18 +41,26 @@ struct Attention {
   }
 };
 
-// Lane i of the result is the sum of the lanes of v[i], where there are as many as lanes: two
-// neighbours are added in each of four rounds.
+// Where the first (k = 0) or second (k = 1) of two that are added lies in two vectors: neighbours
+// within fours, or neighbouring fours.
+constexpr int Within(int i, int k) { return i / 4 * 4 + i % 4 / 2 * kWidth + 2 * (i % 2) + k; }
+constexpr int Fours(int i, int k) { return (i / 4 * 2 + k) * 4 + i % 4; }
+
+template <int (*At)(int, int), int... I>
+INLINE Lanes AddedPairs(Lanes a, Lanes b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, At(I, 0)...) + __builtin_shufflevector(a, b, At(I, 1)...);
+}
+
+// Lane i of the result is the sum of the lanes of v[i], where there are as many as lanes: what two
+// vectors add becomes one, of all of them in each round.
 template <int N>
 INLINE Lanes Sums(const Lanes (&v)[N]) {
   if constexpr (N > 1) {
+    constexpr auto at = N > kWidth / 4 ? Within : Fours;
     Lanes pairs[N / 2];
 #pragma GCC unroll 8
     for (int i = 0; i < N / 2; ++i)
-      pairs[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18,
-                                         20, 22, 24, 26, 28, 30) +
-                 __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19,
-                                         21, 23, 25, 27, 29, 31);
+      pairs[i] = AddedPairs<at>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, kWidth>());
     return Sums(pairs);
   }
   return v[0];
@@ -95,7 +104,7 @@ struct Scratch {
   float *q, *k, *v, *weights;  // [kQueries, H], [kSlots, H] twice, [4, kSlots]
 };
 
-// Products [R, kSlots] of R rows with the keys in scratch. R * S = 16 of them are made at a time,
+// Products [R, kSlots] of R rows with the keys in scratch. R * S of them are made at a time,
 // each in lanes over H that are added up at the end: R shows in no result. A function of its own,
 // whose vectors gcc 12 keeps in registers.
 template <int R>
@@ -108,7 +117,7 @@ NOINLINE void Products(const float* q, const float* k, int64_t padded, float* ou
       for (int r = 0; r < R; ++r) x[r] = LoadLanes(q + r * padded + h);
       for (int i = 0; i < S; ++i) {
         const Lanes key = LoadLanes(k + (s + i) * padded + h);
-        for (int r = 0; r < R; ++r) sums[r * S + i] += x[r] * key;
+        for (int r = 0; r < R; ++r) sums[r * S + i] = MultiplyAdd(x[r], key, sums[r * S + i]);
       }
     }
     const Lanes results = Sums(sums);
@@ -119,12 +128,11 @@ NOINLINE void Products(const float* q, const float* k, int64_t padded, float* ou
 }
 
 // Turns the products of one row into the weights of its slots, 0 beyond the last; adds these up.
-INLINE Lanes Weights(const Attention& a, int64_t last, float* products) {
-  constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+NOINLINE Lanes Weights(const Attention& a, int64_t last, float* products) {
   Lanes total = {};
   for (int64_t s = 0; s < kSlots; s += kWidth) {
     const Lanes logits = Tanh(LoadLanes(products + s) * (a.multiplier / a.cap)) * a.cap;
-    const Lanes w = index > static_cast<int32_t>(last - s) ? Lanes{} : Exp(logits - a.cap);
+    const Lanes w = Indices() > static_cast<int32_t>(last - s) ? Lanes{} : Exp(logits - a.cap);
     std::memcpy(products + s, &w, sizeof w);
     total += w;
   }
@@ -140,7 +148,8 @@ INLINE void AddValues(const float* weights, const float* v, int64_t padded, floa
   for (int64_t s = 0; s < kSlots; ++s)
     for (int i = 0; i < V; ++i) {
       const Lanes value = LoadLanes(v + s * padded + i * kWidth);
-      for (int r = 0; r < R; ++r) y[r][i] += weights[r * kSlots + s] * value;
+      for (int r = 0; r < R; ++r)
+        y[r][i] = MultiplyAdd(Filled(weights[r * kSlots + s]), value, y[r][i]);
     }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < V; ++i)
@@ -158,9 +167,10 @@ INLINE void AddSlots(const Attention& a, int64_t b, int64_t row, int64_t s, cons
     const Lanes total = LoadLanes(totals + r * kWidth) + more;
     std::memcpy(totals + r * kWidth, &total, sizeof total);
   }
+  constexpr int V = std::min<int64_t>(4, kWidth / R);
   int64_t h = 0;
-  for (; h + 4 * kWidth <= padded; h += 4 * kWidth)
-    AddValues<R, 4>(scratch.weights, scratch.v + h, padded, sums + h);
+  for (; h + V * kWidth <= padded; h += V * kWidth)
+    AddValues<R, V>(scratch.weights, scratch.v + h, padded, sums + h);
   for (; h < padded; h += kWidth) AddValues<R, 1>(scratch.weights, scratch.v + h, padded, sums + h);
 }
 
@@ -284,9 +294,9 @@ void Attend(const Frame& frame) {
 
 // --- The gradient --------------------------------------------------------------------------------
 
-constexpr int kGradientRows = 8;
+constexpr int kGradientRows = kWidth / 2;
 
-// The gradient of one key/value head: eight rows at a time, whose weights over all slots are made
+// The gradient of one key/value head: some rows at a time, whose weights over all slots are made
 // again and kept. All arrays are float32, and rows of H numbers are filled up to whole lanes.
 struct GradientTask {
   const Attention& a;
@@ -307,7 +317,8 @@ INLINE void AddOuter(const float* weights, const float* rows, int64_t padded, fl
   for (int64_t s = 0; s < kSlots; ++s)
     for (int i = 0; i < V; ++i) {
       Lanes sum = LoadLanes(sums + s * padded + i * kWidth);
-      for (int r = 0; r < R; ++r) sum += weights[r * kSlots + s] * x[r][i];
+      for (int r = 0; r < R; ++r)
+        sum = MultiplyAdd(Filled(weights[r * kSlots + s]), x[r][i], sum);
       std::memcpy(sums + s * padded + i * kWidth, &sum, sizeof sum);
     }
 }
@@ -316,19 +327,22 @@ INLINE void AddOuter(const float* weights, const float* rows, int64_t padded, fl
 template <int R>
 INLINE void ProductsWithColumns(const float* rows, int64_t padded, const float* columns,
                                 int64_t slots, float* out) {
-  constexpr int V = kSlots / kWidth;
-  Lanes sums[R][V] = {};
-  for (int64_t h = 0; h < padded; ++h)
-    for (int i = 0; i < V; ++i) {
-      const Lanes column = LoadLanes(columns + h * slots + i * kWidth);
-      for (int r = 0; r < R; ++r) sums[r][i] += rows[r * padded + h] * column;
-    }
-  std::memcpy(out, sums, sizeof sums);
+  constexpr int V = kWidth / R;
+  for (int64_t s = 0; s < kSlots; s += V * kWidth) {
+    Lanes sums[R][V] = {};
+    for (int64_t h = 0; h < padded; ++h)
+      for (int i = 0; i < V; ++i) {
+        const Lanes column = LoadLanes(columns + h * slots + s + i * kWidth);
+        for (int r = 0; r < R; ++r)
+          sums[r][i] = MultiplyAdd(Filled(rows[r * padded + h]), column, sums[r][i]);
+      }
+    for (int r = 0; r < R; ++r)
+      std::memcpy(out + r * kSlots + s, sums[r], sizeof sums[r]);
+  }
 }
 
 void Gradient(const GradientTask& t) {
-  constexpr int R = kGradientRows, V = 16 / R;  // of sums that stay in registers
-  constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  constexpr int R = kGradientRows, V = kWidth / R;  // of sums that stay in registers
   const Attention& a = t.a;
   const int64_t padded = a.padded(), tile = R * kSlots;
   float change[R * kSlots];
@@ -345,7 +359,7 @@ void Gradient(const GradientTask& t) {
         for (int64_t i = 0; i < kSlots; i += kWidth) {
           const Lanes c = Tanh(LoadLanes(capped + r * kSlots + i) * (a.multiplier / a.cap));
           const Lanes w =
-              index > static_cast<int32_t>(last - s - i) ? Lanes{} : Exp((c - 1.f) * a.cap);
+              Indices() > static_cast<int32_t>(last - s - i) ? Lanes{} : Exp((c - 1.f) * a.cap);
           std::memcpy(capped + r * kSlots + i, &c, sizeof c);
           std::memcpy(weights + r * kSlots + i, &w, sizeof w);
           totals[r] += w;

@@ -5,13 +5,31 @@
 
 #include "memory.h"
 
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
 namespace kernels {
 
-constexpr int64_t kWidth = 16;  // floats in Lanes
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t IntLanes __attribute__((vector_size(64)));
-typedef uint32_t BitLanes __attribute__((vector_size(64)));
-typedef uint16_t HalfLanes __attribute__((vector_size(32)));
+// Floats in Lanes; and of Lanes, as many as half of the registers hold.
+#if defined(__AVX512F__)
+constexpr int64_t kWidth = 16;
+#else
+constexpr int64_t kWidth = 8;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * kWidth)));
+typedef int32_t IntLanes __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t BitLanes __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t HalfLanes __attribute__((vector_size(2 * kWidth)));
+
+INLINE IntLanes Indices() {  // 0, 1, 2, ...
+  IntLanes v;
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) v[i] = i;
+  return v;
+}
+
+INLINE Lanes Filled(float v) { return v - Lanes{}; }  // not added to 0, which changes -0
 
 INLINE Lanes LoadLanes(const float* p) {
   Lanes v;
@@ -25,6 +43,18 @@ INLINE Lanes LoadLanes(const uint16_t* p) {  // bfloat16
   Lanes v;
   std::memcpy(&v, &bits, sizeof v);
   return v;
+}
+
+// a b + c, rounded once where the processor can. Not left to a compiler, which rounds twice in some
+// loops, as gcc does for AMD's.
+INLINE Lanes MultiplyAdd(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
 
 // Floats of which the upper half, a bfloat16, is what `FromFloat` makes of them.

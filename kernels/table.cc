@@ -27,20 +27,33 @@ struct Product {
 };
 
 // A kind of product has `Set`, which makes a row x [size] its own, in memory of so many `Bytes` for
-// each number; and `Dot`, a product on any processor. Where a processor has vectors for it:
+// each number, and vectors:
 //
-//     kSums                  vectors of sums that a product has
-//     Table(t, k, mask)      of the 64 numbers at t, of which there are those of the mask, what sum
-//                            k multiplies
-//     Row(x, size, k, mask)  the same of those at x, of a row of so many
+//     kParts, kSums          vectors that 64 numbers have, and of sums that a product has
+//     Table(t, k, mask)      part k of the 64 numbers at t, of which there are those of the mask
+//     Row(x, size, k, mask)  what it is multiplied by of those at x, of a row of so many
 //     Add(sum, t, x)         adds their products; Total(sums, row): the whole
 //     kTables                rows of the table that are multiplied at once, where x has many
 //
 // The order of sums depends on the kind and the size only. Processors differ in whether a product
 // of floats is rounded before it is added, and in which have `Pairs`; integers are the same on all.
 
-// float32 x and a table of float32 or bfloat16. Lane i of 64 sums the products i, i + 64, ...; then
-// the lanes are added in halves.
+// As many of `size` bytes at p as the mask has bits, and zeros.
+NOINLINE void Copy(const void* p, uint64_t mask, size_t width, size_t size, void* to) {
+  std::memset(to, 0, size);
+  std::memcpy(to, p, std::min(size, width * __builtin_popcountll(mask)));
+}
+
+// The N numbers at p, or a copy where the mask has not all of them.
+template <int64_t N, class T>
+INLINE const T* There(const T* p, uint64_t mask, T (&some)[N]) {
+  constexpr uint64_t all = (1ull << N) - 1;
+  if ((mask & all) == all) return p;
+  Copy(p, mask, sizeof(T), sizeof some, some);
+  return some;
+}
+
+// float32 x and a table of float32 or bfloat16.
 template <class T>
 struct Floats {
   using Number = T;
@@ -52,21 +65,10 @@ struct Floats {
     for (int64_t i = 0; i < size; ++i) wide[i] = ToFloat(x[i]);
     row.x = wide;
   }
-  static float Dot(const T* table, const Product& row, int64_t size) {
-    const auto* x = static_cast<const float*>(row.x);
-    float lanes[kStep] = {};
-    int64_t i = 0;
-    for (; i + kStep <= size; i += kStep)
-      for (int k = 0; k < kStep; ++k) lanes[k] += ToFloat(table[i + k]) * x[i + k];
-    for (int k = 0; i + k < size; ++k) lanes[k] += ToFloat(table[i + k]) * x[i + k];
-    for (int half = kStep / 2; half; half /= 2)
-      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-    return lanes[0];
-  }
-#if defined(__AVX512BW__)
   using Own = float;
+#if defined(__AVX512BW__)
   using Vector = __m512;
-  static constexpr int kSums = 4, kTables = 2;
+  static constexpr int kParts = 4, kSums = 4, kTables = 2;
   static INLINE Vector Load(const float* p, __mmask16 mask) {
     return _mm512_maskz_loadu_ps(mask, p);
   }
@@ -85,6 +87,22 @@ struct Floats {
     const Vector a = _mm512_add_ps(s[0], s[2]), b = _mm512_add_ps(s[1], s[3]);
     return _mm512_reduce_add_ps(_mm512_add_ps(a, b));
   }
+#else
+  using Vector = Lanes;
+  static constexpr int kParts = kStep / kWidth, kSums = 4, kTables = 1;
+  template <class Some>
+  static INLINE Vector Part(const Some* p, int k, uint64_t mask) {
+    Some some[kWidth];
+    return LoadLanes(There(p + k * kWidth, mask >> k * kWidth, some));
+  }
+  static INLINE Vector Table(const T* t, int k, uint64_t mask) { return Part(t, k, mask); }
+  static INLINE Vector Row(const float* x, int64_t, int k, uint64_t mask) {
+    return Part(x, k, mask);
+  }
+  static INLINE void Add(Vector& sum, Vector t, Vector x) { sum = MultiplyAdd(t, x, sum); }
+  static INLINE float Total(const Vector (&s)[kSums], const Product&) {
+    return kernels::Total((s[0] + s[2]) + (s[1] + s[3]));
+  }
 #endif
 };
 
@@ -96,7 +114,7 @@ struct Pairs {
   static void Set(const uint16_t* x, int64_t, float, char*, Product& row) { row.x = x; }
   using Own = uint16_t;
   using Vector = __m512;
-  static constexpr int kSums = 2, kTables = 4;
+  static constexpr int kParts = 2, kSums = 2, kTables = 4;
   static INLINE __m512i Table(const uint16_t* t, int k, uint64_t mask) {
     return _mm512_maskz_loadu_epi16(mask >> 32 * k, t + 32 * k);
   }
@@ -122,12 +140,19 @@ struct Integers {
   static constexpr int64_t Bytes(const void*) { return 2; }
   template <class T>
   static void Set(const T* x, int64_t size, float largest, char* memory, Product& row) {
-    const int64_t width = RoundUp(size, kStep);
-    auto* half = reinterpret_cast<int8_t*>(memory);
-    std::memset(half, 0, 2 * width);
-    row.x = half;
+    row.x = memory;
     row.step = std::max(largest, 1e-30f) * (1 / kLevels);
-    const float step = row.step;
+    std::memset(memory, 0, 2 * RoundUp(size, kStep));
+    SetIntegers(x, size, row.step, reinterpret_cast<Own*>(memory), row);
+  }
+  static INLINE float Whole(int64_t sum, const Product& row) { return sum * row.step; }
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  using Own = int8_t;
+  using Vector = __m512i;
+  static constexpr int kParts = 2, kSums = 2, kTables = 4;
+  template <class T>
+  static void SetIntegers(const T* x, int64_t size, float step, int8_t* half, Product& row) {
+    const int64_t width = RoundUp(size, kStep);
     for (int64_t i = 0; i < size; ++i) {
       const int32_t integer = Rounded(ToFloat(x[i]) / step), high = (integer + 64) >> 7;
       half[i] = static_cast<int8_t>(high);
@@ -139,20 +164,6 @@ struct Integers {
       row.less[k] = 128 * sum;
     }
   }
-  static INLINE float Whole(int32_t high, int32_t low, const Product& row) {
-    return (128.f * high + low) * row.step;
-  }
-  static float Dot(const int8_t* table, const Product& row, int64_t size) {
-    const auto* high = static_cast<const int8_t*>(row.x);
-    const int8_t* low = high + RoundUp(size, kStep);
-    int32_t sums[2] = {};
-    for (int64_t i = 0; i < size; ++i) sums[0] += table[i] * high[i], sums[1] += table[i] * low[i];
-    return Whole(sums[0], sums[1], row);
-  }
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  using Own = int8_t;
-  using Vector = __m512i;
-  static constexpr int kSums = 2, kTables = 4;
   static INLINE Vector Table(const int8_t* t, int, uint64_t mask) {  // 128 more
     return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, t), _mm512_set1_epi8(-128));
   }
@@ -163,26 +174,63 @@ struct Integers {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(t), "v"(x));
   }
   static INLINE float Total(const Vector (&s)[kSums], const Product& row) {
-    return Whole(_mm512_reduce_add_epi32(s[0]) - row.less[0],
-                 _mm512_reduce_add_epi32(s[1]) - row.less[1], row);
+    const int64_t high = _mm512_reduce_add_epi32(s[0]) - row.less[0];
+    return Whole(128 * high + _mm512_reduce_add_epi32(s[1]) - row.less[1], row);
   }
+#else
+  using Own = int16_t;
+  template <class T>
+  static void SetIntegers(const T* x, int64_t size, float step, int16_t* integers, Product&) {
+    for (int64_t i = 0; i < size; ++i)
+      integers[i] = static_cast<int16_t>(Rounded(ToFloat(x[i]) / step));
+  }
+  typedef int32_t Vector __attribute__((vector_size(32)));
+  static constexpr int kSums = 2, kTables = 1;
+  static INLINE float Total(const Vector (&s)[kSums], const Product& row) {
+    int64_t sum = 0;
+    for (int i = 0; i < 8; ++i) sum += static_cast<int64_t>(s[0][i]) + s[1][i];
+    return Whole(sum, row);
+  }
+#if defined(__AVX2__)
+  static constexpr int kParts = 4;
+  static INLINE __m256i Table(const int8_t* t, int k, uint64_t mask) {
+    int8_t some[16];
+    const auto* there = There(t + 16 * k, mask >> 16 * k, some);
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(there)));
+  }
+  static INLINE __m256i Row(const int16_t* x, int64_t, int k, uint64_t) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 16 * k));
+  }
+  static INLINE void Add(Vector& sum, __m256i t, __m256i x) {
+    sum += reinterpret_cast<Vector>(_mm256_madd_epi16(t, x));
+  }
+#else
+  static constexpr int kParts = 8;
+  template <class T>
+  static INLINE Vector Eight(const T* p) {
+    typedef T Narrow __attribute__((vector_size(8 * sizeof(T))));
+    Narrow some;
+    std::memcpy(&some, p, sizeof some);
+    return __builtin_convertvector(some, Vector);
+  }
+  static INLINE Vector Table(const int8_t* t, int k, uint64_t mask) {
+    int8_t some[8];
+    return Eight(There(t + 8 * k, mask >> 8 * k, some));
+  }
+  static INLINE Vector Row(const int16_t* x, int64_t, int k, uint64_t) { return Eight(x + 8 * k); }
+  static INLINE void Add(Vector& sum, Vector t, Vector x) { sum += t * x; }
+#endif
 #endif
 };
 
 // --- Products ------------------------------------------------------------------------------------
 
-// Whether a kind has vectors here.
-template <class Kind, class = void>
-constexpr bool kHasVectors = false;
-template <class Kind>
-constexpr bool kHasVectors<Kind, std::void_t<typename Kind::Vector>> = true;
-
 // Adds the products of 64 numbers.
 template <class Kind, int M, int N, class Own, class Vector>
 INLINE void AddStep(const typename Kind::Number* table, const Own* const (&x)[M], int64_t i,
                     int64_t size, uint64_t mask, Vector (&sums)[M][N][Kind::kSums]) {
-#pragma GCC unroll 4
-  for (int k = 0; k < Kind::kSums; ++k) {
+#pragma GCC unroll 8
+  for (int k = 0; k < Kind::kParts; ++k) {
     decltype(Kind::Table(table, k, mask)) t[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) t[n] = Kind::Table(table + n * size + i, k, mask);
@@ -190,7 +238,7 @@ INLINE void AddStep(const typename Kind::Number* table, const Own* const (&x)[M]
     for (int m = 0; m < M; ++m) {
       const auto some = Kind::Row(x[m] + i, size, k, mask);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) Kind::Add(sums[m][n][k], t[n], some);
+      for (int n = 0; n < N; ++n) Kind::Add(sums[m][n][k % Kind::kSums], t[n], some);
     }
   }
 }
@@ -240,20 +288,15 @@ void Tiles(const typename Kind::Number* table, int64_t begin, int64_t end, const
 template <class Kind>
 void Panel(const typename Kind::Number* table, int64_t begin, int64_t end, const Product* rows,
            int64_t count, int64_t size) {
-  if constexpr (kHasVectors<Kind>) {
-    // The first rows wait for memory, and read on and on; to the others the table is in a cache.
-    constexpr int N = Kind::kTables;
-    count >= 3   ? Tiles<Kind, 3, 1>(table, begin, end, rows, size)
-    : count == 2 ? Tiles<Kind, 2, 1>(table, begin, end, rows, size)
-                 : Tiles<Kind, 1, 1>(table, begin, end, rows, size);
-    for (rows += 3, count -= 3; count > 0; rows += 3, count -= 3)
-      count >= 3   ? Tiles<Kind, 3, N>(table, begin, end, rows, size)
-      : count == 2 ? Tiles<Kind, 2, N>(table, begin, end, rows, size)
-                   : Tiles<Kind, 1, N>(table, begin, end, rows, size);
-  } else
-    for (int64_t v = begin; v < end; ++v)
-      for (int64_t m = 0; m < count; ++m)
-        rows[m].out[v] = Kind::Dot(table + v * size, rows[m], size);
+  // The first rows wait for memory, and read on and on; to the others the table is in a cache.
+  constexpr int N = Kind::kTables;
+  count >= 3   ? Tiles<Kind, 3, 1>(table, begin, end, rows, size)
+  : count == 2 ? Tiles<Kind, 2, 1>(table, begin, end, rows, size)
+               : Tiles<Kind, 1, 1>(table, begin, end, rows, size);
+  for (rows += 3, count -= 3; count > 0; rows += 3, count -= 3)
+    count >= 3   ? Tiles<Kind, 3, N>(table, begin, end, rows, size)
+    : count == 2 ? Tiles<Kind, 2, N>(table, begin, end, rows, size)
+                 : Tiles<Kind, 1, N>(table, begin, end, rows, size);
 }
 
 template <class Kind, class T>
@@ -304,8 +347,8 @@ void TableDot(const Frame& frame) {
   } else if (dtype == F32) {
     rows_of(TableRows<Floats<float>, float>, TableRows<Floats<float>, uint16_t>);
   } else if (dtype == S8) {
-    Check(sizes["D"] <= 1 << 16, "rows of ", sizes["D"],
-          " integers, more than 65536, whose sums might exceed int32");
+    Check(sizes["D"] <= 1 << 14, "rows of ", sizes["D"],
+          " integers, more than 16384, whose sums might exceed int32");
     rows_of(TableRows<Integers, float>, TableRows<Integers, uint16_t>);
   } else {
     Check(false, "table is ", dtype, ", neither F32, BF16 nor S8");
