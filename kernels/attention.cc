@@ -317,8 +317,7 @@ INLINE void AddOuter(const float* weights, const float* rows, int64_t padded, fl
   for (int64_t s = 0; s < kSlots; ++s)
     for (int i = 0; i < V; ++i) {
       Lanes sum = LoadLanes(sums + s * padded + i * kWidth);
-      for (int r = 0; r < R; ++r)
-        sum = MultiplyAdd(Filled(weights[r * kSlots + s]), x[r][i], sum);
+      for (int r = 0; r < R; ++r) sum = MultiplyAdd(Filled(weights[r * kSlots + s]), x[r][i], sum);
       std::memcpy(sums + s * padded + i * kWidth, &sum, sizeof sum);
     }
 }
@@ -336,8 +335,7 @@ INLINE void ProductsWithColumns(const float* rows, int64_t padded, const float* 
         for (int r = 0; r < R; ++r)
           sums[r][i] = MultiplyAdd(Filled(rows[r * padded + h]), column, sums[r][i]);
       }
-    for (int r = 0; r < R; ++r)
-      std::memcpy(out + r * kSlots + s, sums[r], sizeof sums[r]);
+    for (int r = 0; r < R; ++r) std::memcpy(out + r * kSlots + s, sums[r], sizeof sums[r]);
   }
 }
 

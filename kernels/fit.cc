@@ -42,10 +42,15 @@ struct Scales {  // of both planes
 
 // --- Packing -------------------------------------------------------------------------------------
 
-// Vectors of a byte, or eight bytes, of each output, whatever the processor's are.
-typedef int8_t Lanes __attribute__((vector_size(kOutputs)));
-typedef uint8_t Bytes __attribute__((vector_size(kOutputs)));
-typedef uint64_t Words __attribute__((vector_size(kOutputs)));
+// Vectors of a byte of some outputs: of longer ones than its own, a compiler compares single bytes.
+#if defined(__AVX512BW__)
+constexpr int64_t kVector = 64;
+#else
+constexpr int64_t kVector = 32;
+#endif
+typedef int8_t Lanes __attribute__((vector_size(kVector)));
+typedef uint8_t Bytes __attribute__((vector_size(kVector)));
+typedef uint64_t Words __attribute__((vector_size(kOutputs)));  // eight bytes of each output
 
 // Exchanges the bytes of eight rows of Words that lie `distance` off the diagonal.
 template <int distance>
@@ -59,8 +64,8 @@ INLINE void Exchange(Words* x, uint64_t mask) {
 }
 
 // Bytes [block, outputs], rows `pitch` apart, turned: of each output its `block`, `width` apart.
-INLINE void Turn(const uint8_t* bytes, int64_t pitch, int64_t block, int64_t outputs, uint8_t* out,
-                 int64_t width) {
+NOINLINE void Turn(const uint8_t* bytes, int64_t pitch, int64_t block, int64_t outputs,
+                   uint8_t* out, int64_t width) {
   int64_t done = 0;  // outputs
   for (; block % 8 == 0 && outputs - done >= kOutputs; done += kOutputs, out += kOutputs * width) {
     uint8_t turned[kOutputs][kMaxBlock];
@@ -109,8 +114,8 @@ void AddMagnitudes(const int8_t* codes, int64_t stride, int64_t rows, int64_t ou
 
 INLINE Lanes Load(const int8_t* from, int64_t count) {  // so many, and zeros
   Lanes lanes = {};
-  if (count >= kOutputs)
-    std::memcpy(&lanes, from, kOutputs);
+  if (count >= kVector)
+    std::memcpy(&lanes, from, kVector);
   else
     std::memcpy(&lanes, from, count);
   return lanes;
@@ -124,15 +129,15 @@ struct Codes {  // a row of codes, and the lowest and the highest that are 0 in 
 
 // Puts trit + 1 of each code below the bits of packed bytes. next: the row that follows.
 INLINE void Append(const Codes& codes, const int8_t* next, int64_t outputs, uint8_t* bytes) {
-  for (int64_t o = 0; o < outputs; o += kOutputs) {
+  for (int64_t o = 0; o < outputs; o += kVector) {
     __builtin_prefetch(next + o);
     const int64_t count = outputs - o;
     const Lanes row = Load(codes.row + o, count), above = row > Load(codes.highest + o, count),
                 at_least = row >= Load(codes.lowest + o, count);  // -1 where it is so
     Bytes some;
-    std::memcpy(&some, bytes + o, kOutputs);
+    std::memcpy(&some, bytes + o, kVector);
     some = 4 * some - reinterpret_cast<Bytes>(above) - reinterpret_cast<Bytes>(at_least);
-    std::memcpy(bytes + o, &some, kOutputs);
+    std::memcpy(bytes + o, &some, kVector);
   }
 }
 
