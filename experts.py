@@ -28,17 +28,19 @@ class ExpertBlocks(NamedTuple):
     expert_of_block: jax.Array
 
 
-def group_by_expert(index: jax.Array, num_experts: int, joined: bool = False) -> ExpertBlocks:
+def group_by_expert(
+    index: jax.Array, num_experts: int, joined: bool = False, parts: int = 2
+) -> ExpertBlocks:
     """Sorts the experts that T tokens chose, index [T, A], into blocks; skips those that are -1.
 
-    joined: as `expert_block` has it
+    joined, parts: as `expert_block` has them
 
     With two experts, blocks of two rows, and tokens that chose 1, 0, 1 and 1 (A = 1):
     row_of_pair is [2, 0, 3, 4], token_of_row [1, -, 0, 2, 3, -], expert_of_block [0, 1, 1].
     """
     tokens, selected = index.shape
     pairs = tokens * selected
-    block = expert_block(pairs, num_experts, joined)
+    block = expert_block(pairs, num_experts, joined, parts)
     blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
     rows = blocks * block
     flat = index.reshape(pairs)
@@ -62,7 +64,7 @@ def group_by_expert(index: jax.Array, num_experts: int, joined: bool = False) ->
     return ExpertBlocks(row_of_pair.reshape(tokens, selected), token_of_row, expert_of_block)
 
 
-def expert_block(pairs: int, num_experts: int, joined: bool = False) -> int:
+def expert_block(pairs: int, num_experts: int, joined: bool = False, parts: int = 2) -> int:
     """Rows in a block: an expert's fair share, or four times as many, up to 16, so that with few
     tokens few experts need two blocks; at most 128, as many as are worth unpacking a matrix for, or
     half of the share: training reads a copy of the matrix for each block.
@@ -72,11 +74,19 @@ def expert_block(pairs: int, num_experts: int, joined: bool = False) -> int:
 
     joined: whether an expert's blocks are multiplied together, see `joins_blocks`. Then 16 at most,
       which leaves fewer rows of padding
+    parts: of the share, see `parts_of_share`
     """
     share = pairs / num_experts
     rows = max(share, min(4 * share, 16))
-    rows = min(rows, 16 if joined else max(128, share / 2))
+    rows = min(rows, 16 if joined else max(128, share / parts))
     return 1 << max(0, math.ceil(math.log2(rows)))
+
+
+def parts_of_share(w) -> int:
+    """How many blocks of a large share to make for a matrix w, perhaps abstract: where it is copied
+    for each and then multiplied in float32, products take longer than copies, and padding too."""
+    floats = isinstance(w, jax.Array | jax.ShapeDtypeStruct) or quantize.in_training(w)
+    return 4 if floats and not kernels.multiplies_bfloat16() else 2
 
 
 def joins_blocks(weights, activations: str) -> bool:
@@ -207,7 +217,7 @@ def _mixture(x, gates, index, linear, linear_v, linear_1, joined=False, **option
     def flat(x):
         return x.reshape(batch * queries, -1)
 
-    blocks = group_by_expert(flat(index), linear.shape[0], joined)
+    blocks = group_by_expert(flat(index), linear.shape[0], joined, parts_of_share(linear))
     activations, axis_name = options["activations"], options["axis_name"]
     hidden = gated_rows(flat(x), linear, linear_v, blocks, activations=activations)  # [R, F]
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)

@@ -1395,9 +1395,13 @@ def expert_rows(config: LanguageModelConfig, params: dict, count: int) -> tuple[
         return count, 1
     index = jax.ShapeDtypeStruct((count, config.num_selected_experts), jnp.int32)
     weights = [params[f"{LAYER}/moe/{name}"]["w"] for name in ("linear", "linear_v", "linear_1")]
-    joined = experts.joins_blocks(weights, config.activations)
-    group = functools.partial(experts.group_by_expert, num_experts=config.num_experts)
-    blocks = jax.eval_shape(functools.partial(group, joined=joined), index)
+    group = functools.partial(
+        experts.group_by_expert,
+        num_experts=config.num_experts,
+        joined=experts.joins_blocks(weights, config.activations),
+        parts=experts.parts_of_share(weights[0]),
+    )
+    blocks = jax.eval_shape(group, index)
     return blocks.token_of_row.size, blocks.expert_of_block.size
 
 

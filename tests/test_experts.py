@@ -11,6 +11,7 @@ import pytest
 
 import experts
 import kernels
+import quantize
 
 
 def test_grouping_is_that_of_the_docstring(monkeypatch):
@@ -45,6 +46,22 @@ def test_expert_block(pairs, block):
 @pytest.mark.parametrize("pairs, block", [(2, 1), (16, 8), (129, 16), (1024, 16), (8192, 16)])
 def test_joined_blocks_are_small(pairs, block):
     assert experts.expert_block(pairs, 8, joined=True) == block
+
+
+def test_matrices_that_are_copied_and_multiplied_in_float32_have_smaller_blocks(monkeypatch):
+    config = dataclasses.replace(factories.ODD, num_experts=5, num_layers=1)
+    name = "transformer/decoder_layer_0/moe/linear"
+    packed, floats = (
+        factories.random_params(config, weights)[name]["w"] for weights in ("ternary", "float32")
+    )
+    trained = quantize.QuantizedWeight(floats, jnp.ones((5, 1, 1)))
+    for halves, expected in ((True, [2, 2, 2]), (False, [2, 4, 4])):
+        monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda halves=halves: halves)
+        assert [experts.parts_of_share(w) for w in (packed, floats, trained)] == expected
+    assert (
+        experts.expert_block(8192, 8, False, 4) == 256
+        and experts.expert_block(64, 8, False, 4) == 16
+    )
 
 
 @pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels")
