@@ -300,10 +300,10 @@ constexpr int kGradientRows = kWidth / 2;
 // again and kept. All arrays are float32, and rows of H numbers are filled up to whole lanes.
 struct GradientTask {
   const Attention& a;
-  int64_t b, slots;            // slots: a multiple of kSlots
+  int64_t b, stride;           // of transposed rows
   const float *q, *y, *dy;     // [rows, H]
-  const float* k;              // [slots, H]
-  const float *keys, *values;  // [H, slots], transposed
+  const float* k;              // [slots, H]; slots: a multiple of kSlots
+  const float *keys, *values;  // [H, stride], transposed
   float *dq, *dk, *dv;         // zeros before
   float *capped, *weights;     // [slots / kSlots, kGradientRows, kSlots]
 };
@@ -322,16 +322,16 @@ INLINE void AddOuter(const float* weights, const float* rows, int64_t padded, fl
     }
 }
 
-// Products [R, kSlots] of R rows [R, H] with columns of a transposed matrix [H, slots].
+// Products [R, kSlots] of R rows [R, H] with columns of a transposed matrix [H, stride].
 template <int R>
 INLINE void ProductsWithColumns(const float* rows, int64_t padded, const float* columns,
-                                int64_t slots, float* out) {
+                                int64_t stride, float* out) {
   constexpr int V = kWidth / R;
   for (int64_t s = 0; s < kSlots; s += V * kWidth) {
     Lanes sums[R][V] = {};
     for (int64_t h = 0; h < padded; ++h)
       for (int i = 0; i < V; ++i) {
-        const Lanes column = LoadLanes(columns + h * slots + s + i * kWidth);
+        const Lanes column = LoadLanes(columns + h * stride + s + i * kWidth);
         for (int r = 0; r < R; ++r)
           sums[r][i] = MultiplyAdd(Filled(rows[r * padded + h]), column, sums[r][i]);
       }
@@ -351,7 +351,7 @@ void Gradient(const GradientTask& t) {
     for (int64_t s = 0; s < end; s += kSlots) {
       float* capped = t.capped + s / kSlots * tile;
       float* weights = t.weights + s / kSlots * tile;
-      ProductsWithColumns<R>(t.q + at, padded, t.keys + s, t.slots, capped);
+      ProductsWithColumns<R>(t.q + at, padded, t.keys + s, t.stride, capped);
       for (int64_t r = 0; r < R; ++r) {
         const int64_t last = r < count ? a.last(t.b, first + r) : -1;
         for (int64_t i = 0; i < kSlots; i += kWidth) {
@@ -375,7 +375,7 @@ void Gradient(const GradientTask& t) {
     for (int64_t s = 0; s < end; s += kSlots) {
       const float* capped = t.capped + s / kSlots * tile;
       float* weights = t.weights + s / kSlots * tile;
-      ProductsWithColumns<R>(t.dy + at, padded, t.values + s, t.slots, change);
+      ProductsWithColumns<R>(t.dy + at, padded, t.values + s, t.stride, change);
       for (int64_t r = 0; r < R; ++r)
         for (int64_t i = 0; i < kSlots; i += kWidth) {
           const int64_t j = r * kSlots + i;
@@ -403,12 +403,14 @@ void Gradient(const GradientTask& t) {
 void AttendGradients(const Frame& frame, const Attention& a, const void* y, const void* dy,
                      void* dk, void* dv) {
   const int64_t padded = a.padded(), slots = RoundUp(a.slots, kSlots);
+  // Not a power of two, so that rows do not compete for the same lines of a cache.
+  const int64_t stride = slots + kSlots / 2;
   const int64_t rows = RoundUp(a.rows(), kGradientRows);
   const double flops = 1. * a.batch * a.heads * a.queries * slots * a.size;
   Parallel(frame, a.batch * a.kv_heads, flops, [=](int64_t i) {
     const int64_t b = i / a.kv_heads, g = i % a.kv_heads;
     static thread_local Aligned kept(0);
-    const int64_t floats = 4 * rows * padded + 6 * slots * padded + 2 * kGradientRows * slots;
+    const int64_t floats = (4 * rows + 4 * slots + 2 * stride) * padded + 2 * kGradientRows * slots;
     float* next = reinterpret_cast<float*>(Kept(kept, floats * sizeof(float)));
     std::memset(next, 0, floats * sizeof(float));
     auto take = [&next](int64_t count) { return (next += count) - count; };
@@ -419,16 +421,16 @@ void AttendGradients(const Frame& frame, const Attention& a, const void* y, cons
     };
     auto transposed = [=](const float* from, float* to) {
       for (int64_t s = 0; s < a.slots; ++s)
-        for (int64_t h = 0; h < a.size; ++h) to[h * slots + s] = from[s * padded + h];
+        for (int64_t h = 0; h < a.size; ++h) to[h * stride + s] = from[s * padded + h];
       return to;
     };
-    const int64_t many = rows * padded, all = slots * padded;
-    GradientTask t{a, b, slots};
+    const int64_t many = rows * padded, all = slots * padded, turned = stride * padded;
+    GradientTask t{a, b, stride};
     t.q = rows_of(a.q, take(many)), t.y = rows_of(y, take(many)), t.dy = rows_of(dy, take(many));
     float *k = take(all), *v = take(all);
     ToFloats(a, a.k, i * a.slots * a.size, a.slots, k);
     ToFloats(a, a.v, i * a.slots * a.size, a.slots, v);
-    t.k = k, t.keys = transposed(k, take(all)), t.values = transposed(v, take(all));
+    t.k = k, t.keys = transposed(k, take(turned)), t.values = transposed(v, take(turned));
     t.dq = take(many), t.dk = take(all), t.dv = take(all);
     t.capped = take(kGradientRows * slots), t.weights = take(kGradientRows * slots);
     Gradient(t);

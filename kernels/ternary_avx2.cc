@@ -127,7 +127,7 @@ NOINLINE void Rows(const Group& p, Chunk chunk, int64_t m0) {
         const int8_t* from = chunk.multipliers + part * chunk.next + (first + g) * 8;
         const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
         const Type m = _mm256_cvtepi8_epi32(eight);
-        by[g] = _mm256_or_si256(m, _mm256_slli_epi32(m, 16));  // for -127 and above, both are m
+        by[g] = _mm256_blend_epi16(m, _mm256_slli_epi32(m, 16), 0xaa);
       }
 #pragma GCC unroll 6
       for (int m = 0; m < M; ++m)
