@@ -93,7 +93,7 @@ def _sum(content: bytes) -> str:
 
 def _compiled(command: list[str], source: Path) -> bytes:
     """The library that a compiler makes, of each file by itself, at once; OSError if it fails."""
-    print(f"note: compiling {source.name}, 6 to 12 s on two cores, once", file=sys.stderr)
+    print(f"note: compiling {source.name}, 6 to 20 s on two cores, once", file=sys.stderr)
     of_path = path_flags()
     options = [*INCLUDES, *(f"-DTERNARY_{name.upper()}" for name in of_path)]
     own = {f"ternary_{name}": of_path.get(name) for name in PATHS} | {"ternary_plain": []}
