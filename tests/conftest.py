@@ -3,6 +3,7 @@ compiled is kept for the next run, which takes half the time."""
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest  # noqa: E402  the environment and the path come first
 import kernels  # noqa: E402
 
 kernels.keep_compilations()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 
 @pytest.fixture(params=["kernels", "plain"])
