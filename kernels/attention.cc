@@ -104,9 +104,9 @@ struct Scratch {
   float *q, *k, *v, *weights;  // [kQueries, H], [kSlots, H] twice, [4, kSlots]
 };
 
-// Products [R, kSlots] of R rows with the keys in scratch. R * S of them are made at a time,
-// each in lanes over H that are added up at the end: R shows in no result. A function of its own,
-// whose vectors gcc 12 keeps in registers.
+// Products [R, kSlots] of R rows with the keys in scratch. As many as there are lanes are made at a
+// time, each in lanes over H that are added up at the end: R shows in no result. A function of its
+// own, whose vectors gcc 12 keeps in registers.
 template <int R>
 NOINLINE void Products(const float* q, const float* k, int64_t padded, float* out) {
   constexpr int S = kWidth / R;
@@ -127,7 +127,8 @@ NOINLINE void Products(const float* q, const float* k, int64_t padded, float* ou
   }
 }
 
-// Turns the products of one row into the weights of its slots, 0 beyond the last; adds these up.
+// Turns the products of one row into the weights of its slots, 0 beyond the last; adds these up. A
+// function of its own, whose multiply-adds are the same for every caller.
 NOINLINE Lanes Weights(const Attention& a, int64_t last, float* products) {
   Lanes total = {};
   for (int64_t s = 0; s < kSlots; s += kWidth) {
@@ -294,7 +295,7 @@ void Attend(const Frame& frame) {
 
 // --- The gradient --------------------------------------------------------------------------------
 
-constexpr int kGradientRows = kWidth / 2;
+constexpr int kGradientRows = kWidth / 2;  // two vectors of each stay in registers
 
 // The gradient of one key/value head: some rows at a time, whose weights over all slots are made
 // again and kept. All arrays are float32, and rows of H numbers are filled up to whole lanes.
@@ -369,8 +370,8 @@ void Gradient(const GradientTask& t) {
       float product = 0;
       for (int64_t h = 0; h < padded; ++h)
         product += t.y[at + r * padded + h] * t.dy[at + r * padded + h];
-      totals[r] = Lanes{} + (total > 0 ? 1 / total : 0);
-      mean[r] = Lanes{} + product;
+      totals[r] = Filled(total > 0 ? 1 / total : 0);
+      mean[r] = Filled(product);
     }
     for (int64_t s = 0; s < end; s += kSlots) {
       const float* capped = t.capped + s / kSlots * tile;

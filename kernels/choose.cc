@@ -38,7 +38,7 @@ float LogTotal(const float* x, int64_t size, float largest) {
   int64_t i = 0;
   auto add = [&](Lanes v, Lanes& sum) {
     v -= largest;
-    sum += Exp(v < least ? Lanes{} + least : v);
+    sum += Exp(v < least ? Filled(least) : v);
   };
   for (; i + 4 * kWidth <= size; i += 4 * kWidth)
 #pragma GCC unroll 4

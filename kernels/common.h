@@ -177,6 +177,13 @@ inline int32_t Rounded(float value) {
   return static_cast<int32_t>(std::min(std::max(-limit, value), limit) + large - large);
 }
 
+// x / step, to nearest. By itself, for vectors: a store of int8 may change whatever is read through
+// a pointer.
+template <class T, class Integer>
+void RoundRow(const T* x, int64_t size, float step, Integer* to) {
+  for (int64_t i = 0; i < size; ++i) to[i] = static_cast<Integer>(Rounded(ToFloat(x[i]) / step));
+}
+
 // Infinity if there is one, and NaN above all.
 template <class T>
 float LargestMagnitude(const T* x, int64_t size) {

@@ -124,12 +124,6 @@ void RowMaxima(const Frame& frame) {
   maxima(frame, x.data, sizes["R"], sizes["I"], to);
 }
 
-// By itself, for vectors: a store of int8 may change whatever is read through a pointer.
-template <class T, class Integer>
-void RoundRow(const T* x, int64_t size, float step, Integer* to) {
-  for (int64_t i = 0; i < size; ++i) to[i] = static_cast<Integer>(Rounded(ToFloat(x[i]) / step));
-}
-
 template <class T, class Integer>
 void Round(const Frame& frame, const void* x, const float* steps, int64_t rows, int64_t size,
            void* out) {

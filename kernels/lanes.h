@@ -31,6 +31,14 @@ INLINE IntLanes Indices() {  // 0, 1, 2, ...
 
 INLINE Lanes Filled(float v) { return v - Lanes{}; }  // not added to 0, which changes -0
 
+template <class Integer>
+INLINE IntLanes LoadIntegers(const Integer* p) {
+  typedef Integer Narrow __attribute__((vector_size(kWidth * sizeof(Integer))));
+  Narrow v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, IntLanes);
+}
+
 INLINE Lanes LoadLanes(const float* p) {
   Lanes v;
   std::memcpy(&v, p, sizeof v);
@@ -45,8 +53,8 @@ INLINE Lanes LoadLanes(const uint16_t* p) {  // bfloat16
   return v;
 }
 
-// a b + c, rounded once where the processor can. Not left to a compiler, which rounds twice in some
-// loops, as gcc does for AMD's.
+// a b + c, rounded once where the processor can. On x86 not left to a compiler: gcc rounds twice in
+// some loops for AMD's, and results would depend on the loop.
 INLINE Lanes MultiplyAdd(Lanes a, Lanes b, Lanes c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -104,8 +112,8 @@ INLINE Lanes Exp(Lanes x) {
 }
 
 INLINE Lanes Tanh(Lanes x) {
-  const Lanes zero = {}, magnitude = x < 0 ? -x : x, square = x * x;
-  const Lanes few = magnitude > 40.f ? zero + 40.f : magnitude;
+  const Lanes magnitude = x < 0 ? -x : x, square = x * x;
+  const Lanes few = magnitude > 40.f ? Filled(40.f) : magnitude;
   const Lanes e = Exp(-2.f * few);
   const Lanes large = (1.f - e) / (1.f + e);
   // Near zero, where 1 - e loses digits: the first terms of its series.

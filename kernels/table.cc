@@ -181,8 +181,7 @@ struct Integers {
   using Own = int16_t;
   template <class T>
   static void SetIntegers(const T* x, int64_t size, float step, int16_t* integers, Product&) {
-    for (int64_t i = 0; i < size; ++i)
-      integers[i] = static_cast<int16_t>(Rounded(ToFloat(x[i]) / step));
+    RoundRow(x, size, step, integers);
   }
   typedef int32_t Vector __attribute__((vector_size(32)));
   static constexpr int kSums = 2, kTables = 1;
@@ -205,19 +204,14 @@ struct Integers {
     sum += reinterpret_cast<Vector>(_mm256_madd_epi16(t, x));
   }
 #else
-  static constexpr int kParts = 8;
-  template <class T>
-  static INLINE Vector Eight(const T* p) {
-    typedef T Narrow __attribute__((vector_size(8 * sizeof(T))));
-    Narrow some;
-    std::memcpy(&some, p, sizeof some);
-    return __builtin_convertvector(some, Vector);
-  }
+  static constexpr int kParts = kStep / kWidth;
   static INLINE Vector Table(const int8_t* t, int k, uint64_t mask) {
-    int8_t some[8];
-    return Eight(There(t + 8 * k, mask >> 8 * k, some));
+    int8_t some[kWidth];
+    return LoadIntegers(There(t + k * kWidth, mask >> k * kWidth, some));
   }
-  static INLINE Vector Row(const int16_t* x, int64_t, int k, uint64_t) { return Eight(x + 8 * k); }
+  static INLINE Vector Row(const int16_t* x, int64_t, int k, uint64_t) {
+    return LoadIntegers(x + k * kWidth);
+  }
   static INLINE void Add(Vector& sum, Vector t, Vector x) { sum += t * x; }
 #endif
 #endif

@@ -158,12 +158,7 @@ Group ProblemOf(const Packing& packing, int64_t block) {
 struct GivenRow {
   const int8_t* x;
   int32_t One(int64_t i) const { return x[i]; }
-  INLINE IntLanes Some(int64_t i) const {
-    typedef int8_t Narrow __attribute__((vector_size(kWidth)));
-    Narrow some;
-    std::memcpy(&some, x + i, sizeof some);
-    return __builtin_convertvector(some, IntLanes);
-  }
+  INLINE IntLanes Some(int64_t i) const { return LoadIntegers(x + i); }
 };
 
 // One of floats, rounded as quantize.quantize_rows does it: int8, or a half of int15.
@@ -318,7 +313,7 @@ INLINE Lanes Scaled(const int32_t* sums, bool halves, bool trits, const float* s
 
 // jax.nn.gelu, x (1 + tanh(y)) / 2, which is x / (1 + exp(-2 y)).
 INLINE Lanes Gelu(Lanes x) {
-  const Lanes limit = Lanes{} + 80.f;  // of what has an exponential, and the other way around
+  const Lanes limit = Filled(80.f);  // of what has an exponential, and the other way around
   Lanes z = -1.59576912f * x * (0.044715f * x * x + 1.f);
   z = z > limit ? limit : z < -limit ? -limit : z;
   return x / (1.f + Exp(z));

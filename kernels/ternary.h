@@ -41,6 +41,17 @@ struct Group {
   int64_t parts;            // multiples of four, and 64 at most
 };
 
+// Calls f(tile, first row, rows) for tiles of up to `most` of some rows, of as many as the others
+// or one more: none is left with few.
+template <class F>
+inline void ForTiles(int64_t rows, int64_t most, F f) {
+  const int64_t tiles = (rows + most - 1) / most;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = t * rows / tiles;
+    f(t, first, (t + 1) * rows / tiles - first);
+  }
+}
+
 // Write the sums of all rows and outputs, the same on every path.
 void PlainGroup(const Group&);
 void Avx2Group(const Group&);

@@ -108,7 +108,8 @@ NOINLINE void Rows(const Group& p, Chunk chunk, int64_t m0) {
       Type few[M][G], by[G];
 #pragma GCC unroll 6
       for (int m = 0; m < M; ++m) {
-        // What codes, trit + 1, count too much, half of it in each pair: so sums fit 16 bits again.
+        // What codes, trit + 1, count too much, half of it in each pair: so sums of up to 256
+        // inputs fit 16 bits again, at most 128 (1.5 * 127 + 0.5 * 128).
         Type start = _mm256_setzero_si256();
         if (chunk.sums) {
           const int32_t sum = chunk.sums[(m0 + m) * p.parts + part], half = sum >> 1;
@@ -165,18 +166,18 @@ void Multiply(const Group& p) {
         chunk.multipliers = p.multipliers + (group * p.planes + q) * kLanes;
         chunk.next = p.groups == 1 ? 0 : p.planes * kLanes;
       }
-      // As many rows in each tile as in the others, or one more: none is left with few.
-      const int64_t tiles = (p.rows + kRows - 1) / kRows;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t m0 = t * p.rows / tiles, rows = (t + 1) * p.rows / tiles - m0;
+      ForTiles(p.rows, kRows, [&](int64_t t, int64_t m0, int64_t rows) {
         t ? RowsUpTo<kRows, S, false>(p, chunk, m0, rows)
           : RowsUpTo<kRows, S, true>(p, chunk, m0, rows);
-      }
+      });
     }
 }
 
 }  // namespace
 
-void Avx2Group(const Group& p) { p.multipliers&& p.of_block > 1 ? Multiply<1>(p) : Multiply<4>(p); }
+void Avx2Group(const Group& p) {
+  const bool parts = p.multipliers != nullptr && p.of_block > 1;
+  parts ? Multiply<1>(p) : Multiply<4>(p);
+}
 
 }  // namespace kernels

@@ -285,13 +285,10 @@ class Tile {
       const int64_t count = std::min(kChunk, p.quads - begin);
       if constexpr (kMultiplied)
         p.planes == 1 ? Unpack<1>(p, begin, count, codes) : Unpack<2>(p, begin, count, codes);
-      // As many rows in each tile as in the others, or one more: none is left with few.
-      const int64_t tiles = (p.rows + V::kRows - 1) / V::kRows;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t m0 = t * p.rows / tiles, rows = (t + 1) * p.rows / tiles - m0;
+      ForTiles(p.rows, V::kRows, [&](int64_t t, int64_t m0, int64_t rows) {
         t ? RowsUpTo<V::kRows, false, false>(p, codes, begin, count, m0, rows)
           : RowsUpTo<V::kRows, true, !kMultiplied>(p, codes, begin, count, m0, rows);
-      }
+      });
     }
   }
 
