@@ -85,8 +85,9 @@ def expert_block(pairs: int, num_experts: int, joined: bool = False, parts: int 
 def parts_of_share(w) -> int:
     """How many blocks of a large share to make for a matrix w, perhaps abstract: where it is copied
     for each and then multiplied in float32, products take longer than copies, and padding too."""
-    floats = isinstance(w, jax.Array | jax.ShapeDtypeStruct) or quantize.in_training(w)
-    return 4 if floats and not kernels.multiplies_bfloat16() else 2
+    integers = isinstance(w, quantize.PackedWeight | quantize.QuantizedWeight)
+    copied = not integers or quantize.in_training(w)
+    return 4 if copied and not kernels.multiplies_bfloat16() else 2
 
 
 def joins_blocks(weights, activations: str) -> bool:

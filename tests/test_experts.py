@@ -58,10 +58,8 @@ def test_matrices_that_are_copied_and_multiplied_in_float32_have_smaller_blocks(
     for halves, expected in ((True, [2, 2, 2]), (False, [2, 4, 4])):
         monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda halves=halves: halves)
         assert [experts.parts_of_share(w) for w in (packed, floats, trained)] == expected
-    assert (
-        experts.expert_block(8192, 8, False, 4) == 256
-        and experts.expert_block(64, 8, False, 4) == 16
-    )
+    for pairs, block in ((64, 16), (2048, 128), (8192, 256)):
+        assert experts.expert_block(pairs, 8, parts=4) == block
 
 
 @pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels")
