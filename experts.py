@@ -28,19 +28,17 @@ class ExpertBlocks(NamedTuple):
     expert_of_block: jax.Array
 
 
-def group_by_expert(
-    index: jax.Array, num_experts: int, joined: bool = False, parts: int = 2
-) -> ExpertBlocks:
+def group_by_expert(index: jax.Array, num_experts: int, joined: bool = False) -> ExpertBlocks:
     """Sorts the experts that T tokens chose, index [T, A], into blocks; skips those that are -1.
 
-    joined, parts: as `expert_block` has them
+    joined: as `expert_block` has it
 
     With two experts, blocks of two rows, and tokens that chose 1, 0, 1 and 1 (A = 1):
     row_of_pair is [2, 0, 3, 4], token_of_row [1, -, 0, 2, 3, -], expert_of_block [0, 1, 1].
     """
     tokens, selected = index.shape
     pairs = tokens * selected
-    block = expert_block(pairs, num_experts, joined, parts)
+    block = expert_block(pairs, num_experts, joined)
     blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
     rows = blocks * block
     flat = index.reshape(pairs)
@@ -64,7 +62,7 @@ def group_by_expert(
     return ExpertBlocks(row_of_pair.reshape(tokens, selected), token_of_row, expert_of_block)
 
 
-def expert_block(pairs: int, num_experts: int, joined: bool = False, parts: int = 2) -> int:
+def expert_block(pairs: int, num_experts: int, joined: bool = False) -> int:
     """Rows in a block: an expert's fair share, or four times as many, up to 16, so that with few
     tokens few experts need two blocks; at most 128, as many as are worth unpacking a matrix for, or
     half of the share: training reads a copy of the matrix for each block.
@@ -74,27 +72,20 @@ def expert_block(pairs: int, num_experts: int, joined: bool = False, parts: int 
 
     joined: whether an expert's blocks are multiplied together, see `joins_blocks`. Then 16 at most,
       which leaves fewer rows of padding
-    parts: of the share, see `parts_of_share`
     """
     share = pairs / num_experts
     rows = max(share, min(4 * share, 16))
-    rows = min(rows, 16 if joined else max(128, share / parts))
+    rows = min(rows, 16 if joined else max(128, share / 2))
     return 1 << max(0, math.ceil(math.log2(rows)))
 
 
-def parts_of_share(w) -> int:
-    """How many blocks of a large share to make for a matrix w, perhaps abstract: where it is copied
-    for each and then multiplied in float32, products take longer than copies, and padding too."""
-    integers = isinstance(w, quantize.PackedWeight | quantize.QuantizedWeight)
-    copied = not integers or quantize.in_training(w)
-    return 4 if copied and not kernels.multiplies_bfloat16() else 2
-
-
-def joins_blocks(weights, activations: str) -> bool:
-    """Whether a kernel multiplies blocks of one expert that follow each other together, with each
-    of these weights, perhaps abstract: that of a CPU does."""
-    on_cpu = kernels.platform() == "cpu"
-    return on_cpu and all(quantize.has_kernel(w, activations) for w in weights)
+def joins_blocks(weights, activations: str, pairs: int, dtype) -> bool:
+    """Whether kernels multiply blocks of one expert that follow each other together, with each
+    of these weights, perhaps abstract: those of a CPU do. dtype: of activations that are floats."""
+    return kernels.platform() == "cpu" and all(
+        quantize.has_kernel(w, activations) or quantize.has_grouped_kernel(w, pairs, dtype)
+        for w in weights
+    )
 
 
 def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
@@ -206,10 +197,14 @@ def mixture(
     """
     options = {"activations": activations, "axis_name": axis_name, "scale_last": scale_last}
     mix = functools.partial(_mixture, **options)
-    if joins_blocks((linear, linear_v, linear_1), activations):
-        # The derivative is one of plain JAX, to which small blocks are many matrices.
-        mix = kernels.with_derivative(functools.partial(mix, joined=True), mix)
-    return mix(x, gates, index, linear, linear_v, linear_1)
+    weights = linear, linear_v, linear_1
+    if joins_blocks(weights, activations, index.size, x.dtype):
+        joined = functools.partial(mix, joined=True)
+        # The derivative of packed weights is one of plain JAX, to which small blocks are many
+        # matrices.
+        packed = any(isinstance(w, quantize.PackedWeight) for w in weights)
+        mix = kernels.with_derivative(joined, mix) if packed else joined
+    return mix(x, gates, index, *weights)
 
 
 def _mixture(x, gates, index, linear, linear_v, linear_1, joined=False, **options):
@@ -218,7 +213,7 @@ def _mixture(x, gates, index, linear, linear_v, linear_1, joined=False, **option
     def flat(x):
         return x.reshape(batch * queries, -1)
 
-    blocks = group_by_expert(flat(index), linear.shape[0], joined, parts_of_share(linear))
+    blocks = group_by_expert(flat(index), linear.shape[0], joined)
     activations, axis_name = options["activations"], options["axis_name"]
     hidden = gated_rows(flat(x), linear, linear_v, blocks, activations=activations)  # [R, F]
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)

@@ -95,7 +95,7 @@ def _seen_in_training(w: jax.Array, codes: jax.Array, scales: jax.Array) -> Quan
     scales = lax.stop_gradient(scales.astype(jnp.float32))
     scaled = w.astype(jnp.float32) / jnp.maximum(scales, 1e-30)
     codes = quantize.straight_through(scaled, codes.astype(jnp.float32))
-    return QuantizedWeight(codes, scales)
+    return QuantizedWeight(codes, scales, True)
 
 
 def as_in_training(w: jax.Array, to: Callable) -> QuantizedWeight:

@@ -54,7 +54,7 @@ FEW_ROWS = 8  # bfloat16 and int8 products of fewer rows take a slow path on a C
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["trits"]
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
@@ -63,10 +63,12 @@ class QuantizedWeight:
     codes: int8 [..., I, O]; in training float32, whose gradient goes on to the latent weights
     scales: bfloat16 or float32 [..., G, C]; G divides I, and C is 1 or O. Row i belongs to group
       i // (I / G)
+    trits: in training, whether the codes are trits, which a kernel may pack and multiply
     """
 
     codes: Any
     scales: Any
+    trits: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -527,8 +529,6 @@ def _grouped_dot(x, rows, w, experts, activations, axis_name, scale_last, kept=N
         if isinstance(w, jax.Array):  # floats, in training: rounded rows and no step
             y = sums(straight_through(x, (rounded * step).astype(x.dtype)), w, experts)
             step = None
-        elif in_training(w):
-            y = sums(straight_through(scaled, rounded.astype(jnp.float32)), w, experts)
         else:
             y = _of_rounded(sums)(scaled, rounded, w, experts)
     scale = step
@@ -560,6 +560,17 @@ def has_kernel(w: Weight, activations: str, rows: int = 1) -> bool:
         w = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), w)
     x = jax.ShapeDtypeStruct((1, rows, w.shape[-2]), jnp.int8)
     return packed_products.kernel(x, w) is not None
+
+
+def has_grouped_kernel(w: Weight, rows: int, dtype) -> bool:
+    """Whether a kernel multiplies so many rows with the experts [E, I, O] of a weight of floats,
+    perhaps abstract, and others make its gradient. dtype: of activations, if they are floats."""
+    if isinstance(w, PackedWeight) or (isinstance(w, QuantizedWeight) and not in_training(w)):
+        return False
+    kind, floats = ("codes", w.codes) if in_training(w) else ("floats", w)
+    x = jax.ShapeDtypeStruct((rows, 1, w.shape[-2]), dtype)
+    operands = jax.eval_shape(functools.partial(_operands, kind), x, floats)
+    return grouped_product.kernel(*operands, jax.ShapeDtypeStruct((rows,), jnp.int32)) is not None
 
 
 def in_training(w: Weight) -> bool:
@@ -607,7 +618,11 @@ def _of_rounded(sums: Callable) -> Callable:
     @of_rounded.defjvp
     def _(primals, tangents):
         (_, rounded, w, experts), (d_scaled, _, d_w, _) = primals, tangents
-        product = jax.checkpoint(lambda rows, w: sums(rows, w, experts))
+
+        def product(rows, w):
+            return sums(rows, w, experts)
+
+        product = product if in_training(w) else jax.checkpoint(product)
         _, tangent = jax.jvp(product, (rounded.astype(jnp.float32), w), (d_scaled, d_w))
         return sums(rounded, w, experts), tangent
 
@@ -617,10 +632,9 @@ def _of_rounded(sums: Callable) -> Callable:
 def _block_products(x, w, experts, scale_last):
     """x [blocks, R, I] times each block's expert, [blocks, R, O], scaled as `_sums` says."""
     if in_training(w):
-        return _integer_products(x, _of_blocks(w.codes, experts))
+        return _trained_products(x, w.codes, experts, "trits" if w.trits else "codes")
     if isinstance(w, jax.Array):
-        # One batched product: gradients through a loop cost twice as much.
-        return _matmul(x, _of_blocks(w, experts).astype(x.dtype), BATCHED)
+        return _trained_products(x, w.astype(x.dtype), experts, "floats")
     if isinstance(w, PackedWeight):
         return packed_products(x, w, experts)
     return _each_product(functools.partial(_codes_product, scale_last=scale_last), x, w, experts)
@@ -669,37 +683,60 @@ def _of_blocks(w, experts):
     return w.at[jnp.where(experts < 0, len(w), experts)].get(mode="fill", fill_value=0)
 
 
-@jax.custom_jvp
-def _integer_products(x, trits):  # [blocks, R, I], [blocks, I, O] -> [blocks, R, O]
-    """Products of floats that are integers of 8 bits: exact in bfloat16 with sums in float32.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _trained_products(x, w, experts, kind: str):
+    """x [blocks, R, I] times floats w [E, I, O] of each block's expert, [blocks, R, O].
 
-    Gradients and tangents that come are rounded to bfloat16, if that is what is multiplied.
+    kind: what w is, "floats", "codes" or "trits". With the last two x are integers of 8 bits, too,
+      and products are exact, in bfloat16 with sums in float32, or by the kernel for packed trits.
+      Gradients and tangents that come are rounded to bfloat16, if that is what is multiplied
     """
-    return _matmul(*_narrow(x, trits), BATCHED)
+    if kind == "trits" and x.dtype == jnp.int8 and kernels.on_cpu():
+        packed = pack(w.astype(jnp.int8), jnp.ones((len(w), 1, 1)))
+        return packed_products(x, interleave(packed), experts)
+    return grouped_product(*_operands(kind, x, w), experts)
 
 
-@_integer_products.defjvp
-def _(primals, tangents):
-    kept = _narrow(*primals)
-    dy = kernels.linear(_integer_tangent, _integer_backward, kept, tangents)
-    return _matmul(*kept, BATCHED), dy
+@_trained_products.defjvp
+def _(kind, primals, tangents):
+    f, transpose = (functools.partial(g, kind=kind) for g in (_tangent, _cotangents))
+    return _trained_products(*primals, kind), kernels.linear(f, transpose, primals, tangents[:2])
 
 
-def _integer_tangent(kept, tangents):
-    (x, trits), (dx, d_trits) = kept, _narrow(*tangents)
-    return _matmul(dx, trits, BATCHED) + _matmul(x, d_trits, BATCHED)
+def _tangent(kept, tangents, *, kind):
+    (x, w, experts), (dx, dw) = kept, tangents
+    pairs = (dx, w), (x, dw)
+    return sum(grouped_product(*_operands(kind, *pair), experts) for pair in pairs)
 
 
-def _integer_backward(kept, dy):
-    x, trits = kept
-    (dy,) = _narrow(dy)
-    dx = _matmul(dy, trits, (((2,), (2,)), ((0,), (0,))))
-    return dx, _matmul(_transposed(x), dy, BATCHED)
+def _cotangents(kept, dy, *, kind):
+    x, w, experts = kept
+    dx = grouped_product(*_operands(kind, dy, w), experts, turned=True)
+    return dx, grouped_sums(*_operands(kind, x, dy), experts, count=len(w))
 
 
-def _narrow(*arrays):
+def _operands(kind, *arrays):
+    if kind == "floats":
+        return arrays
     dtype = jnp.bfloat16 if kernels.multiplies_bfloat16() else jnp.float32
     return tuple(x.astype(dtype) for x in arrays)
+
+
+@kernels.accelerated("grouped_product")
+def grouped_product(x, w, experts, *, turned=False):
+    """x [blocks, R, I] times floats w [E, I, O], or turned [E, O, I], of each block's expert:
+    [blocks, R, O]."""
+    # One batched product: a loop would take twice as long.
+    return _matmul(x, _of_blocks(w, experts), (((2,), (1 + turned,)), ((0,), (0,))))
+
+
+@kernels.accelerated("grouped_sums")
+def grouped_sums(x, dy, experts, *, count):
+    """Over the rows of each of so many experts, the sum of x [blocks, R, I] times
+    dy [blocks, R, O]: [count, I, O]."""
+    products = _matmul(_transposed(x), dy, BATCHED)
+    sums = jnp.zeros((count, *products.shape[1:]), products.dtype)
+    return sums.at[jnp.where(experts < 0, count, experts)].add(products, mode="drop")
 
 
 @kernels.accelerated("transposed")

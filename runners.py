@@ -1398,8 +1398,7 @@ def expert_rows(config: LanguageModelConfig, params: dict, count: int) -> tuple[
     group = functools.partial(
         experts.group_by_expert,
         num_experts=config.num_experts,
-        joined=experts.joins_blocks(weights, config.activations),
-        parts=experts.parts_of_share(weights[0]),
+        joined=experts.joins_blocks(weights, config.activations, index.size, config.fprop_dtype),
     )
     blocks = jax.eval_shape(group, index)
     return blocks.token_of_row.size, blocks.expert_of_block.size

@@ -159,7 +159,9 @@ def weight_specs(axes: Axes, weight):
         return P(*(axis if size > 1 else None for size, axis in pairs))
 
     if isinstance(weight, quantize.QuantizedWeight):
-        return quantize.QuantizedWeight(P(*mesh_axes), scales(weight.scales, *mesh_axes))
+        return dataclasses.replace(
+            weight, codes=P(*mesh_axes), scales=scales(weight.scales, *mesh_axes)
+        )
     if isinstance(weight, quantize.PackedWeight):
         *lead, inputs, outputs = mesh_axes
         multipliers, lanes = weight.multipliers, [None] * weight.interleaved
@@ -199,14 +201,14 @@ def _check_whole_blocks(mesh, path, weight, axis):
 def mesh_axis(axis: str | None, size: int) -> str | None:
     """The mesh axis that `shard_map` splits a logical one of this size over, of the whole array.
 
-    None outside of any mesh, and where the size does not split evenly, so that sums are whole.
+    None without several devices, and where the size does not split evenly, so that sums are whole.
     """
     mesh, name = jax.sharding.get_abstract_mesh(), AXES[axis]
-    return None if mesh.empty or name is None or size % mesh.shape[name] else name
+    return None if mesh.size <= 1 or name is None or size % mesh.shape[name] else name
 
 
 def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes | list[Axes]) -> Callable:
-    """f on each device's shards under `jax.set_mesh`, and f itself where there is no mesh.
+    """f on each device's shards under `jax.set_mesh`, and f itself without several devices.
 
     Each argument is an array or a weight of any format, its axes are logical ones. An axis that
     does not split evenly, such as a batch of one, is computed whole on every device.
@@ -215,7 +217,7 @@ def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes | list[Axes])
     @functools.wraps(f)
     def sharded(*args):
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
+        if mesh.size <= 1:
             return f(*args)
         uneven = {
             axis

@@ -43,6 +43,8 @@ HANDLERS = (
     "WriteSlots",
     "Rotate",
     "GatedSums",
+    "GroupedProduct",
+    "GroupedSums",
     "RowMaxima",
     "RoundRows",
     "Transpose",
@@ -533,6 +535,21 @@ def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
     return ffi_call("TableDot", out)(x, table)
 
 
+def grouped_product(
+    x: jax.Array, w: jax.Array, experts: jax.Array, *, turned: bool = False
+) -> jax.Array:
+    """`quantize.grouped_product` of float32. What a row gets depends on no other one. Needs
+    `on_cpu()`."""
+    out = jax.ShapeDtypeStruct((*x.shape[:2], w.shape[1 if turned else 2]), x.dtype)
+    return ffi_call("GroupedProduct", out)(x, w, experts, turned=np.int64(turned))
+
+
+def grouped_sums(x: jax.Array, dy: jax.Array, experts: jax.Array, *, count: int) -> jax.Array:
+    """`quantize.grouped_sums` of float32, in the order of rows. Needs `on_cpu()`."""
+    out = jax.ShapeDtypeStruct((count, x.shape[2], dy.shape[2]), dy.dtype)
+    return ffi_call("GroupedSums", out)(x, dy, experts)
+
+
 # --- Norm -----------------------------------------------------------------------------------------
 
 
@@ -735,6 +752,12 @@ def _takes_float32(x, *_, **__) -> bool:
     return x.dtype == jnp.float32
 
 
+def _takes_grouped(x, y, experts, *, count=None, **_) -> bool:
+    rows, matrices = x.shape[0] * x.shape[1], count or len(y)
+    many = len(experts) > 1 and rows >= 16 * matrices  # enough to put matrices in order for them
+    return many and x.dtype == y.dtype == jnp.float32
+
+
 def _takes_choices(logits, valid, **_) -> bool:
     return valid.dtype == bool and valid.shape == logits.shape[:-1]
 
@@ -806,6 +829,8 @@ KERNELS = {  # of each name on each backend: the kernel, and what says which arg
     },
     "gated_rows": {"gpu": (_gpu("gated_rows"), _takes_gated, _gpu("takes_gated"))},
     "gated_sums": {"cpu": (gated_sums,)},
+    "grouped_product": {"cpu": (grouped_product, _takes_grouped)},
+    "grouped_sums": {"cpu": (grouped_sums, _takes_grouped)},
     "likeliest": {"cpu": (likeliest, _takes_float32, _is_on_one_device)},
     "quantize_rows": {"gpu": (_gpu("quantize_rows"), lambda x, axis_name=None, **_: not axis_name)},
     "rms_norm": {"cpu": (rms_norm, _takes_floats), "gpu": (_gpu("rms_norm"),)},

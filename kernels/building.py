@@ -24,7 +24,7 @@ SOURCE = Path(__file__).parent
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-trapping-math")
 ALL_PATHS = "TERNARY_GROK_PATHS"  # environment variable; all: also those slower than another
 # Files where a product need not be rounded before it is added.
-CONTRACTED = ("attention", "table", "ternary")
+CONTRACTED = ("attention", "grouped", "table", "ternary")
 # Files of one path, ternary_NAME.cc, for whatever processor has its instructions: what one of them
 # must have, any line of it. All others are compiled for this processor.
 PATHS = {
