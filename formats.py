@@ -88,20 +88,21 @@ def ternarize(w) -> PackedWeight:
 def fake_ternarize(w: jax.Array) -> QuantizedWeight:
     """Absmean ternary form of a float matrix in training: its gradient is that of the identity."""
     gamma = absmean_scale(w)
-    return _seen_in_training(w, round_to_trits(w.astype(jnp.float32), gamma), gamma)
+    return _seen_in_training(w, round_to_trits(w.astype(jnp.float32), gamma), gamma, trits=True)
 
 
-def _seen_in_training(w: jax.Array, codes: jax.Array, scales: jax.Array) -> QuantizedWeight:
+def _seen_in_training(w: jax.Array, codes, scales, trits: bool) -> QuantizedWeight:
     scales = lax.stop_gradient(scales.astype(jnp.float32))
     scaled = w.astype(jnp.float32) / jnp.maximum(scales, 1e-30)
     codes = quantize.straight_through(scaled, codes.astype(jnp.float32))
-    return QuantizedWeight(codes, scales, True)
+    return QuantizedWeight(codes, scales, trits)
 
 
 def as_in_training(w: jax.Array, to: Callable) -> QuantizedWeight:
     """What any quantizer `to` makes of w, with the gradient of the identity."""
     made = to(lax.stop_gradient(w))
-    return _seen_in_training(w, quantize.codes_of(made), made.scales)
+    trits = isinstance(made, PackedWeight) and made.multipliers is None
+    return _seen_in_training(w, quantize.codes_of(made), made.scales, trits)
 
 
 # --- Least squares --------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class QuantizedWeight:
     codes: int8 [..., I, O]; in training float32, whose gradient goes on to the latent weights
     scales: bfloat16 or float32 [..., G, C]; G divides I, and C is 1 or O. Row i belongs to group
       i // (I / G)
-    trits: in training, whether the codes are trits, which a kernel may pack and multiply
+    trits: in training, whether the codes are trits, which a kernel can multiply
     """
 
     codes: Any
@@ -563,12 +563,13 @@ def has_kernel(w: Weight, activations: str, rows: int = 1) -> bool:
 
 
 def has_grouped_kernel(w: Weight, rows: int, dtype) -> bool:
-    """Whether a kernel multiplies so many rows with the experts [E, I, O] of a weight of floats,
-    perhaps abstract, and others make its gradient. dtype: of activations, if they are floats."""
-    if isinstance(w, PackedWeight) or (isinstance(w, QuantizedWeight) and not in_training(w)):
+    """Whether a kernel multiplies so many rows with experts [E, I, O] that are floats, perhaps
+    abstract, and others make their gradient. dtype: of activations, if they are not rounded."""
+    packed = isinstance(w, PackedWeight) or (isinstance(w, QuantizedWeight) and not in_training(w))
+    if packed or len(w.shape) != 3:
         return False
     kind, floats = ("codes", w.codes) if in_training(w) else ("floats", w)
-    x = jax.ShapeDtypeStruct((rows, 1, w.shape[-2]), dtype)
+    x = jax.ShapeDtypeStruct((rows, 1, w.shape[1]), dtype)
     operands = jax.eval_shape(functools.partial(_operands, kind), x, floats)
     return grouped_product.kernel(*operands, jax.ShapeDtypeStruct((rows,), jnp.int32)) is not None
 
@@ -712,7 +713,8 @@ def _tangent(kept, tangents, *, kind):
 def _cotangents(kept, dy, *, kind):
     x, w, experts = kept
     dx = grouped_product(*_operands(kind, dy, w), experts, turned=True)
-    return dx, grouped_sums(*_operands(kind, x, dy), experts, count=len(w))
+    dw = grouped_sums(*_operands(kind, x, dy), experts, count=len(w))
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 def _operands(kind, *arrays):

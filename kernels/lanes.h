@@ -3,6 +3,8 @@
 #ifndef KERNELS_LANES_H_
 #define KERNELS_LANES_H_
 
+#include <type_traits>
+
 #include "memory.h"
 
 #if defined(__FMA__)
@@ -33,6 +35,10 @@ INLINE Lanes Filled(float v) { return v - Lanes{}; }  // not added to 0, which c
 
 template <class Integer>
 INLINE IntLanes LoadIntegers(const Integer* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (sizeof(Integer) == 1 && std::is_signed_v<Integer>)  // which gcc takes one by one
+    return (IntLanes)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#endif
   typedef Integer Narrow __attribute__((vector_size(kWidth * sizeof(Integer))));
   Narrow v;
   std::memcpy(&v, p, sizeof v);

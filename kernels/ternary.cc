@@ -196,8 +196,11 @@ class Rows {
     if (inputs < problem_.quads * kInputs) std::memset(to, 0, problem_.width);
     IntLanes sum = {};
     for (int64_t begin = 0; begin < inputs; begin += 4 * size) {
-      IntLanes of_slab[4] = {};
+      auto part_sum = [&](int64_t r) -> int32_t& {
+        return part_sums[begin / (4 * size) * of_block + r * of_block / 4];
+      };
       if (size % kWidth == 0 && inputs - begin >= 4 * size) {
+        IntLanes of_slab[4] = {};
         for (int64_t i = 0; i < size; i += kWidth) {
           BitLanes bytes = {};  // of an input of each slab
 #pragma GCC unroll 4
@@ -207,17 +210,18 @@ class Rows {
           }
           Turn(bytes, to + begin + 4 * i);
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          sum += of_slab[r];
+          if (problem_.parts) part_sum(r) += Total(of_slab[r]);
+        }
       } else {
         for (int64_t i = 0; i < std::min(4 * size, inputs - begin); ++i) {
           const int64_t r = i / size, byte = begin / 4 + i % size;
           const int32_t one = integers.One(begin + i);
-          to[byte / 4 * kInputs + 4 * r + byte % 4] = one, of_slab[r][0] += one;
+          to[byte / 4 * kInputs + 4 * r + byte % 4] = one, sum[0] += one;
+          if (problem_.parts) part_sum(r) += one;
         }
-      }
-      for (int r = 0; r < 4; ++r) {
-        sum += of_slab[r];
-        if (!problem_.parts) continue;
-        part_sums[begin / (4 * size) * of_block + r * of_block / 4] += Total(of_slab[r]);
       }
     }
     sums_[row] = Total(sum), used_[row] = 1;

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import experts
+import formats
 import kernels
-import quantize
 
 
 def test_grouping_is_that_of_the_docstring(monkeypatch):
@@ -48,20 +48,6 @@ def test_joined_blocks_are_small(pairs, block):
     assert experts.expert_block(pairs, 8, joined=True) == block
 
 
-def test_matrices_that_are_copied_and_multiplied_in_float32_have_smaller_blocks(monkeypatch):
-    config = dataclasses.replace(factories.ODD, num_experts=5, num_layers=1)
-    name = "transformer/decoder_layer_0/moe/linear"
-    packed, floats = (
-        factories.random_params(config, weights)[name]["w"] for weights in ("ternary", "float32")
-    )
-    trained = quantize.QuantizedWeight(floats, jnp.ones((5, 1, 1)))
-    for halves, expected in ((True, [2, 2, 2]), (False, [2, 4, 4])):
-        monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda halves=halves: halves)
-        assert [experts.parts_of_share(w) for w in (packed, floats, trained)] == expected
-    for pairs, block in ((64, 16), (2048, 128), (8192, 256)):
-        assert experts.expert_block(pairs, 8, parts=4) == block
-
-
 @pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels")
 @pytest.mark.parametrize("activations", ["int8", "int15"])
 def test_a_token_gets_the_same_from_blocks_that_are_joined(activations, monkeypatch):
@@ -73,8 +59,9 @@ def test_a_token_gets_the_same_from_blocks_that_are_joined(activations, monkeypa
     moe = factories.random_params(config, "ternary")
     names = ("linear", "linear_v", "linear_1")
     moe = [moe[f"transformer/decoder_layer_0/moe/{name}"]["w"] for name in names]
-    assert experts.joins_blocks(moe, activations) and not experts.joins_blocks(moe, "float")
-    assert not experts.joins_blocks([*moe[:2], jnp.zeros((count, ffn, size))], activations)
+    joins = functools.partial(experts.joins_blocks, pairs=2 * tokens, dtype=jnp.bfloat16)
+    assert joins(moe, activations) and not joins(moe, "float")
+    assert not joins([*moe[:2], jnp.zeros((count, ffn, size))], activations)
     random = np.random.default_rng(0)
     x = random.standard_normal((1, tokens, size)).astype(np.float32)
     index = np.argsort(random.random((1, tokens, count)) - [0.9, 0, 0, 0, 0.4])[..., :2]
@@ -111,6 +98,48 @@ def test_a_gradient_has_blocks_that_are_not_joined():
     texts = [jax.jit(g).lower(x).as_text() for g in (total, jax.grad(total))]
     assert [rows(True) in text for text in texts] == [True, False]
     assert [rows(False) in text for text in texts] == [False, True]
+
+
+@pytest.mark.skipif(not kernels.on_cpu(), reason="no native kernels")
+@pytest.mark.parametrize("weights, activations", [("ternary", "int8"), ("float32", "float")])
+def test_blocks_are_joined_in_training_too(weights, activations, monkeypatch):
+    """Where products are of float32: the same, and the same gradients, but for the order of sums;
+    where bfloat16 is multiplied, plain JAX does it, a matrix for each large block."""
+    tokens, size, ffn, count = 333, 64, 96, 5
+    random = np.random.default_rng(0)
+    shapes = (1, tokens, size), *[(count, size, ffn)] * 2, (count, ffn, size)
+    floats = [jnp.asarray(random.standard_normal(shape) / 8, jnp.float32) for shape in shapes]
+    index = np.argsort(random.random((1, tokens, count)) - [0.9, 0, 0, 0, 0.4])[..., :2]
+    gates = random.random(index.shape).astype(np.float32)
+    train = formats.FORMATS[weights].train
+
+    def loss(x, *moe):
+        moe = map(train, moe)
+        y = experts.mixture(x, gates, index.astype(np.int32), *moe, activations=activations)
+        return jnp.sum(jnp.sin(y)), y
+
+    def found():
+        f = jax.jit(jax.value_and_grad(loss, argnums=range(4), has_aux=True))
+        return f(*floats), f.lower(*floats).as_text()
+
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    (((_, y), gradients), text) = found()
+    assert text.count("GroupedSums") == 3
+    assert text.count("TernaryDots") == (3 if weights == "ternary" else 0)
+    with kernels.disabled():
+        (((_, plain), expected), text) = found()
+    assert "ternary_grok" not in text
+    # Integers, times scales that XLA may multiply in another order; or sums of 96 floats.
+    np.testing.assert_allclose(y, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
+    for one, other in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
+
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
+    (((_, y), gradients), text) = found()
+    assert ("GroupedSums" in text) == (weights == "float32")
+    np.testing.assert_allclose(y, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
+    for one, other in zip(gradients, expected, strict=True):  # bfloat16 has 8 bits
+        np.testing.assert_allclose(one, other, rtol=0, atol=0.02 * np.abs(other).max())
 
 
 @pytest.mark.parametrize(

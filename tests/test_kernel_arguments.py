@@ -61,6 +61,21 @@ CALLS = {
         {"logits": "float32 R V"},
         {},
     ),
+    "GroupedProduct": (
+        {"x": "float32 blocks R I", "w": "float32 E I O", "experts": "int32 blocks"},
+        {"y": "float32 blocks R O"},
+        {"turned": np.int64(0)},
+    ),
+    "GroupedProduct turned": (
+        {"x": "float32 blocks R I", "w": "float32 E O I", "experts": "int32 blocks"},
+        {"y": "float32 blocks R O"},
+        {"turned": np.int64(1)},
+    ),
+    "GroupedSums": (
+        {"x": "float32 blocks R I", "dy": "float32 blocks R O", "experts": "int32 blocks"},
+        {"sums": "float32 E I O"},
+        {},
+    ),
     "RmsNorm": (
         {"x": "float32 R D", "scale": "float32 D"},
         {"y": "float32 R D"},
@@ -122,6 +137,9 @@ CALLS = {
 FREE = {
     "TernaryDots": {("I", 12), ("G", 1)},
     "TernaryDots interleaved": {("I", 12), ("G", 1)},
+    "GroupedProduct": {("E", 4), ("E", 320)},
+    "GroupedProduct turned": {("E", 4), ("E", 320)},
+    "GroupedSums": {("E", 4), ("E", 320)},
     "Likeliest": {("V", 8), ("V", 576)},
     "WriteSlots": {("S", 3), ("S", 256)},
 }
@@ -266,6 +284,7 @@ def test_sizes_and_numbers_that_are_not_possible(name, sizes, attributes, messag
         ("Transpose", "x", "bfloat16 B R C K", "x [B, R, C] is [4, 3, 17, 2], not of rank 3"),
         ("Likeliest", "index", "int32 R", "index [R, K] is [3], not of rank 2"),
         ("Route", "valid", "int8 R", "valid [R] is S8, not PRED"),
+        ("GroupedProduct turned", "w", "float32 E I O", "w [E, N, K] is [5, 13, 7], but K is 13"),
         ("TableDot", "table", "float16 V D", "table is F16, neither F32, BF16 nor S8"),
     ],
 )

@@ -502,6 +502,88 @@ def test_rows_of_a_table_whose_sums_might_exceed_int32_are_refused():
     )
 
 
+# --- Floats, by expert ----------------------------------------------------------------------------
+
+
+def floats_by_expert(blocks, rows, inputs, outputs, count, seed=0):
+    """Small integers, whose sums are exact in float32: x, w, dy and the expert of each block, of
+    which some are skipped, some follow each other, and one expert has no block."""
+    random = np.random.default_rng(seed)
+    shapes = (blocks, rows, inputs), (count, inputs, outputs), (blocks, rows, outputs)
+    x, w, dy = (random.integers(-4, 5, shape).astype(np.float32) for shape in shapes)
+    experts = random.choice([-1, *range(1, count)], blocks).astype(np.int32)
+    experts[: blocks // 2].sort()
+    return x, w, dy, experts
+
+
+@native
+@pytest.mark.parametrize(
+    "shape",  # blocks, rows of each, I, O, experts
+    [
+        (4, 16, 1, 1, 2),
+        (9, 16, 7, 16, 3),
+        (40, 8, 260, 37, 4),  # more than are added up in registers
+        (70, 16, 140, 300, 3),  # more than a task has
+        (2, 300, 33, 64, 5),
+    ],
+)
+def test_products_of_floats_by_expert(shape):
+    x, w, dy, experts = floats_by_expert(*shape)
+    count, there = len(w), experts >= 0
+    of_block = np.where(there[:, None, None], w[experts], 0)
+    sums = np.zeros_like(w)
+    np.add.at(sums, experts[there], x.swapaxes(1, 2)[there] @ dy[there])
+    product, turned, found = (
+        jax.jit(functools.partial(f, **options))
+        for f, options in [
+            (quantize.grouped_product, {}),
+            (quantize.grouped_product, {"turned": True}),
+            (quantize.grouped_sums, {"count": count}),
+        ]
+    )
+    assert "GroupedProduct" in turned.lower(dy, w, experts).as_text()
+    assert "GroupedSums" in found.lower(x, dy, experts).as_text()
+    np.testing.assert_array_equal(product(x, w, experts), x @ of_block)
+    np.testing.assert_array_equal(turned(dy, w, experts), dy @ of_block.swapaxes(1, 2))
+    np.testing.assert_array_equal(found(x, dy, experts), sums)
+
+
+@native
+def test_products_of_a_row_of_floats_do_not_depend_on_other_rows():
+    x, w, _, experts = floats_by_expert(24, 16, 300, 45, 2)
+    x, experts = jnp.asarray(x * np.pi), np.ones_like(experts)
+    product = jax.jit(kernels.grouped_product)
+    expected = product(x, w, experts)
+    for rows in (1, 5, 7):
+        part = x.reshape(-1, 300)[50 : 50 + rows][None]
+        found = product(part, w, experts[:1])
+        np.testing.assert_array_equal(found[0], expected.reshape(-1, 45)[50 : 50 + rows])
+
+
+@native
+@pytest.mark.parametrize("wrong", [np.inf, np.nan])
+def test_a_number_that_is_not_finite_stays_with_its_row_and_expert(wrong):
+    x, w, dy, experts = floats_by_expert(6, 16, 20, 40, 3)
+    experts[:] = [1, 1, 1, 2, 2, 2]
+    dy[1, 3] = wrong
+    found = kernels.grouped_product(dy, w, experts, turned=True)
+    assert np.isfinite(np.delete(found.reshape(-1, 20), 19, axis=0)).all()
+    assert not np.isfinite(found[1, 3]).any()
+    sums = kernels.grouped_sums(x, dy, experts, count=3)
+    assert np.isfinite(sums[2]).all() and not np.isfinite(sums[1]).any()
+    assert (sums[0] == 0).all()
+
+
+@native
+def test_few_rows_of_floats_are_not_for_the_kernel():
+    """It would put all matrices in order for them."""
+    x, w, dy, experts = floats_by_expert(4, 8, 20, 40, 3)
+    assert quantize.grouped_product.kernel(x, w, experts) is None
+    assert quantize.grouped_sums.kernel(x, dy, experts, count=3) is None
+    assert quantize.grouped_product.kernel(x, w[:2], experts) is not None
+    assert quantize.grouped_product.kernel(x[:1], w[:1, :, :], experts[:1]) is None
+
+
 @native
 def test_what_no_kernel_takes_is_plain_jax():
     half, scale = jnp.ones((2, 8), jnp.float16), jnp.ones(8)
