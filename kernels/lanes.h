@@ -3,13 +3,7 @@
 #ifndef KERNELS_LANES_H_
 #define KERNELS_LANES_H_
 
-#include <type_traits>
-
-#include "memory.h"
-
-#if defined(__FMA__)
-#include <immintrin.h>
-#endif
+#include "memory.h"  // and not immintrin.h, which takes gcc longer than most of these files
 
 namespace kernels {
 
@@ -35,15 +29,20 @@ INLINE Lanes Filled(float v) { return v - Lanes{}; }  // not added to 0, which c
 
 template <class Integer>
 INLINE IntLanes LoadIntegers(const Integer* p) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if (sizeof(Integer) == 1 && std::is_signed_v<Integer>)  // which gcc takes one by one
-    return (IntLanes)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-#endif
   typedef Integer Narrow __attribute__((vector_size(kWidth * sizeof(Integer))));
   Narrow v;
   std::memcpy(&v, p, sizeof v);
   return __builtin_convertvector(v, IntLanes);
 }
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__clang__)
+INLINE IntLanes LoadIntegers(const int8_t* p) {  // of eight bytes gcc takes one by one
+  typedef char Bytes __attribute__((vector_size(16)));
+  typedef int64_t Two __attribute__((vector_size(16)));
+  Two eight = {};
+  std::memcpy(&eight, p, 8);
+  return __builtin_ia32_pmovsxbd256(reinterpret_cast<Bytes>(eight));
+}
+#endif
 
 INLINE Lanes LoadLanes(const float* p) {
   Lanes v;
@@ -62,10 +61,12 @@ INLINE Lanes LoadLanes(const uint16_t* p) {  // bfloat16
 // a b + c, rounded once where the processor can. On x86 not left to a compiler: gcc rounds twice in
 // some loops for AMD's, and results would depend on the loop.
 INLINE Lanes MultiplyAdd(Lanes a, Lanes b, Lanes c) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_ps(a, b, c);
+#if defined(__FMA__) && __has_builtin(__builtin_elementwise_fma)  // of clang 16
+  return __builtin_elementwise_fma(a, b, c);
+#elif defined(__AVX512F__)
+  return __builtin_ia32_vfmaddps512_mask(a, b, c, -1, 4);  // as it is rounded everywhere
 #elif defined(__FMA__)
-  return _mm256_fmadd_ps(a, b, c);
+  return __builtin_ia32_vfmaddps256(a, b, c);
 #else
   return a * b + c;
 #endif
