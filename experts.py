@@ -81,11 +81,13 @@ def expert_block(pairs: int, num_experts: int, joined: bool = False) -> int:
 
 def joins_blocks(weights, activations: str, pairs: int, dtype) -> bool:
     """Whether kernels multiply blocks of one expert that follow each other together, with each
-    of these weights, perhaps abstract: those of a CPU do. dtype: of activations that are floats."""
-    return kernels.platform() == "cpu" and all(
-        quantize.has_kernel(w, activations) or quantize.has_grouped_kernel(w, pairs, dtype)
-        for w in weights
-    )
+    of these weights, perhaps abstract: those of a CPU do. dtype: of activations not rounded."""
+
+    def joins(w):
+        grouped = quantize.has_grouped_kernel(w, activations, pairs, dtype)
+        return grouped or quantize.has_kernel(w, activations)
+
+    return kernels.platform() == "cpu" and all(map(joins, weights))
 
 
 def rows_of_tokens(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:

@@ -252,7 +252,7 @@ def quantize_int8(w, groups: int = 1) -> QuantizedWeight:
     *lead, inputs, outputs = w.shape
     w = w.astype(np.float32).reshape(*lead, groups, inputs // groups, outputs)
     scales = abs(w).max(axis=-2) / LEVELS
-    scales = xp.where(scales > 0, scales, 1).astype(jnp.bfloat16)
+    scales = xp.where(scales == 0, 1, scales).astype(jnp.bfloat16)  # NaN stays
     codes = xp.rint(w / scales[..., None, :].astype(np.float32)).clip(-LEVELS, LEVELS)
     return QuantizedWeight(codes.astype(np.int8).reshape(*lead, inputs, outputs), scales)
 

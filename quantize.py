@@ -334,9 +334,15 @@ def _sum_planes(trits, multipliers):
 # --- Rounding rows --------------------------------------------------------------------------------
 
 
+@jax.custom_jvp
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
-    """The value of `rounded`, to the last bit, with the gradient of x."""
-    return lax.stop_gradient(rounded) + (x - lax.stop_gradient(x))  # x + (rounded - x) rounds again
+    """rounded, in the dtype of x, with the gradient of x."""
+    return rounded.astype(x.dtype)
+
+
+@straight_through.defjvp
+def _(primals, tangents):
+    return straight_through(*primals), tangents[0]
 
 
 def quantize_rows(
@@ -562,16 +568,18 @@ def has_kernel(w: Weight, activations: str, rows: int = 1) -> bool:
     return packed_products.kernel(x, w) is not None
 
 
-def has_grouped_kernel(w: Weight, rows: int, dtype) -> bool:
-    """Whether a kernel multiplies so many rows with experts [E, I, O] that are floats, perhaps
-    abstract, and others make their gradient. dtype: of activations, if they are not rounded."""
+def has_grouped_kernel(w: Weight, activations: str, rows: int, dtype) -> bool:
+    """Whether kernels multiply so many rows, of this dtype if they are not rounded, with experts
+    [E, I, O] that are floats, perhaps abstract, and make their gradients."""
     packed = isinstance(w, PackedWeight) or (isinstance(w, QuantizedWeight) and not in_training(w))
     if packed or len(w.shape) != 3:
         return False
-    kind, floats = ("codes", w.codes) if in_training(w) else ("floats", w)
     x = jax.ShapeDtypeStruct((rows, 1, w.shape[1]), dtype)
-    operands = jax.eval_shape(functools.partial(_operands, kind), x, floats)
-    return grouped_product.kernel(*operands, jax.ShapeDtypeStruct((rows,), jnp.int32)) is not None
+    if in_training(w) and activations == "int8":
+        x, _ = jax.eval_shape(_narrow, x, x)
+    experts = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    y = jax.ShapeDtypeStruct(w.shape, x.dtype)
+    return _grouped_product.kernel(x, y, experts) is not None
 
 
 def in_training(w: Weight) -> bool:
@@ -618,24 +626,27 @@ def _of_rounded(sums: Callable) -> Callable:
 
     @of_rounded.defjvp
     def _(primals, tangents):
-        (_, rounded, w, experts), (d_scaled, _, d_w, _) = primals, tangents
+        (scaled, rounded, w, experts), (d_scaled, _, d_w, _) = primals, tangents
 
-        def product(rows, w):
-            return sums(rows, w, experts)
+        def product(scaled, w):
+            return sums(straight_through(scaled, rounded), w, experts)
 
         product = product if in_training(w) else jax.checkpoint(product)
-        _, tangent = jax.jvp(product, (rounded.astype(jnp.float32), w), (d_scaled, d_w))
-        return sums(rounded, w, experts), tangent
+        _, tangent = jax.jvp(product, (scaled, w), (d_scaled, d_w))
+        return of_rounded(*primals), tangent
 
     return of_rounded
 
 
 def _block_products(x, w, experts, scale_last):
     """x [blocks, R, I] times each block's expert, [blocks, R, O], scaled as `_sums` says."""
+    if in_training(w) and w.trits and x.dtype == jnp.int8 and kernels.on_cpu():
+        packed = interleave(pack(w.codes.astype(jnp.int8), jnp.ones((len(w.codes), 1, 1))))
+        return packed_products(x, packed, experts).astype(jnp.float32)
     if in_training(w):
-        return _trained_products(x, w.codes, experts, "trits" if w.trits else "codes")
+        return grouped_product(*_narrow(x, w.codes), experts)
     if isinstance(w, jax.Array):
-        return _trained_products(x, w.astype(x.dtype), experts, "floats")
+        return grouped_product(x, w.astype(x.dtype), experts)
     if isinstance(w, PackedWeight):
         return packed_products(x, w, experts)
     return _each_product(functools.partial(_codes_product, scale_last=scale_last), x, w, experts)
@@ -684,61 +695,75 @@ def _of_blocks(w, experts):
     return w.at[jnp.where(experts < 0, len(w), experts)].get(mode="fill", fill_value=0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _trained_products(x, w, experts, kind: str):
-    """x [blocks, R, I] times floats w [E, I, O] of each block's expert, [blocks, R, O].
-
-    kind: what w is, "floats", "codes" or "trits". With the last two x are integers of 8 bits, too,
-      and products are exact, in bfloat16 with sums in float32, or by the kernel for packed trits.
-      Gradients and tangents that come are rounded to bfloat16, if that is what is multiplied
-    """
-    if kind == "trits" and x.dtype == jnp.int8 and kernels.on_cpu():
-        packed = pack(w.astype(jnp.int8), jnp.ones((len(w), 1, 1)))
-        return packed_products(x, interleave(packed), experts)
-    return grouped_product(*_operands(kind, x, w), experts)
-
-
-@_trained_products.defjvp
-def _(kind, primals, tangents):
-    f, transpose = (functools.partial(g, kind=kind) for g in (_tangent, _cotangents))
-    return _trained_products(*primals, kind), kernels.linear(f, transpose, primals, tangents[:2])
-
-
-def _tangent(kept, tangents, *, kind):
-    (x, w, experts), (dx, dw) = kept, tangents
-    pairs = (dx, w), (x, dw)
-    return sum(grouped_product(*_operands(kind, *pair), experts) for pair in pairs)
-
-
-def _cotangents(kept, dy, *, kind):
-    x, w, experts = kept
-    dx = grouped_product(*_operands(kind, dy, w), experts, turned=True)
-    dw = grouped_sums(*_operands(kind, x, dy), experts, count=len(w))
-    return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-def _operands(kind, *arrays):
-    if kind == "floats":
-        return arrays
+def _narrow(*arrays):
+    """Floats that are integers of 8 bits: their products are exact in bfloat16, too, with sums in
+    float32. Gradients that come are then rounded to bfloat16."""
     dtype = jnp.bfloat16 if kernels.multiplies_bfloat16() else jnp.float32
     return tuple(x.astype(dtype) for x in arrays)
 
 
-@kernels.accelerated("grouped_product")
-def grouped_product(x, w, experts, *, turned=False):
+# These two are linear in two arrays, and their derivatives are each other.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def grouped_product(x, w, experts, turned: bool = False):
     """x [blocks, R, I] times floats w [E, I, O], or turned [E, O, I], of each block's expert:
-    [blocks, R, O]."""
-    # One batched product: a loop would take twice as long.
+    [blocks, R, O], float32. Gradients that come are rounded to the dtype of x."""
+    return _grouped_product(x, w, experts, turned=turned)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def grouped_sums(x, y, experts, count: int):
+    """Of each of so many experts, the sum over its rows of x [blocks, R, I] times y [blocks, R, O]:
+    [count, I, O], float32. Gradients that come are rounded to the dtype of x."""
+    return _grouped_sums(x, y, experts, count=count)
+
+
+@kernels.accelerated("grouped_product")
+def _grouped_product(x, w, experts, *, turned):
+    # One batched product: gradients through a loop cost twice as much.
     return _matmul(x, _of_blocks(w, experts), (((2,), (1 + turned,)), ((0,), (0,))))
 
 
 @kernels.accelerated("grouped_sums")
-def grouped_sums(x, dy, experts, *, count):
-    """Over the rows of each of so many experts, the sum of x [blocks, R, I] times
-    dy [blocks, R, O]: [count, I, O]."""
-    products = _matmul(_transposed(x), dy, BATCHED)
+def _grouped_sums(x, y, experts, *, count):
+    products = _matmul(_transposed(x), y, BATCHED)
     sums = jnp.zeros((count, *products.shape[1:]), products.dtype)
     return sums.at[jnp.where(experts < 0, count, experts)].add(products, mode="drop")
+
+
+@grouped_product.defjvp
+def _(turned, primals, tangents):
+    def cotangents(x, w, experts, dy):
+        pair = (dy, x) if turned else (x, dy)
+        return grouped_product(dy, w, experts, not turned), grouped_sums(*pair, experts, len(w))
+
+    f = functools.partial(grouped_product, turned=turned)
+    return f(*primals), _bilinear(f, cotangents, primals, tangents)
+
+
+@grouped_sums.defjvp
+def _(count, primals, tangents):
+    def cotangents(x, y, experts, dw):
+        return grouped_product(y, dw, experts, True), grouped_product(x, dw, experts)
+
+    f = functools.partial(grouped_sums, count=count)
+    return f(*primals), _bilinear(f, cotangents, primals, tangents)
+
+
+def _bilinear(f, cotangents, primals, tangents):
+    """The tangent of f(x, y, experts); cotangents: of x and y, from these and that of the result"""
+
+    def tangent(kept, moved):
+        (x, y, experts), (dx, dy) = kept, moved
+        return f(dx, y, experts) + f(x, dy, experts)
+
+    def transpose(kept, d):
+        x, y, _ = kept
+        dx, dy = cotangents(*kept, d.astype(x.dtype))
+        return dx.astype(x.dtype), dy.astype(y.dtype)
+
+    return kernels.linear(tangent, transpose, primals, tangents[:2])
 
 
 @kernels.accelerated("transposed")

@@ -1336,8 +1336,8 @@ def plain_bytes(config: LanguageModelConfig, local: dict, count: int) -> int:
     platform, total = kernels.platform(), 0
     if platform == "cpu" and not kernels.on_cpu():  # the table in float32
         total += 4 * math.prod(local[EMBEDDINGS]["embeddings"].shape)
-    if quantize.has_grouped_kernel(up, rows, config.fprop_dtype):
-        return total + 4 * math.prod(up.shape)  # a copy, in the kernel's order
+    if quantize.has_grouped_kernel(up, config.activations, rows, config.fprop_dtype):
+        return total
     if isinstance(up, jax.ShapeDtypeStruct):  # a copy of the matrix for each block, then rounded
         rounded = 2 if config.fprop_dtype == "bfloat16" else 0
         return total + blocks * math.prod(up.shape[-2:]) * (4 + rounded)

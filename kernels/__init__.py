@@ -535,19 +535,18 @@ def table_dot(x: jax.Array, table: jax.Array) -> jax.Array:
     return ffi_call("TableDot", out)(x, table)
 
 
-def grouped_product(
-    x: jax.Array, w: jax.Array, experts: jax.Array, *, turned: bool = False
-) -> jax.Array:
+def grouped_product(x: jax.Array, w: jax.Array, experts: jax.Array, *, turned: bool) -> jax.Array:
     """`quantize.grouped_product` of float32. What a row gets depends on no other one. Needs
     `on_cpu()`."""
     out = jax.ShapeDtypeStruct((*x.shape[:2], w.shape[1 if turned else 2]), x.dtype)
     return ffi_call("GroupedProduct", out)(x, w, experts, turned=np.int64(turned))
 
 
-def grouped_sums(x: jax.Array, dy: jax.Array, experts: jax.Array, *, count: int) -> jax.Array:
-    """`quantize.grouped_sums` of float32, in the order of rows. Needs `on_cpu()`."""
-    out = jax.ShapeDtypeStruct((count, x.shape[2], dy.shape[2]), dy.dtype)
-    return ffi_call("GroupedSums", out)(x, dy, experts)
+def grouped_sums(x: jax.Array, y: jax.Array, experts: jax.Array, *, count: int) -> jax.Array:
+    """`quantize.grouped_sums` of float32. The order of sums depends on how rows are cut into
+    blocks. Needs `on_cpu()`."""
+    out = jax.ShapeDtypeStruct((count, x.shape[2], y.shape[2]), y.dtype)
+    return ffi_call("GroupedSums", out)(x, y, experts)
 
 
 # --- Norm -----------------------------------------------------------------------------------------

@@ -9,9 +9,8 @@ namespace kernels {
 namespace {
 
 constexpr int64_t kTileRows = 6, kTileColumns = 2 * kWidth;  // sums that stay in registers
-constexpr int64_t kDepth = 256;    // products added up there: two tiles' operands fit a cache
-constexpr int64_t kTaskRows = 96;  // of a product that a thread makes at a time
-constexpr int64_t kTaskInputs = 22 * kTileRows, kTaskOutputs = 256;  // and of sums
+constexpr int64_t kDepth = 256;  // products added up there, and rows of a task
+constexpr int64_t kTaskInputs = 22 * kTileRows, kTaskOutputs = 256;  // of a task's sums
 
 // Rows of a matrix: element (r, k) is data[r * row + k * step].
 struct Operand {
@@ -52,12 +51,11 @@ void Tile(const Operand& a, const float* b, int64_t depth, bool first, int64_t c
 using TileOf = void (*)(const Operand&, const float*, int64_t, bool, int64_t, float*, int64_t);
 constexpr TileOf kTiles[] = {nullptr, Tile<1>, Tile<2>, Tile<3>, Tile<4>, Tile<5>, Tile<6>};
 
-// b [depth, N] from column n on as [depth, kTileColumns]; zeros beyond the last.
-void Panel(const Operand& b, int64_t n, int64_t columns, int64_t depth, float* to) {
+// b [depth, columns] as [depth, kTileColumns]; zeros beyond the last.
+void Panel(const Operand& b, int64_t columns, int64_t depth, float* to) {
   if (columns < kTileColumns) std::memset(to, 0, depth * kTileColumns * sizeof(float));
   for (int64_t k = 0; k < depth; ++k)
-    for (int64_t i = 0; i < columns; ++i)
-      to[k * kTileColumns + i] = b.data[k * b.row + (n + i) * b.step];
+    for (int64_t i = 0; i < columns; ++i) to[k * kTileColumns + i] = *b.From(k, i).data;
 }
 
 // A row of numbers, `some` of them to each of panels of [kDepth, some]; zeros after the last.
@@ -75,14 +73,17 @@ struct Stretch {
   int64_t expert, begin, count;
 };
 
-// Of all blocks, those that follow each other joined, and then cut after `most` rows.
-std::vector<Stretch> StretchesOf(const int32_t* experts, int64_t blocks, int64_t rows,
-                                 int64_t most) {
+// Of all blocks, those that follow each other joined, and then cut into equal parts of up to
+// kDepth rows.
+std::vector<Stretch> StretchesOf(const int32_t* experts, int64_t blocks, int64_t rows) {
   std::vector<Stretch> stretches;
   for (int64_t b = 0, end; b < blocks; b = end) {
     for (end = b; end < blocks && experts[end] == experts[b];) ++end;
-    for (int64_t row = b * rows; row < end * rows; row += most)
-      stretches.push_back({experts[b], row, std::min(most, end * rows - row)});
+    const int64_t count = (end - b) * rows, parts = RoundUp(count, kDepth) / kDepth;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t first = i * count / parts, last = (i + 1) * count / parts;
+      stretches.push_back({experts[b], b * rows + first, last - first});
+    }
   }
   return stretches;
 }
@@ -98,25 +99,9 @@ void GroupedProduct(const Frame& frame) {
   const auto* expert = sizes.Match<int32_t>("experts [blocks]", experts);
   auto* out = sizes.Match<float>("y [blocks, R, N]", y);
   const int64_t depth = sizes["K"], columns = sizes["N"], count = sizes["E"];
-  const auto stretches = StretchesOf(expert, sizes["blocks"], sizes["R"], kTaskRows);
-  std::vector<char> used(count);
-  for (const Stretch& part : stretches)
-    if (0 <= part.expert && part.expert < count) used[part.expert] = 1;
-  const int64_t across = RoundUp(columns, kTileColumns) / kTileColumns;
-  const int64_t size = depth * kTileColumns;  // of a panel
-  auto there = [=](int64_t n) { return std::min(kTileColumns, columns - n); };
+  const auto stretches = StretchesOf(expert, sizes["blocks"], sizes["R"]);
   const double bytes = sizeof(float) * 1. * (sizes["blocks"] * sizes["R"] + count) * depth;
-
-  static thread_local Aligned kept(0);
-  auto* panels = reinterpret_cast<float*>(Kept(kept, count * across * size * sizeof(float)));
-  Parallel(frame, count * across, bytes, [=, &used](int64_t i) {
-    if (!used[i / across]) return;
-    const float* own = weights + i / across * depth * columns;
-    const int64_t n = i % across * kTileColumns;
-    Panel(turned ? Operand{own, 1, depth} : Operand{own, columns, 1}, n, there(n), depth,
-          panels + i * size);
-  });
-  Parallel(frame, stretches.size(), bytes, [=, &stretches, &used](int64_t i) {
+  Parallel(frame, stretches.size(), bytes, [=, &stretches](int64_t i) {
     const Stretch& part = stretches[i];
     float* to = out + part.begin * columns;
     if (!depth || part.expert < 0 || part.expert >= count) {
@@ -124,27 +109,32 @@ void GroupedProduct(const Frame& frame) {
       return;
     }
     const Operand a{rows + part.begin * depth, depth, 1};
-    const float* b = panels + part.expert * across * size;
+    const float* own = weights + part.expert * depth * columns;
+    const Operand b = turned ? Operand{own, 1, depth} : Operand{own, columns, 1};
+    float panel[kDepth * kTileColumns];
     for (int64_t k = 0; k < depth; k += kDepth)
-      for (int64_t n = 0; n < columns; n += kTileColumns)
+      for (int64_t n = 0; n < columns; n += kTileColumns) {
+        const int64_t some = std::min(kDepth, depth - k);
+        const int64_t there = std::min(kTileColumns, columns - n);
+        Panel(b.From(k, n), there, some, panel);
         for (int64_t r = 0; r < part.count; r += kTileRows)
-          kTiles[std::min(kTileRows, part.count - r)](
-              a.From(r, k), b + n * depth + k * kTileColumns, std::min(kDepth, depth - k), k == 0,
-              there(n), to + r * columns + n, columns);
+          kTiles[std::min(kTileRows, part.count - r)](a.From(r, k), panel, some, k == 0, there,
+                                                      to + r * columns + n, columns);
+      }
   });
 }
 
-// x float32 [blocks, R, I], dy float32 [blocks, R, O], experts int32 [blocks] -> of each expert the
-// sum over its rows of x times dy, float32 [E, I, O].
+// x float32 [blocks, R, I], y float32 [blocks, R, O], experts int32 [blocks] -> of each expert the
+// sum over its rows of x times y, float32 [E, I, O].
 void GroupedSums(const Frame& frame) {
-  const auto [x, dy, experts, sums] = frame.Arrays<3, 1>();
+  const auto [x, y, experts, sums] = frame.Arrays<3, 1>();
   Sizes sizes;
   const auto* left = sizes.Match<float>("x [blocks, R, I]", x);
-  const auto* right = sizes.Match<float>("dy [blocks, R, O]", dy);
+  const auto* right = sizes.Match<float>("y [blocks, R, O]", y);
   const auto* expert = sizes.Match<int32_t>("experts [blocks]", experts);
   auto* out = sizes.Match<float>("sums [E, I, O]", sums);
   const int64_t inputs = sizes["I"], outputs = sizes["O"], count = sizes["E"];
-  const auto stretches = StretchesOf(expert, sizes["blocks"], sizes["R"], kDepth);
+  const auto stretches = StretchesOf(expert, sizes["blocks"], sizes["R"]);
   const int64_t across = RoundUp(outputs, kTaskOutputs) / kTaskOutputs;
   const int64_t parts = RoundUp(inputs, kTaskInputs) / kTaskInputs * across;
   const double bytes = sizeof(float) * 1. * sizes["blocks"] * sizes["R"] * (inputs + outputs);

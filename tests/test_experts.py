@@ -12,6 +12,7 @@ import pytest
 import experts
 import formats
 import kernels
+import quantize
 
 
 def test_grouping_is_that_of_the_docstring(monkeypatch):
@@ -62,6 +63,10 @@ def test_a_token_gets_the_same_from_blocks_that_are_joined(activations, monkeypa
     joins = functools.partial(experts.joins_blocks, pairs=2 * tokens, dtype=jnp.bfloat16)
     assert joins(moe, activations) and not joins(moe, "float")
     assert not joins([*moe[:2], jnp.zeros((count, ffn, size))], activations)
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    trained = [formats.fake_ternarize(quantize.dequantize(w)) for w in moe]
+    assert joins(trained, "int8") and not joins(trained, "float")  # in bfloat16, without a kernel
+    assert joins(trained, "float", dtype=jnp.float32)
     random = np.random.default_rng(0)
     x = random.standard_normal((1, tokens, size)).astype(np.float32)
     index = np.argsort(random.random((1, tokens, count)) - [0.9, 0, 0, 0, 0.4])[..., :2]

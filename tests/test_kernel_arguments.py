@@ -72,7 +72,7 @@ CALLS = {
         {"turned": np.int64(1)},
     ),
     "GroupedSums": (
-        {"x": "float32 blocks R I", "dy": "float32 blocks R O", "experts": "int32 blocks"},
+        {"x": "float32 blocks R I", "y": "float32 blocks R O", "experts": "int32 blocks"},
         {"sums": "float32 E I O"},
         {},
     ),

@@ -426,6 +426,50 @@ def test_gradients_through_any_format_are_those_of_its_matrices(form, activation
         assert np.linalg.norm(one - other) < 1e-5 * np.linalg.norm(other)  # float32 sums of 77
     tangent = jax.jvp(loss, (x, floats), (x, floats))[1]
     np.testing.assert_allclose(tangent, jnp.vdot(found[0], x) + jnp.vdot(found[1], floats), 1e-4)
+    assert_same_curvature(loss, plain, x, floats)
+
+
+def assert_same_curvature(loss, plain, *floats):
+    """Whether products of second derivatives with a vector are the same, either way round."""
+
+    def of_gradients(f):
+        gradient = jax.grad(f, argnums=(0, 1))
+        return jax.jvp(gradient, floats, floats)[1]
+
+    def of_tangent(f):
+        return jax.grad(lambda *x: jax.jvp(f, x, floats)[1], argnums=(0, 1))(*floats)
+
+    expected = of_gradients(plain)
+    for found in (of_gradients(loss), of_tangent(loss)):
+        for one, other in zip(found, expected, strict=True):
+            assert np.linalg.norm(one - other) < 1e-4 * np.linalg.norm(other)
+
+
+@pytest.mark.usefixtures("kernels_or_plain")
+@pytest.mark.parametrize("activations", quantize.ACTIVATIONS)
+@pytest.mark.parametrize("name", ["ternary", "ternary-fit", "ternary2", "int8", "float32"])
+def test_second_derivatives_in_training(name, activations, monkeypatch):
+    """Those of the product of rounded rows with the matrices, straight through the rounding."""
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    x, w, weight = (
+        random_floats(*shape, seed=i) for i, shape in enumerate([(96, 64), (3, 64, 24), (96, 24)])
+    )
+    experts = jnp.array([2, 0, -1, 0, 1, 1])
+    train = formats.FORMATS[name].train
+
+    def loss(x, w):
+        y = quantize.grouped_dot(x, train(w), experts, activations=activations)
+        return jnp.sum(jnp.sin(y) * weight)
+
+    def plain(x, w):
+        if activations != "float":
+            rounded, step = quantize.quantize_rows(x, activations=activations)
+            x = quantize.straight_through(x, rounded * step)
+        of_block = quantize.dequantize(train(w))[experts] * (experts >= 0)[:, None, None]
+        y = jnp.einsum("bri,bio->bro", x.reshape(6, 16, 64), of_block, precision="highest")
+        return jnp.sum(jnp.sin(y.reshape(96, 24)) * weight)
+
+    assert_same_curvature(loss, plain, x, w)
 
 
 def test_a_gradient_keeps_no_unpacked_matrix():
