@@ -472,6 +472,13 @@ def test_second_derivatives_in_training(name, activations, monkeypatch):
     assert_same_curvature(loss, plain, x, w)
 
 
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_training_shows_weights_that_are_no_numbers(name):
+    w = random_floats(64, 8).at[3, 5].set(np.nan)
+    y = quantize.dot(random_floats(2, 64), formats.FORMATS[name].train(w), activations="int8")
+    assert not np.isfinite(y[:, 5]).any()
+
+
 def test_a_gradient_keeps_no_unpacked_matrix():
     """What the backward pass keeps from the forward pass is smaller than the trits as int8."""
     w = formats.ternarize(random_floats(512, 128))
