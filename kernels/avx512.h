@@ -3,6 +3,7 @@
 #ifndef KERNELS_AVX512_H_
 #define KERNELS_AVX512_H_
 
+#include "dots.h"
 #include "ternary_tile.h"
 
 namespace kernels {
@@ -44,10 +45,8 @@ struct Avx512 {
     total = _mm512_add_epi32(total, _mm512_mullo_epi32(sums, by));
   }
   static INLINE Type Add(Type a, Type b) { return _mm512_add_epi8(a, b); }
-  // Not _mm512_dpbusd_epi32: gcc 12 copies each sum to another register before and after it.
   static INLINE void AddDots(Type& sums, Type codes, const int8_t* x) {
-    const Type all = Fill(FourOf(x));
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(all));
+    kernels::AddDots(sums, codes, Fill(FourOf(x)));
   }
 };
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common.h"
+#include "dots.h"
 #include "lanes.h"
 
 #if defined(__x86_64__)
@@ -121,7 +122,7 @@ struct Pairs {
   static INLINE __m512i Row(const uint16_t* x, int64_t, int k, uint64_t mask) {
     return Table(x, k, mask);
   }
-  // Not the intrinsics, here and below: gcc 12 copies each sum before and after.
+  // Not the intrinsic, as in dots.h.
   static INLINE void Add(Vector& sum, __m512i t, __m512i x) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(t), "v"(x));
   }
@@ -170,9 +171,7 @@ struct Integers {
   static INLINE Vector Row(const int8_t* x, int64_t size, int k, uint64_t) {
     return _mm512_loadu_si512(x + k * RoundUp(size, kStep));
   }
-  static INLINE void Add(Vector& sum, Vector t, Vector x) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(t), "v"(x));
-  }
+  static INLINE void Add(Vector& sum, Vector t, Vector x) { AddDots(sum, t, x); }
   static INLINE float Total(const Vector (&s)[kSums], const Product& row) {
     const int64_t high = _mm512_reduce_add_epi32(s[0]) - row.less[0];
     return Whole(128 * high + _mm512_reduce_add_epi32(s[1]) - row.less[1], row);

@@ -1,5 +1,6 @@
 // Products of a group with AVX2 and dot products of bytes in vectors of 256 bits.
 
+#include "dots.h"
 #include "ternary_tile.h"
 
 namespace kernels {
@@ -41,12 +42,7 @@ struct AvxVnni {
   }
   static INLINE Type Add(Type a, Type b) { return _mm256_add_epi8(a, b); }
   static INLINE void AddDots(Type& sums, Type codes, const int8_t* x) {
-    const Type all = Fill(FourOf(x));
-#if defined(__AVX512VNNI__)  // the same instruction in another encoding, on processors with both
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(all));
-#else
-    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(codes), "x"(all));
-#endif
+    kernels::AddDots(sums, codes, Fill(FourOf(x)));
   }
 };
 

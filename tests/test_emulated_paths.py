@@ -1,8 +1,8 @@
 """Ternary products of processors that this machine need not be: their code, emulated.
 
-AMX's tiles are replaced by plain C++, around which the path runs as it is, on AVX-512 VNNI; NEON
-runs under qemu, if that and a compiler for it are installed (Debian: g++-aarch64-linux-gnu and
-qemu-user).
+AMX's tiles are replaced by plain C++, around which the path runs as it is, on AVX-512 VNNI; and so
+are instructions of AVX-512 and VNNI. NEON runs under qemu, if that and a compiler for it are
+installed (Debian: g++-aarch64-linux-gnu and qemu-user).
 """
 
 import shutil
@@ -15,6 +15,8 @@ from kernels import building
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-O1", "-std=c++17", "-w", "-static"]
+TILES = f'-DEMULATED_TILES="{ROOT}/tests/emulated_tiles.h"'
+VECTORS = ["-mavx2", "-mfma", "-Wno-psabi", f"-include{ROOT}/tests/emulated_vectors.h"]
 
 
 def run_path(function, files, compiler, flags, folder, emulator=()):
@@ -33,15 +35,24 @@ def test_amx_without_amx(tmp_path):
     flags = building.path_flags()
     if "avx512" not in flags:
         pytest.skip("this processor has no AVX-512 VNNI, on which AMX's path rests")
-    tiles = f'-DEMULATED_TILES="{ROOT}/tests/emulated_tiles.h"'
-    found = run_path(
-        "AmxGroup",
-        ["ternary_amx", "ternary_avx512"],
-        building.compiler(),
-        [*flags["avx512"], tiles],
-        tmp_path,
-    )
-    assert found == "672 problems\n"
+    files = ["ternary_amx", "ternary_avx512"]
+    flags = [*flags["avx512"], TILES]
+    assert run_path("AmxGroup", files, building.compiler(), flags, tmp_path) == "672 problems\n"
+
+
+@pytest.mark.parametrize(
+    "function, files",
+    [
+        ("Avx512Group", ["ternary_avx512"]),
+        ("AvxVnniGroup", ["ternary_avxvnni"]),
+        ("AmxGroup", ["ternary_amx", "ternary_avx512"]),
+    ],
+)
+def test_paths_without_their_instructions(function, files, tmp_path):
+    if missing := {"avx2", "fma"} - building.processor():
+        pytest.skip(f"this processor has no {', '.join(missing)}")
+    flags = [*VECTORS, TILES]
+    assert run_path(function, files, building.compiler(), flags, tmp_path) == "672 problems\n"
 
 
 def test_neon_under_qemu(tmp_path):

@@ -451,19 +451,25 @@ def test_table_dot(vocab, size, of_x, of_table):
 
 @native
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of another processor's compiler")
-def test_processors_without_long_vectors_have_the_same_products(tmp_path, monkeypatch):
+@pytest.mark.parametrize("vectors", ["short", "emulated AVX-512"])
+def test_processors_with_other_vectors_have_the_same_products(vectors, tmp_path, monkeypatch):
+    flags = "-mno-avx512f -mno-avx2"
+    if vectors != "short":
+        flags = f"-Wno-psabi -include {shlex.quote(str(ROOT / 'tests/emulated_vectors.h'))}"
+        if missing := {"avx2", "fma"} - building.processor():
+            pytest.skip(f"this processor has no {', '.join(missing)}")
     source = tmp_path / "kernels"
     source.mkdir()
-    for name in ("table.cc", "common.cc", "common.h", "lanes.h", "memory.h"):
+    for name in ("table.cc", "common.cc", "common.h", "dots.h", "lanes.h", "memory.h"):
         shutil.copy(building.SOURCE / name, source)
-    monkeypatch.setenv("CXX", f"{shlex.join(building.compiler())} -mno-avx512f -mno-avx2")
+    monkeypatch.setenv("CXX", f"{shlex.join(building.compiler())} {flags}")
     library = ctypes.CDLL(str(building.build(source, tmp_path / "library")))
-    handler = jax.ffi.pycapsule(library.TableDotHandler)
-    jax.ffi.register_ffi_target("table_dot_of_short_vectors", handler, platform="cpu")
+    handler, name = jax.ffi.pycapsule(library.TableDotHandler), f"table_dot, {vectors}"
+    jax.ffi.register_ffi_target(name, handler, platform="cpu")
     for of_x, of_table in itertools.product(["float32", "bfloat16"], TABLES):
         x, table = head(131, 333, of_x, of_table)
         out = jax.ShapeDtypeStruct((7, 131), jnp.float32)
-        found = jax.jit(jax.ffi.ffi_call("table_dot_of_short_vectors", out))(x, table)
+        found = jax.jit(jax.ffi.ffi_call(name, out))(x, table)
         expected = jax.jit(kernels.table_dot)(x, table)
         atol = 0 if of_table == "int8" else 3e-7 * np.sqrt(333) * 120  # float32 sums
         np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
