@@ -63,7 +63,7 @@ def run_tests() -> None:
     import pytest
 
     # A report is written to the descriptor, and the process ends: pytest must not keep it.
-    sys.exit(pytest.main(["-q", "--capture=sys", "-k", "not gpu", *TESTS]))
+    sys.exit(pytest.main(["-q", "--capture=sys", "-k", "not gpu and not other_vectors", *TESTS]))
 
 
 if __name__ == "__main__":
