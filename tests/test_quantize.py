@@ -414,12 +414,8 @@ def test_gradients_through_any_format_are_those_of_its_matrices(form, activation
         return jnp.sum(jnp.sin(y) * weight)
 
     def plain(x, floats):
-        if activations != "float":
-            rounded, step = quantize.quantize_rows(x, activations=activations)
-            x = quantize.straight_through(x, rounded * step)
-        of_block = quantize.dequantize(with_floats(floats))[experts] * (experts >= 0)[:, None, None]
-        y = jnp.einsum("bri,bio->bro", x.reshape(5, 2, 77), of_block, precision="highest")
-        return jnp.sum(jnp.sin(y.reshape(10, 13)) * weight)
+        y = plain_grouped_dot(x, with_floats(floats), experts, activations)
+        return jnp.sum(jnp.sin(y) * weight)
 
     found, expected = (jax.grad(f, argnums=(0, 1))(x, floats) for f in (loss, plain))
     for one, other in zip(found, expected, strict=True):
@@ -428,6 +424,17 @@ def test_gradients_through_any_format_are_those_of_its_matrices(form, activation
     np.testing.assert_allclose(tangent, jnp.vdot(found[0], x) + jnp.vdot(found[1], floats), 1e-4)
     if activations == "int8":
         assert_same_curvature(loss, plain, x, floats)
+
+
+def plain_grouped_dot(x, w, experts, activations):
+    """`quantize.grouped_dot` as products of rounded rows, floats, with dequantized matrices."""
+    if activations != "float":
+        rounded, step = quantize.quantize_rows(x, activations=activations)
+        x = quantize.straight_through(x, rounded * step)
+    of_block = quantize.dequantize(w)[experts] * (experts >= 0)[:, None, None]
+    blocks = x.reshape(len(experts), -1, x.shape[-1])
+    y = jnp.einsum("bri,bio->bro", blocks, of_block, precision="highest")
+    return y.reshape(len(x), -1)
 
 
 def assert_same_curvature(loss, plain, *floats):
@@ -464,12 +471,8 @@ def test_second_derivatives_in_training(name, activations, monkeypatch):
         return jnp.sum(jnp.sin(y) * weight)
 
     def plain(x, w):
-        if activations != "float":
-            rounded, step = quantize.quantize_rows(x, activations=activations)
-            x = quantize.straight_through(x, rounded * step)
-        of_block = quantize.dequantize(train(w))[experts] * (experts >= 0)[:, None, None]
-        y = jnp.einsum("bri,bio->bro", x.reshape(6, 16, 64), of_block, precision="highest")
-        return jnp.sum(jnp.sin(y.reshape(96, 24)) * weight)
+        y = plain_grouped_dot(x, train(w), experts, activations)
+        return jnp.sum(jnp.sin(y) * weight)
 
     assert_same_curvature(loss, plain, x, w)
 
